@@ -9,7 +9,16 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Loaded on first use: importing this package must
 # load neither lightning nor transformers nor peft nor bitsandbytes.
-_PUBLIC: dict[str, str] = {}
+_PUBLIC: dict[str, str] = {
+    "AdapterActivationCallback": "lora_probe_callbacks.lightning",
+    "GradientReachabilityCallback": "lora_probe_callbacks.lightning",
+    "LoraProbe": "lora_probe_callbacks.lightning",
+    "WrapperIdentityCallback": "lora_probe_callbacks.lightning",
+    "Finding": "lora_probe_callbacks.report.findings",
+    "LoraProbeError": "lora_probe_callbacks.report.findings",
+    "LoraProbeWarning": "lora_probe_callbacks.report.findings",
+    "ProbeReport": "lora_probe_callbacks.report.findings",
+}
 
 __all__ = ["__version__", *_PUBLIC]
 

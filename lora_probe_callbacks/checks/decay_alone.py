@@ -1,0 +1,50 @@
+"""LP402: the adapter moves by weight decay alone."""
+
+from __future__ import annotations
+
+from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending
+from lora_probe_callbacks.observe.facts import Facts
+
+
+def judge(facts: Facts) -> Verdict:
+    """Look for tensors that move while their gradients are exactly zero."""
+    if facts.update is None:
+        return pending("no update was seen yet")
+    moved = [
+        i
+        for i in sorted(facts.intended)
+        if (update := facts.update.slots[i]) is not None
+        and update.moved > 0
+        and facts.slots[i].weight_decay
+        and facts.slots[i].learning_rate
+    ]
+    # B alone tells: while B is zero, A has no gradient in a healthy run and is decayed all the same.
+    judged = [i for i in moved if facts.slots[i].role != "A"]
+    decayed = [i for i in judged if facts.history[i].zero and not facts.history[i].had_signal]
+    if not decayed or len(decayed) < len(judged):
+        return ok()
+    row = min(facts.history[i].zero for i in decayed)
+    if row < PERSISTENT:
+        return pending(f"the adapter moves and its gradients are exactly zero in {row} probed step(s)")
+    slot, update = facts.slots[decayed[0]], facts.update.slots[decayed[0]]
+    shrink = update.size / update.norm if update is not None and update.norm else 0.0
+    return fail(
+        f"the adapter moves by weight decay alone: its gradients are exactly zero since the first step, {row} probed steps now",
+        moved + [i for i in facts.intended if facts.history[i].zero],
+        of_update=True,
+        got=f"relative change {shrink:.2e} per step; learning rate times weight decay is {(slot.learning_rate or 0) * (slot.weight_decay or 0):.2e}",
+        expected="a change that follows a gradient",
+    )
+
+
+CHECK = Check(
+    code="LP402",
+    name="decay-alone",
+    what="The adapter changes at every step although all its gradients are exactly zero: decoupled weight decay shrinks it towards the base model.",
+    why="'Did the parameters change?' is answered with yes, at every step.",
+    fix="Find out why the gradients are zero: all labels masked (-100), zero advantages, a factor of zero on the loss.",
+    quiet="lora_A before B has moved; single batches without a signal.",
+    threads=("unslothai/unsloth#5747", "unslothai/notebooks#270"),
+    explained_by=("LP102", "LP103", "LP104", "LP203"),
+    judge=judge,
+)

@@ -1,0 +1,84 @@
+"""LP302: the gradient of an adapter tensor is None."""
+
+from __future__ import annotations
+
+from lora_probe_callbacks.checks.base import Check, Verdict, ok, pending
+from lora_probe_callbacks.checks.missing import judge_missing, unreached
+from lora_probe_callbacks.observe.facts import Facts
+
+
+def judge(facts: Facts) -> Verdict:
+    """Look for tensors without a gradient when the optimizer is about to step."""
+    read = [i for i in facts.intended if facts.gradients and facts.gradients[i] is not None]
+    if not read:
+        return pending("no gradient was read at this decision")
+    if facts.unobservable is None and not any(f.holds_expected for f in facts.training_forwards):
+        return pending("the model was not called in this step")  # LP209 finds out who was
+    called = facts.called_units
+    ungraded_units = facts.ungraded_units
+    lost = unreached(facts) or frozenset()
+    missing = frozenset(
+        i
+        for i in read
+        if not facts.gradients[i].present  # type: ignore[union-attr]
+        and facts.slots[i].requires_grad
+        and (called is None or facts.slots[i].unit in called)
+        and i not in lost
+    )
+    if not missing:
+        return ok()
+    checkpointed = [f.why_unknown for f in facts.training_forwards if f.why_unknown and "Checkpoint" in f.why_unknown]
+    ungraded = {facts.slots[i].unit for i in missing} <= ungraded_units
+    fix = (
+        "reentrant checkpointing drops the graph where none of its inputs requires gradients: pass use_reentrant=False, or call "
+        "enable_input_require_grads() on the part that is checkpointed (a vision or audio tower has its own inputs)"
+        if checkpointed or ungraded
+        else ""
+    )
+    calls = (
+        f"; the model was called {facts.forwards_without_grad} times without gradients"
+        if facts.forwards_without_grad
+        else ""
+    )
+    return judge_missing(
+        facts,
+        missing,
+        "{who} got no gradient (None), although the layers ran"
+        + (", without gradients enabled, inside the training forward" if ungraded else "")
+        + calls,
+        got=f"{len(missing)} of {len(read)} gradients None" + (f"; {checkpointed[0]}" if checkpointed else ""),
+        expected="0",
+        fix=fix,
+    )
+
+
+CHECK = Check(
+    code="LP302",
+    name="missing-gradient",
+    what="The gradient of an adapter tensor is None when the optimizer is about to step, though its layer was called.",
+    why="Optimizers pass over None without a word. One trainable tensor elsewhere (a head, a fusion layer) is enough for backward() to "
+    "succeed.",
+    fix="See that the loss's backward() runs before the step, that nothing calls zero_grad() in between, and that the layers do not run "
+    "under no_grad.",
+    quiet="Inactive adapters, layers that did not run in this batch. A part of the tensors is judged over four probed steps.",
+    threads=(
+        "locuslab/open-unlearning#178",
+        "huggingface/transformers#25841",
+        "2U1/Qwen-VL-Series-Finetune#193",
+        "huggingface/trl#2486",
+    ),
+    explained_by=(
+        "LP101",
+        "LP102",
+        "LP103",
+        "LP104",
+        "LP105",
+        "LP106",
+        "LP201",
+        "LP202",
+        "LP203",
+        "LP209",
+        "LP301",
+    ),
+    judge=judge,
+)

@@ -1,0 +1,65 @@
+"""LP401: the step did not move the adapter."""
+
+from __future__ import annotations
+
+from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, some, warn
+from lora_probe_callbacks.observe.facts import Facts
+
+
+def judge(facts: Facts) -> Verdict:
+    """Look for tensors with a gradient and a rate that no step has moved."""
+    if facts.update is None:
+        return pending("no update was seen yet")
+    judged = [i for i in sorted(facts.intended) if facts.update.slots[i] is not None]
+    still = [i for i in judged if facts.history[i].unmoved]
+    if not still:
+        return ok()
+    long = [i for i in still if facts.history[i].unmoved >= PERSISTENT]
+    if not long:
+        return pending(f"{len(still)} adapter tensors were not moved by the last update")
+    row = facts.history[long[0]].unmoved
+    got, expected = (
+        f"0 elements moved in {row} probed steps, with a gradient and a learning rate",
+        "moved by every step",
+    )
+    if len(long) == len(judged) and not any(facts.history[i].had_move for i in long):
+        return fail(
+            f"no step has moved the adapter, {row} probed steps now, though it has gradients and a learning rate",
+            long,
+            of_update=True,
+            got=got,
+            expected=expected,
+        )
+    return warn(
+        f"{len(long)} adapter tensors were not moved in {row} probed steps in a row: {some([facts.slots[i].name for i in long])}",
+        long,
+        of_update=True,
+        fix="look for code that writes the old values back, and for an optimizer that keeps a copy of its own",
+        got=got,
+        expected=expected,
+    )
+
+
+CHECK = Check(
+    code="LP401",
+    name="not-moved",
+    what="An adapter tensor with a gradient and a learning rate above 0 is bit-equal before and after the step, four probed steps in a row.",
+    why="step() returned. An optimizer that steps a copy, or code that restores weights, leaves the model as it was.",
+    fix="See what runs between optimizer.step() and the next forward, and whether the optimizer keeps master copies that are never written back.",
+    quiet="Steps skipped for overflow, a learning rate of 0, gradients of exactly zero; rounding is LP403.",
+    threads=("deepspeedai/DeepSpeed#7632", "huggingface/accelerate#2665"),
+    explained_by=(
+        "LP101",
+        "LP102",
+        "LP103",
+        "LP201",
+        "LP202",
+        "LP203",
+        "LP208",
+        "LP302",
+        "LP303",
+        "LP403",
+        "LP406",
+    ),
+    judge=judge,
+)

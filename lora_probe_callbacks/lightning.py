@@ -1,0 +1,175 @@
+"""LoraProbe: the front door for Lightning.
+
+Translates Lightning's callback methods into session calls and its loggers into a sink.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lora_probe_callbacks.report.findings import ProbeReport
+from lora_probe_callbacks.session import ProbeConfig, ProbeSession
+
+__all__ = ["AdapterActivationCallback", "GradientReachabilityCallback", "LoraProbe", "WrapperIdentityCallback"]
+
+
+class LoraProbe(Callback):
+    """Proves, while training runs, that the LoRA adapter is active, reached, owned, moved and seen.
+
+    Args:
+        **intent: What is meant and when to look, see
+            :class:`~lora_probe_callbacks.session.ProbeConfig`. Nothing is needed: what can be read
+            off the model, PEFT's config and the optimizer is not asked for.
+
+    Raises:
+        ValueError: At construction for an argument that cannot be meant; at train start if the
+            module holds no adapter, or not the one that was named.
+        LoraProbeError: At the step at which something fails, with the reason and the fix, unless
+            ``on_failure`` is ``"stop"`` or ``"warn"``.
+
+    Example::
+
+        >>> from lora_probe_callbacks import LoraProbe
+        >>> import lightning.pytorch as pl
+        >>> trainer = pl.Trainer(callbacks=[LoraProbe(every_n_steps=100)], logger=False, max_steps=1)
+    """
+
+    def __init__(self, **intent: Any) -> None:
+        super().__init__()
+        self._config = ProbeConfig(**intent)
+        self._session: ProbeSession | None = None
+        self._restored: Mapping[str, Any] | None = None
+        self._rows: dict[int, dict[str, float]] = {}
+
+    @property
+    def report(self) -> ProbeReport:
+        """What was found so far."""
+        return ProbeReport() if self._session is None else self._session.report
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        # Not in on_train_start: the module's own on_train_start comes after the callbacks'.
+        if self._session is not None and self._session.running:
+            return
+        self._session = ProbeSession(self._config, log=self._keep, main_rank=trainer.is_global_zero)
+        if self._restored is not None:
+            self._session.load_state_dict(self._restored)
+        self._trainer = trainer
+        self._session.start(
+            _roots(trainer, pl_module),
+            trainer.optimizers,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            framework_step=lambda: trainer.global_step,
+        )
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._session is not None:
+            self._session.gradients_ready(optimizer)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self._session is None:
+            return
+        if trainer._logger_connector.should_update_logs:
+            self._flush(trainer)
+        healthy = self._session.report.metrics.get("lora_probe/healthy")
+        if healthy is not None:
+            pl_module.log("lora_probe/healthy", healthy, prog_bar=True, logger=False, rank_zero_only=True)
+        if trainer.strategy.reduce_boolean_decision(self._session.should_stop, all=False):
+            trainer.should_stop = True
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._session is not None:
+            try:
+                self._session.end()
+            finally:
+                self._flush(trainer)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._session is not None:
+            self._session.abort(exception)
+            self._flush(trainer)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._session is None else self._session.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def _keep(self, metrics: dict[str, float], framework_step: int) -> None:
+        # Lightning's loggers count the batches that stepped, which differs from global_step with
+        # several optimizers; rows wait for Lightning's own logging cadence.
+        behind = self._trainer.global_step - framework_step
+        step = self._trainer.fit_loop.epoch_loop._batches_that_stepped - behind
+        self._rows.setdefault(step, {}).update(metrics)
+
+    def _flush(self, trainer: pl.Trainer) -> None:
+        rows, self._rows = self._rows, {}
+        for step, metrics in sorted(rows.items()):
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
+
+
+def _roots(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[tuple[str, nn.Module]]:
+    """The module that is really called: the strategy's wrapper, where there is one."""
+    wrapped = trainer.strategy.model
+    return [("", wrapped if isinstance(wrapped, nn.Module) else pl_module)]
+
+
+def _only(prefix: str, intent: dict[str, Any]) -> dict[str, Any]:
+    if "select" in intent:
+        warnings.warn("select= is what this callback stands for and is ignored; use LoraProbe", stacklevel=3)
+    return {**intent, "select": (prefix,)}
+
+
+class AdapterActivationCallback(LoraProbe):
+    """``LoraProbe(select=("LP1",))``: is the adapter active in the forward that trains?
+
+    Args:
+        **intent: As for :class:`LoraProbe`.
+    """
+
+    def __init__(self, **intent: Any) -> None:
+        super().__init__(**_only("LP1", intent))
+
+
+class WrapperIdentityCallback(LoraProbe):
+    """``LoraProbe(select=("LP2",))``: does the optimizer own the tensors that the forward uses?
+
+    Args:
+        **intent: As for :class:`LoraProbe`.
+    """
+
+    def __init__(self, **intent: Any) -> None:
+        super().__init__(**_only("LP2", intent))
+
+
+class GradientReachabilityCallback(LoraProbe):
+    """``LoraProbe(select=("LP3",))``: do the gradients reach the adapter?
+
+    Args:
+        **intent: As for :class:`LoraProbe`.
+    """
+
+    def __init__(self, **intent: Any) -> None:
+        super().__init__(**_only("LP3", intent))

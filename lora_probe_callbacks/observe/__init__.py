@@ -1,0 +1,1 @@
+"""What torch and PEFT are doing, as plain facts. Observes, never judges."""

@@ -1,0 +1,293 @@
+"""The facts: what the observers hand to the checks.
+
+Frozen dataclasses of numbers, strings and indices. No tensor, no module and no judgement is
+in here, so a check can be tested without a model, and a fact can be written to a record as it is.
+
+A **slot** is one place that holds one adapter tensor: (module object, attribute). A **unit** is
+one adapter in one adapted layer; it owns the slots of its A, its B and whatever else its variant
+has. Both are numbered; the numbers are indices into ``Facts.slots`` and ``Facts.units``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["A", "B", "other"]
+Mode = Literal["active", "inactive", "disabled", "merged"]
+Moment = Literal["start", "step", "skipped", "end", "exception"]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFact:
+    """One adapter tensor that is meant to train.
+
+    Attributes:
+        name: Qualified name in the model, for people only. Names never decide.
+        adapter: PEFT's adapter name.
+        role: ``"A"`` or ``"B"`` of a low-rank pair, else ``"other"``.
+        unit: Index of the unit that owns the slot.
+        requires_grad: Of the registered tensor, outside a forward.
+        owner: Index of the optimizer that owns the registered tensor object, or None.
+        learning_rate: Of its parameter group, or None without an owner.
+        weight_decay: Of its parameter group, or None without an owner.
+        frozen_by_intent: Named by ``frozen=`` or by PEFT as not meant to train.
+        half: The tensor is stored in 16 bits.
+        numel: Number of elements.
+    """
+
+    name: str
+    adapter: str
+    role: Role
+    unit: int
+    requires_grad: bool
+    owner: int | None
+    learning_rate: float | None
+    weight_decay: float | None
+    frozen_by_intent: bool
+    half: bool
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFact:
+    """One expected adapter in one adapted layer."""
+
+    name: str
+    adapter: str
+    slots: tuple[int, ...]
+    # The largest part of the model around this layer that did not run while its parent did:
+    # "layer" when that is the adapted layer itself (its parent ran and left it out), "branch"
+    # when it is something larger (a tower, an expert), "sibling" when the layer stands in a
+    # list whose other members ran. None when the layer was called, or calls are not observable.
+    idle_part: Literal["layer", "branch", "sibling"] | None = None
+    base_weight_used: bool = False  # its base weight was read in a forward that left the layer out
+    lora: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardFact:
+    """One candidate for a training forward: an outermost call with gradients enabled.
+
+    Attributes:
+        module: Name and class of the outermost module that was called.
+        received: A gradient arrived at its output.
+        modes: State of every unit when the call began.
+        active: Names of the active adapters when the call began.
+        modes_at_backward: The same when the gradient arrived, or None before that.
+        active_at_backward: The same for the active names.
+        calls: Calls of each unit's layer inside, as (with the adapter active, in any state, state
+            in the last call where it was not active), or None where layers cannot be observed.
+        reached: Slots that the graph of the output leads to, or None where that is unknown.
+        why_unknown: Why ``reached`` is None.
+    """
+
+    module: str
+    received: bool
+    modes: tuple[Mode, ...]
+    active: tuple[str, ...]
+    modes_at_backward: tuple[Mode, ...] | None
+    active_at_backward: tuple[str, ...] | None
+    calls: tuple[tuple[int, int, Mode | None], ...] | None
+    reached: frozenset[int] | None
+    why_unknown: str | None
+    with_grad: frozenset[int] | None = None  # units whose layer ran with gradients enabled
+    holds_expected: bool = True  # some expected unit lies below the called module
+
+    def mode(self, unit: int) -> Mode:
+        """State of a unit in this forward: what its own calls saw, else the state at the beginning."""
+        if self.calls is not None:
+            good, total, bad = self.calls[unit]
+            if total:
+                return "active" if good or bad is None else bad
+        return self.modes[unit]
+
+    def called(self, unit: int) -> bool | None:
+        """Whether the layer of a unit was called, None where that cannot be seen."""
+        return None if self.calls is None else self.calls[unit][1] > 0
+
+
+@dataclass(frozen=True, slots=True)
+class GradientFact:
+    """The gradient of one slot, read once before the update.
+
+    Attributes:
+        present: ``.grad`` was not None.
+        norm: Euclidean norm, unscaled where the scale is known.
+        zero: Every element was exactly zero.
+        finite: Every element was finite.
+    """
+
+    present: bool
+    norm: float
+    zero: bool
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateFact:
+    """What one step did to one slot.
+
+    Attributes:
+        moved: Elements whose bits changed, as a fraction of all.
+        size: Euclidean norm of the change.
+        norm: Euclidean norm of the tensor after the step.
+        finite: Every element was finite after the step.
+    """
+
+    moved: float
+    size: float
+    norm: float
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepUpdate:
+    """The update of one probed step, judged by the decision that follows it."""
+
+    step: int
+    framework_step: int
+    slots: tuple[UpdateFact | None, ...]  # None: not owned by an optimizer that stepped
+    gradient_norms: tuple[float | None, ...] = ()  # as the optimizer received them, for each slot
+
+
+@dataclass(frozen=True, slots=True)
+class SlotHistory:
+    """How often something was seen of one slot, over the probed steps of this session."""
+
+    read: int = 0
+    missing: int = 0  # gradient None, in a row up to now
+    zero: int = 0  # gradient exactly zero, in a row up to now
+    rate_zero: int = 0  # learning rate exactly zero, in a row up to now
+    rate: float | None = None  # the last learning rate read
+    rate_rising: bool = False  # it was above the one before
+    unmoved: int = 0  # not moved although it had a gradient and a rate, in a row up to now
+    lost: int = 0  # fewer than half of its elements moved, likewise
+    had_gradient: bool = False  # a gradient other than None was seen
+    had_signal: bool = False  # a gradient other than zero was seen
+    had_rate: bool = False  # a learning rate other than zero was seen
+    had_move: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OtherAdapter:
+    """An adapter that is not expected to train."""
+
+    name: str
+    declared: Literal["reference", "lagged"] | None
+    tensors: int
+    trainable: int
+    owned: int  # tensors in an optimizer
+    changed: tuple[str, ...]  # tensors whose values changed in the last probed step
+    was_active: bool  # active in some forward of this session
+    ever_changed: bool
+    active_now: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BaseDrift:
+    """How far sampled base weights under the adapter are from where they started.
+
+    Attributes:
+        relative: Root mean square of the change over that of the weight; for quantised
+            storage the fraction of codes that changed.
+        layer: The layer where it is largest.
+        merges: Times that a layer was seen merged since the session began.
+        quantised: Stored as quantised codes.
+    """
+
+    relative: float
+    layer: str
+    merges: int
+    quantised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that is known at one decision.
+
+    ``step`` and ``framework_step`` are of the step being decided; ``update`` tells of an earlier one.
+    """
+
+    moment: Moment
+    optimizer: int | None  # whose event this is; None at the start, at the end and after an exception
+    step: int
+    framework_step: int
+    expected: tuple[str, ...]
+    declared: bool  # the expected names were given, not read off the model
+    slots: tuple[SlotFact, ...]
+    units: tuple[UnitFact, ...]
+    modes: tuple[Mode, ...]  # state of the units now
+    active: tuple[str, ...]  # active adapters now
+    history: tuple[SlotHistory, ...]
+    forwards: tuple[ForwardFact, ...] = ()
+    forwards_without_grad: int = 0
+    unobservable: str | None = None  # why forwards cannot be seen at all
+    gradients: tuple[GradientFact | None, ...] = ()  # None: not read at this decision
+    gradients_final: bool = False  # nothing can change them between this reading and the update
+    update: StepUpdate | None = None
+    others: tuple[OtherAdapter, ...] = ()
+    base_drift: BaseDrift | None = None
+    trainable_bases: tuple[str, ...] = ()
+    replaced: tuple[int, ...] = ()  # slots whose former tensor is still in an optimizer
+    foreign_in_optimizer: int = 0  # optimizer tensors that belong to no watched module
+    optimizer_tensors: int = 0
+    optimizers: int = 0
+    nested: tuple[str, ...] = ()  # adapted layers inside adapted layers
+    rewrapped: tuple[str, ...] = ()  # PeftModels inside PeftModels
+    unloaded: tuple[str, ...] = ()  # PeftModels whose adapter layers are gone
+    elsewhere: tuple[str, ...] = ()  # other models with adapters that received gradients
+    skipped_in_a_row: int = 0
+    ever_stepped: bool = False
+    scaler: bool = False
+    loss_scale: float | None = None
+    stale_forward: tuple[bool, str] | None = None  # (stale, what was compared)
+    evidence: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def training_forwards(self) -> tuple[ForwardFact, ...]:
+        """The candidates whose output received a gradient; the only candidate if there was but one."""
+        received = tuple(f for f in self.forwards if f.received)
+        if received:
+            return received
+        return self.forwards if len(self.forwards) == 1 else ()
+
+    @property
+    def called_units(self) -> frozenset[int] | None:
+        """Units whose layer ran in a training forward, or None where calls cannot be seen."""
+        forwards = self.training_forwards
+        if not forwards or any(f.calls is None for f in forwards):
+            return None
+        return frozenset(u for u in range(len(self.units)) if any(f.called(u) for f in forwards))
+
+    @property
+    def ungraded_units(self) -> frozenset[int]:
+        """Units whose layer ran in the training forwards, but never with gradients enabled."""
+        forwards = [f for f in self.training_forwards if f.with_grad is not None]
+        graded = frozenset[int]().union(*(f.with_grad for f in forwards if f.with_grad is not None))
+        return frozenset(u for u in range(len(self.units)) if u not in graded and any(f.called(u) for f in forwards))
+
+    def bad_units(self, mode: Mode | None = None) -> frozenset[int]:
+        """Units that were not active in any training forward (in ``mode``, if one is given)."""
+        forwards = self.training_forwards
+        return frozenset(
+            u
+            for u in range(len(self.units))
+            if forwards
+            and all(f.mode(u) != "active" for f in forwards)
+            and (mode is None or any(f.mode(u) == mode for f in forwards))
+        )
+
+    def units_of(self, adapter: str) -> frozenset[int]:
+        """The units of one expected adapter."""
+        return frozenset(i for i, u in enumerate(self.units) if u.adapter == adapter)
+
+    def slots_of_units(self, units: Collection[int]) -> frozenset[int]:
+        """The slots that the given units own."""
+        return frozenset(s for u in units for s in self.units[u].slots)
+
+    @property
+    def intended(self) -> frozenset[int]:
+        """The slots that must train: all but those meant to stay frozen."""
+        return frozenset(i for i, s in enumerate(self.slots) if not s.frozen_by_intent)

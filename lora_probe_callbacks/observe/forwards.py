@@ -1,0 +1,331 @@
+"""Watch the forwards of one step through torch's own hooks.
+
+A **candidate** is a call of an outermost module with gradients enabled, outside any backward.
+It becomes a training forward when its output receives a gradient. Layers inside inherit that
+classification: in a reentrant checkpoint they run under no_grad, and every checkpoint runs them
+again inside the backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lora_probe_callbacks.observe.adapters import Inventory, Unit
+from lora_probe_callbacks.observe.autograd import in_backward, reachable_leaves
+from lora_probe_callbacks.observe.facts import ForwardFact, Mode
+from lora_probe_callbacks.observe.witness import WeightWitness
+from lora_probe_callbacks.observe.wrappers import describe, hooks_fire
+
+__all__ = ["Candidate", "ForwardObserver", "tensors_in"]
+
+
+@dataclass(eq=False, slots=True)
+class Candidate:
+    """One outermost call with gradients enabled, as it is being observed."""
+
+    module: str
+    modes: tuple[Mode, ...]
+    active: tuple[str, ...]
+    calls: list[tuple[int, int, Mode | None]] | None
+    with_grad: set[int]  # units whose layer ran with gradients enabled
+    holds_expected: bool
+    received: bool = False
+    modes_at_backward: tuple[Mode, ...] | None = None
+    active_at_backward: tuple[str, ...] | None = None
+    leaves: set[int] | None = None
+    why_unknown: str | None = None
+    cotangent: torch.Tensor | None = None  # of an output of one element: the loss, as a rule
+    called: set[int] = field(default_factory=set)  # ids of the modules that ran inside
+
+    def fact(self, slot_of: dict[int, int]) -> ForwardFact:
+        """What the checks may know of it; ``slot_of`` maps a tensor's id to its slot."""
+        reached = None
+        if self.leaves is not None and self.why_unknown is None:
+            reached = frozenset(slot_of[i] for i in self.leaves if i in slot_of)
+        return ForwardFact(
+            module=self.module,
+            received=self.received,
+            modes=self.modes,
+            active=self.active,
+            modes_at_backward=self.modes_at_backward,
+            active_at_backward=self.active_at_backward,
+            calls=None if self.calls is None else tuple(self.calls),
+            holds_expected=self.holds_expected,
+            with_grad=None if self.calls is None else frozenset(self.with_grad),
+            reached=reached,
+            why_unknown=self.why_unknown,
+        )
+
+
+class ForwardObserver:
+    """The hooks of one probed step on the modules above and around the adapters.
+
+    Args:
+        inventory: The adapted layers and the modules above them.
+        units: The units that are expected to train.
+        before: Called when a candidate is about to run. What it raises ends the forward.
+        on_error: Called with an exception of the observer's own, which must not reach the user.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        units: list[Unit],
+        *,
+        before: Callable[[], None],
+        after: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None] | None,
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self.inventory = inventory
+        self.units = units
+        self.candidates: list[Candidate] = []
+        self.without_grad = 0
+        self.active_seen: set[str] = set()
+        self.merged_seen = False
+        self.witness: WeightWitness | None = None
+        self.paused = False  # while the probe itself runs the model
+        self._before = before
+        self._after = after
+        self._on_error = on_error
+        self._handles: list[tuple[nn.Module, RemovableHandle]] = []
+        self._output_handles: list[RemovableHandle] = []
+        self._stack = threading.local()
+        self._walked: set[tuple[str, tuple[Mode, ...]]] = set()
+        self._units_of: dict[int, list[int]] = {}
+        for index, unit in enumerate(units):
+            self._units_of.setdefault(id(unit.layer.called), []).append(index)
+        names = [unit.layer.name for unit in units]
+        self._above_expected = {
+            id(module)
+            for name, module, _ in inventory.ancestors
+            if any(n == name or n.startswith(f"{name}." if name else "") for n in names)
+        } | {id(unit.layer.module) for unit in units}
+
+    @property
+    def armed(self) -> bool:
+        """Hooks are installed."""
+        return bool(self._handles)
+
+    def reset(self) -> None:
+        """Forget what the last step showed."""
+        self.candidates, self.without_grad, self._walked = [], 0, set()
+        self.active_seen, self.merged_seen = set(), False
+        self._stack = threading.local()
+        self.close_witness()
+        self.witness = None
+
+    def arm(self) -> None:
+        """Install the hooks of one step."""
+        self.disarm()
+        hooked: set[int] = set()
+        for name, module, inside in self.inventory.ancestors:
+            if inside or not hooks_fire(module):
+                continue
+            hooked.add(id(module))
+            enter = module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+            leave = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            self._handles += [(module, enter), (module, leave)]
+        for layer in self.inventory.layers:
+            if layer.compiled:
+                continue
+            if id(layer.called) not in hooked:
+                hooked.add(id(layer.called))
+                enter = layer.called.register_forward_pre_hook(partial(self._enter, layer.name), with_kwargs=True)
+                leave = layer.called.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+                self._handles += [(layer.called, enter), (layer.called, leave)]
+
+    def disarm(self, inside: nn.Module | None = None) -> None:
+        """Remove every hook.
+
+        Args:
+            inside: A module whose own hooks are being run at this moment. Taking an entry out of
+                that dictionary would break torch's iteration over it unless the entry is the last.
+        """
+        kept = []
+        for module, handle in self._handles:
+            if module is inside and not _is_last(module, handle):
+                kept.append((module, handle))
+            else:
+                handle.remove()
+        self._handles = kept
+        for output_handle in self._output_handles:
+            output_handle.remove()
+        self._output_handles.clear()
+        self.close_witness()
+
+    def close_witness(self) -> None:
+        """End the watch over operations, on the thread that began it."""
+        if self.witness is not None:
+            self.witness.close()
+
+    # --- hooks ------------------------------------------------------------------------------
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused or in_backward():
+            return
+        stack: list[tuple[nn.Module, Candidate | None, BaseException | None]] = self._frames()
+        if stack:
+            candidate = stack[-1][1]
+            stack.append((module, candidate, None))
+            if candidate is not None:
+                try:
+                    self._note_call(candidate, module)
+                except Exception as error:
+                    self._on_error(error)
+            return
+        stack.append((module, None, sys.exc_info()[1]))
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            self.without_grad += 1
+            self.active_seen.update(self.inventory.active)
+            self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
+            return
+        self._before()
+        try:
+            candidate = self._new_candidate(name, module)
+        except Exception as error:
+            self._on_error(error)
+            return
+        stack[-1] = (module, candidate, stack[-1][2])
+        if self.witness is not None:
+            self.witness.open()
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.paused or in_backward():
+            return
+        stack = self._frames()
+        while stack and stack[-1][0] is not module:
+            stack.pop()  # frames of a forward that ended in a BaseException, whose hooks did not run
+        if not stack:
+            return
+        _, candidate, outer_error = stack.pop()
+        if stack:
+            return
+        error = sys.exc_info()[1]
+        if error is not None and error is not outer_error:
+            self.disarm(inside=module)
+            return
+        if candidate is not None:
+            try:
+                self._finish(candidate, output)
+                if self._after is not None:
+                    self._after(module, args, kwargs, output)
+            except Exception as failure:
+                self._on_error(failure)
+
+    def _frames(self) -> list[tuple[nn.Module, Candidate | None, BaseException | None]]:
+        frames = getattr(self._stack, "frames", None)
+        if frames is None:
+            frames = self._stack.frames = []
+        return frames
+
+    def _new_candidate(self, name: str, module: nn.Module) -> Candidate:
+        observable = not any(unit.layer.compiled for unit in self.units)
+        candidate = Candidate(
+            module=describe(name, module),
+            modes=self.modes(),
+            active=self.inventory.active,
+            calls=[(0, 0, None)] * len(self.units) if observable else None,
+            with_grad=set(),
+            holds_expected=id(module) in self._above_expected,
+        )
+        self.active_seen.update(candidate.active)
+        self.merged_seen |= "merged" in candidate.modes
+        self.candidates.append(candidate)
+        self._note_call(candidate, module)
+        return candidate
+
+    def _note_call(self, candidate: Candidate, module: nn.Module) -> None:
+        candidate.called.add(id(module))
+        if candidate.calls is None:
+            return
+        for index in self._units_of.get(id(module), ()):
+            unit = self.units[index]
+            good, total, bad = candidate.calls[index]
+            mode = unit.layer.mode(unit.adapter)
+            if torch.is_grad_enabled():
+                candidate.with_grad.add(index)
+            candidate.calls[index] = (good + (mode == "active"), total + 1, bad if mode == "active" else mode)
+
+    def _finish(self, candidate: Candidate, output: Any) -> None:
+        outputs = [t for t in tensors_in(output) if t.requires_grad]
+        key = (candidate.module, candidate.modes)
+        if key not in self._walked:  # one walk serves all micro-batches of the same kind
+            self._walked.add(key)
+            candidate.leaves, candidate.why_unknown = reachable_leaves(outputs)
+            if not candidate.leaves and not outputs:
+                candidate.why_unknown = None
+        for tensor in outputs:
+            handle = tensor.register_hook(partial(self._receive, candidate))  # type: ignore[no-untyped-call]
+            self._output_handles.append(handle)
+
+    def _receive(self, candidate: Candidate, grad: torch.Tensor) -> None:
+        if grad.numel() == 1 and grad.dtype != torch.float16:  # 65536 overflows in float16, and scaling cures it
+            candidate.cotangent = grad.detach()
+        if candidate.received:
+            return
+        candidate.received = True
+        try:
+            candidate.modes_at_backward = self.modes()
+            candidate.active_at_backward = self.inventory.active
+        except Exception as error:
+            self._on_error(error)
+
+    # --- facts ------------------------------------------------------------------------------
+
+    def modes(self) -> tuple[Mode, ...]:
+        """The state of every expected unit at this moment."""
+        return tuple(unit.layer.mode(unit.adapter) for unit in self.units)
+
+    def facts(self, slot_of: dict[int, int]) -> tuple[ForwardFact, ...]:
+        """The candidates since the step began."""
+        return tuple(candidate.fact(slot_of) for candidate in self.candidates)
+
+    def cotangents(self) -> list[torch.Tensor]:
+        """The gradients that arrived at outputs of one element."""
+        return [c.cotangent for c in self.candidates if c.cotangent is not None]
+
+    def called(self) -> set[int]:
+        """Ids of all modules that ran in a candidate that received a gradient."""
+        return set().union(*(c.called for c in self.candidates if c.received))
+
+
+def _is_last(module: nn.Module, handle: RemovableHandle) -> bool:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        if handle.id in hooks:
+            return bool(next(reversed(hooks)) == handle.id)
+    return True
+
+
+def tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    """Find the tensors in whatever a forward returns.
+
+    Args:
+        value: A tensor, a mapping, a sequence, a dataclass or an object with attributes.
+        depth: How deep to look.
+
+    Yields:
+        The tensors.
+    """
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth == 0 or value is None or isinstance(value, str | bytes | int | float | nn.Module):
+        return
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from tensors_in(item, depth - 1)

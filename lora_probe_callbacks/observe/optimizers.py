@@ -1,0 +1,87 @@
+"""Which tensor objects the optimizers own, and with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+
+__all__ = ["Ownership", "found_inf", "grad_scale", "ownership", "unwrap_optimizer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """The optimizer and the settings under which one tensor is stepped."""
+
+    optimizer: int
+    learning_rate: float
+    weight_decay: float
+
+
+def unwrap_optimizer(optimizer: object) -> Optimizer:
+    """Find the torch optimizer inside Accelerate's or Lightning's wrapper.
+
+    The wrappers have no step hooks of their own.
+
+    Args:
+        optimizer: An optimizer or a wrapper with an ``optimizer`` attribute, nested at will.
+
+    Returns:
+        The innermost optimizer.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    inner, seen = optimizer, 0
+    while seen < 8 and hasattr(inner, "optimizer"):
+        inner, seen = inner.optimizer, seen + 1
+    if not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"got {type(optimizer).__name__}, expected a torch.optim.Optimizer or a wrapper around one: "
+            "pass the object whose step() the training loop calls"
+        )
+    return inner
+
+
+def ownership(optimizers: Sequence[Optimizer]) -> dict[int, Ownership]:
+    """Map the id of every tensor that an optimizer owns to its settings.
+
+    Args:
+        optimizers: Torch optimizers.
+
+    Returns:
+        Tensor id to the first optimizer that owns it.
+    """
+    owners: dict[int, Ownership] = {}
+    for index, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            rate = group.get("lr", float("nan"))
+            # A tensor rate on a device would cost a transfer of its own; such a group is read as unknown.
+            known = not isinstance(rate, torch.Tensor) or rate.device.type == "cpu"
+            entry = Ownership(
+                optimizer=index,
+                learning_rate=float(rate) if known else float("nan"),
+                weight_decay=float(group.get("weight_decay") or 0.0),
+            )
+            for tensor in group["params"]:
+                owners.setdefault(id(tensor), entry)
+    return owners
+
+
+def tensors_of(optimizers: Iterable[Optimizer]) -> list[torch.Tensor]:
+    """All tensors in all groups."""
+    return [t for optimizer in optimizers for group in optimizer.param_groups for t in group["params"]]
+
+
+def found_inf(optimizer: Optimizer) -> torch.Tensor | None:
+    """What GradScaler left on a fused optimizer: not None while it decides whether to skip the step."""
+    flag = getattr(optimizer, "found_inf", None)
+    return flag if isinstance(flag, torch.Tensor) else None
+
+
+def grad_scale(optimizer: Optimizer) -> torch.Tensor | None:
+    """The scale that a fused optimizer will divide its gradients by, or None."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return scale if isinstance(scale, torch.Tensor) else None

@@ -1,0 +1,131 @@
+"""Run a training forward again and leave no trace: does the forward see the parameters?
+
+One autocast block around several steps keeps its cache of cast weights, keyed by tensor and not by
+version, so the forward goes on with the weights of the first step. A repeat in a nested region
+without that cache tells (https://github.com/X-GenGroup/Flow-Factory/issues/186).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_probe_callbacks.observe.forwards import tensors_in
+from lora_probe_callbacks.observe.wrappers import is_compiled
+
+__all__ = ["compare_with_fresh_weights", "random_state", "why_not"]
+
+_MOST_BYTES = 256 * 2**20
+
+
+def random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The state of the generators that a forward on ``device`` may draw from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> str | None:
+    """Say why a forward need not or must not be repeated.
+
+    Args:
+        module: The outermost module.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        device: Where its parameters are.
+
+    Returns:
+        A reason, or None if it may be repeated.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return "the forward was called outside autocast, so no cast weight can be cached around it"
+    if not torch.is_autocast_cache_enabled():
+        return "autocast runs without its cache, so no cast weight can be stale"
+    if is_compiled(module) or any(is_compiled(m) for m in module.modules()):
+        return "a compiled module is not bit-equal to its eager repeat"
+    for value in (*args, *kwargs.values()):
+        if hasattr(value, "get_seq_length") or (value is not None and "Cache" in type(value).__name__):
+            return "a cache among the arguments would be written twice"
+    if sum(b.numel() * b.element_size() for b in module.buffers()) > _MOST_BYTES:
+        return "the buffers are too large to be saved and restored"
+    return None
+
+
+def compare_with_fresh_weights(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    before: tuple[torch.Tensor, torch.Tensor | None],
+    device: torch.device,
+) -> tuple[bool, str] | str:
+    """Repeat a forward without autocast's cache and compare the outputs bit by bit.
+
+    Args:
+        module: The outermost module of the training forward.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        output: What it returned.
+        before: The random state when it began.
+        device: Where its parameters are.
+
+    Returns:
+        (stale, what was compared), or the reason why nothing can be said.
+    """
+    expected = [t.detach() for t in tensors_in(output) if t.is_floating_point()]
+    if not expected:
+        return "the forward returned no floating tensor"
+    if sum(t.numel() * t.element_size() for t in expected) > _MOST_BYTES:
+        return "the outputs are larger than 256 MiB"
+    first = _repeat(module, args, kwargs, before, device)
+    if _equal(first, expected):
+        return False, f"{len(expected)} outputs bit-equal"
+    if not _equal(first, _repeat(module, args, kwargs, before, device)):
+        return "two repeats of the forward differ from each other: the model is not deterministic"
+    largest = max(
+        (float((a - b).abs().max()) for a, b in zip(first, expected, strict=False) if a.shape == b.shape), default=0.0
+    )
+    return True, f"outputs differ by up to {largest:.2e}"
+
+
+def _repeat(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    before: tuple[torch.Tensor, torch.Tensor | None],
+    device: torch.device,
+) -> list[torch.Tensor]:
+    dtype = torch.get_autocast_dtype(device.type)
+    with _restored(module, before, device), torch.no_grad(), torch.autocast(device.type, dtype, cache_enabled=False):
+        return [t for t in tensors_in(module(*args, **kwargs)) if t.is_floating_point()]
+
+
+def _equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(
+        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+@contextmanager
+def _restored(
+    module: nn.Module, before: tuple[torch.Tensor, torch.Tensor | None], device: torch.device
+) -> Iterator[None]:
+    """Begin with the random state of the first run, and end with the state and buffers that it left."""
+    cpu, cuda = random_state(device)
+    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers()]
+    torch.set_rng_state(before[0])
+    if before[1] is not None:
+        torch.cuda.set_rng_state(before[1], device)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:  # writing an untouched one would break a backward that saved it
+                    buffer.copy_(value)

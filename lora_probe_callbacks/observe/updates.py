@@ -1,0 +1,187 @@
+"""What a step did to the adapter tensors, and what it should not have touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_probe_callbacks.observe.adapters import AdaptedLayer
+from lora_probe_callbacks.observe.facts import BaseDrift, UpdateFact
+from lora_probe_callbacks.observe.readout import Readout, local, norms
+
+__all__ = ["BaseSample", "Fingerprints", "UpdateReading", "copy_before", "read_update"]
+
+
+@dataclass(eq=False, slots=True)
+class UpdateReading:
+    """An update on its way to the host."""
+
+    step: int
+    framework_step: int
+    slots: list[int]
+    counts: list[int]
+    moved: range
+    size: range
+    norm: range
+    largest: range
+
+    def facts(self, readout: Readout) -> dict[int, UpdateFact]:
+        """Slot to its update, once the readout was fetched."""
+        rows = zip(
+            self.slots,
+            self.counts,
+            readout.get(self.moved),
+            readout.get(self.size),
+            readout.get(self.norm),
+            readout.get(self.largest),
+            strict=True,
+        )
+        return {
+            slot: UpdateFact(
+                moved=moved / count,
+                size=size,
+                norm=norm,
+                finite=math.isfinite(largest) and not math.isnan(norm),
+            )
+            for slot, count, moved, size, norm, largest in rows
+        }
+
+
+def copy_before(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """One copy of the adapter, taken before the step; it lives until the step has ended."""
+    return {slot: local(tensor).clone() for slot, tensor in tensors.items()}
+
+
+def read_update(
+    before: dict[int, torch.Tensor],
+    tensors: Mapping[int, torch.Tensor],
+    readout: Readout,
+    step: int,
+    framework_step: int,
+) -> UpdateReading | None:
+    """Compare the tensors with their copies, in place of the copies.
+
+    Args:
+        before: Slot to the copy; its values are overwritten.
+        tensors: Slot to the tensor after the step.
+        readout: Where the values travel.
+        step: The step that was made.
+        framework_step: Its number in the framework.
+
+    Returns:
+        A reading that yields facts after ``readout.fetch()``, or None if there is nothing to compare.
+    """
+    slots = [s for s in before if s in tensors and tensors[s].shape == before[s].shape and before[s].numel()]
+    if not slots:
+        return None
+    after = [local(tensors[s]) for s in slots]
+    change = [before[s] for s in slots]
+    largest = readout.add(norms(after, math.inf))
+    norm = readout.add(norms(after, 2))
+    torch._foreach_sub_(change, after)
+    size = readout.add(norms(change, 2))
+    # The signs of the change, summed up without their signs, count the elements that moved: a
+    # difference is zero exactly where the bits agree, so no second copy is needed to count.
+    torch._foreach_sign_(change)
+    moved = readout.add(norms(change, 1))
+    return UpdateReading(step, framework_step, slots, [a.numel() for a in after], moved, size, norm, largest)
+
+
+class Fingerprints:
+    """Two norms of each tensor that must stay as it is; equal bits give equal norms."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._last: list[float] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many values a reading has."""
+        return 2 * sum(t.is_floating_point() for t in self._tensors.values())
+
+    def read(self, readout: Readout) -> range:
+        """Put the present norms into ``readout``."""
+        values = [local(t) for t in self._tensors.values() if t.is_floating_point()]
+        if not values:
+            return readout.add(torch.empty(0))
+        return readout.add(torch.cat([norms(values, 1), norms(values, 2)]))
+
+    def changed(self, values: list[float]) -> tuple[str, ...]:
+        """Names of the tensors whose norms differ from the last reading."""
+        last, self._last = self._last, values
+        if last is None:
+            return ()
+        names = [name for name, t in self._tensors.items() if t.is_floating_point()]
+        half = len(names)
+        return tuple(name for i, name in enumerate(names) if last[i] != values[i] or last[i + half] != values[i + half])
+
+
+class BaseSample:
+    """A few elements of a few base weights, to see whether merging has moved them.
+
+    Merging adds the adapter's product to the weight and unmerging subtracts it; in 16 bits and in
+    quantised storage the weight does not come back to the same value
+    (https://github.com/huggingface/trl/issues/6688).
+
+    Args:
+        layers: The adapted layers; ``max_layers`` of them, evenly spread, are sampled.
+        max_layers: How many.
+        elements: How many elements of each, at most.
+    """
+
+    def __init__(self, layers: Sequence[AdaptedLayer], max_layers: int = 8, elements: int = 1024) -> None:
+        usable = [layer for layer in layers if _base_weight(layer) is not None]
+        self._layers = usable[:: max(1, math.ceil(len(usable) / max_layers))][:max_layers]
+        self._elements = elements
+        self._start = {id(layer): self._take(layer) for layer in self._layers}
+
+    def _take(self, layer: AdaptedLayer) -> torch.Tensor:
+        weight = _base_weight(layer)
+        if weight is None:
+            return torch.empty(0)
+        flat = local(weight).reshape(-1)
+        return flat[:: max(1, flat.numel() // self._elements)][: self._elements].clone()
+
+    def read(self, readout: Readout) -> range | None:
+        """Put the drift of every sampled layer into ``readout``."""
+        rows = []
+        for layer in self._layers:
+            now, start = self._take(layer), self._start[id(layer)]
+            if layer.merged:  # the adapter is in the weight at this moment: that is no drift
+                now = start
+            if now.dtype != start.dtype or now.shape != start.shape or now.device != start.device:
+                # bitsandbytes quantises at the first use, and models get moved: a new beginning.
+                self._start[id(layer)] = start = now
+            if not now.numel():
+                rows.append(torch.zeros((), device=now.device))
+            elif now.is_floating_point():
+                change, size = (now - start).float(), start.float()
+                rows.append(change.norm() / size.norm().clamp_min(1e-30))
+            else:
+                rows.append((now != start).float().mean())
+        return readout.add(torch.stack(rows)) if rows else None
+
+    def fact(self, values: list[float], merges: int) -> BaseDrift | None:
+        """The largest drift among the sampled layers."""
+        if not values:
+            return None
+        worst = max(range(len(values)), key=values.__getitem__)
+        start = self._start[id(self._layers[worst])]
+        return BaseDrift(
+            relative=values[worst],
+            layer=self._layers[worst].name,
+            merges=merges,
+            quantised=not start.is_floating_point(),
+        )
+
+
+def _base_weight(layer: AdaptedLayer) -> torch.Tensor | None:
+    if not layer.lora:
+        return None
+    weight = getattr(layer.module.get_base_layer(), "weight", None)  # type: ignore[operator]
+    if not isinstance(weight, torch.Tensor) or weight.device.type == "meta" or not weight.numel():
+        return None
+    return weight

@@ -1,0 +1,68 @@
+"""See whether a base weight is used by a forward that leaves its adapted layer out.
+
+A layer that is never called may be bypassed (a fused loss multiplies with ``lm_head.weight``,
+a kernel takes ``out_proj.weight``), which is a fault, or may have had nothing to do (no image in
+the batch, no token for the expert), which is none. Only one of the two reads its base weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+__all__ = ["WeightWitness"]
+
+
+class WeightWitness(TorchFunctionMode):
+    """Passes every torch function through, and notes which of some tensors it was given.
+
+    It costs a Python call per operation, so it is used for one step, from the forward to the
+    optimizer (a loss may be made outside the model), and only when a layer is under suspicion.
+
+    Args:
+        weights: Tensor id to the unit whose base weight it is.
+    """
+
+    def __init__(self, weights: Mapping[int, int]) -> None:
+        super().__init__()
+        self._weights = weights
+        self._open = False
+        self.used: set[int] = set()
+
+    def open(self) -> None:
+        """Begin to watch this thread, unless somebody's mode is active: its end would end ours instead."""
+        if not self._open and not _modes():
+            self._open = True
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._open:
+            self._open = False
+            above = []
+            while _modes():
+                mode = _pop_mode()  # type: ignore[no-untyped-call]
+                if mode is self:
+                    break
+                above.append(mode)
+            for mode in reversed(above):
+                _push_mode(mode)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # Reading weight.dtype or weight.device is not using it: only what yields a tensor counts.
+        if isinstance(result, torch.Tensor | tuple | list):
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, torch.Tensor) and id(value) in self._weights:
+                    self.used.add(self._weights[id(value)])
+        return result
+
+
+def _modes() -> list[TorchFunctionMode]:
+    stack: list[TorchFunctionMode] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return stack

@@ -1,0 +1,1 @@
+"""Metrics, console, record: writes what the session found, and nothing else."""
