@@ -21,10 +21,13 @@ import sys
 import time
 from dataclasses import dataclass
 
+import quiet  # noqa: F401  first: one of the lines that it silences is printed by an import
+
+# isort: split
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from quiet import quiet_frameworks
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from rich import box, get_console
 from rich.rule import Rule
 from rich.table import Table
@@ -66,8 +69,10 @@ console = get_console()  # the one that Lightning's progress bar draws on
 
 def main() -> int:
     """Run the five sections; 0 when everything went as told."""
-    quiet_frameworks()
     started = time.perf_counter()
+    torch.set_num_threads(
+        1
+    )  # so small a model gains nothing from a second one, and loses much where cores are shared
     section(1, "A base model, trained from nothing")
     base = trained_base([Progress("base model")])
     told = show_base(base)
@@ -101,7 +106,7 @@ def show_base(base: Base) -> dict[str, bool]:
     )
     table.add_row("it writes", f"[italic]{base.sample}[/]")
     console.print(table)
-    return {"the base model learned its text": base.held_out_loss < 0.7 * base.uniform_loss}
+    return {"the base model has learned its text": base.held_out_loss < 0.7 * base.uniform_loss}
 
 
 # ---- 2. the watched fine-tune ------------------------------------------------------------------
@@ -109,8 +114,6 @@ def show_base(base: Base) -> dict[str, bool]:
 
 def qlora(base: Base) -> torch.nn.Module:
     """The base in four bits, frozen, with a trainable LoRA adapter on all its linear layers."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
     pl.seed_everything(SEED, verbose=False)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -150,8 +153,8 @@ def watched_fine_tune(base: Base) -> dict[str, bool]:
     console.print(probe.report)
     failed = [finding for finding in probe.report.findings if finding.status == "fail"]
     return {
-        "the adapter learned its text": after < before - 0.5,
-        "the probe found the healthy run healthy": not failed,
+        "so has the adapter": after < before - 0.5,
+        "the probe finds nothing wrong with the healthy run": not failed,
     }
 
 
@@ -193,7 +196,7 @@ class Sampler(Callback):
             **tokens, max_length=SAMPLE_LENGTH, use_cache=False, pad_token_id=self.tokenizer.pad_token_id
         )
         model.unmerge_adapter()
-        return self.tokenizer.decode(written[0])
+        return " ".join(self.tokenizer.decode(written[0]).split())
 
 
 class Witness(Callback):
@@ -256,13 +259,14 @@ def show_unwatched(run: FaultyRun) -> dict[str, bool]:
     table = figures()
     table.add_row("the run", f"{len(run.losses)} steps, no error, no warning, last loss {run.losses[-1]:.2f}")
     table.add_row(
-        "what it hides", f"from step {FIRST_FAULTY_STEP} on, no adapter weight changed: by {max(after):g}"
+        "in truth",
+        f"from step {FIRST_FAULTY_STEP} on, no step moved any adapter weight (largest change: {max(after):g})",
     )
     console.print(table)
     return {
-        "without a probe the run goes on with finite losses": len(run.losses) == FAULTY_STEPS
+        "without a probe the run goes on, and every loss is finite": len(run.losses) == FAULTY_STEPS
         and all(math.isfinite(loss) for loss in run.losses),
-        "and its adapter is dead": min(run.moved[:FIRST_FAULTY_STEP]) > 0 and max(after) == 0,
+        "and its adapter does not move any more": min(run.moved[:FIRST_FAULTY_STEP]) > 0 and max(after) == 0,
     }
 
 
@@ -272,8 +276,8 @@ def show_watched(run: FaultyRun) -> dict[str, bool]:
     if run.stopped_by:
         console.print(str(run.stopped_by), markup=False, highlight=False)
     return {
-        "the probe stopped the run with LP103": found is not None and found.code == "LP103",
-        f"in step {FIRST_FAULTY_STEP}": found is not None and found.step == FIRST_FAULTY_STEP,
+        f"the probe stops it in step {FIRST_FAULTY_STEP} with LP103": found is not None
+        and (found.code, found.step) == ("LP103", FIRST_FAULTY_STEP),
         "before the update": len(run.losses) == FIRST_FAULTY_STEP and run.moved_in_stopped_step == 0,
     }
 
@@ -283,22 +287,21 @@ def show_watched(run: FaultyRun) -> dict[str, bool]:
 
 def compare(unwatched: FaultyRun, watched: FaultyRun) -> dict[str, bool]:
     """Step by step: what is printed, what moves, and where the probe steps in."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("step", justify="right")
-    table.add_column("without: loss", justify="right")
-    table.add_column("adapter moved by", justify="right")
-    table.add_column("with LoraProbe: loss", justify="right")
-    table.add_column("adapter moved by", justify="right")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, caption="moved: the largest change of any adapter weight"
+    )
+    for heading in ("step", "loss, no probe", "moved", "loss, LoraProbe", "moved"):
+        table.add_column(heading, justify="right")
     for step in range(FIRST_FAULTY_STEP - 3, FIRST_FAULTY_STEP + 4):
         row = [str(step), f"{unwatched.losses[step]:.4f}", change(unwatched.moved[step])]
         if step < len(watched.losses):
             row += [f"{watched.losses[step]:.4f}", change(watched.moved[step])]
         elif step == len(watched.losses):
-            row += ["[bold green]stopped, LP103[/]", change(watched.moved_in_stopped_step)]
+            row += ["[bold green]stopped: LP103[/]", change(watched.moved_in_stopped_step)]
         table.add_row(*row)
     console.print(table)
     shared = len(watched.losses)
-    return {"up to there both runs are equal to the last bit": watched.losses == unwatched.losses[:shared]}
+    return {"until then the two runs are equal to the last bit": watched.losses == unwatched.losses[:shared]}
 
 
 def change(size: float) -> str:
