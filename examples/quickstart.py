@@ -260,7 +260,7 @@ def show_unwatched(run: FaultyRun) -> dict[str, bool]:
     table.add_row("the run", f"{len(run.losses)} steps, no error, no warning, last loss {run.losses[-1]:.2f}")
     table.add_row(
         "in truth",
-        f"from step {FIRST_FAULTY_STEP} on, no step moved any adapter weight (largest change: {max(after):g})",
+        f"from step {FIRST_FAULTY_STEP} on, no adapter weight moved (largest change: {max(after):g})",
     )
     console.print(table)
     return {

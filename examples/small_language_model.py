@@ -155,6 +155,7 @@ def write_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, promp
             max_new_tokens=tokens,
             do_sample=True,
             temperature=0.5,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     model.train(was_training)
