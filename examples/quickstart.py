@@ -54,13 +54,13 @@ LEARNING_RATE = 4e-3
 SEED = 1906
 PROMPT = "LOVE, n."
 
-# The sampler of sections 3 and 4: after which step it writes, and from which prompt. The second
-# prompt is longer than `SAMPLE_LENGTH` tokens, so `generate` raises a ValueError.
-SAMPLES = {
-    7: "HOPE, n.",
-    15: "HISTORY, n. An account mostly false, of events mostly unimportant, which are brought about "
-    "by rulers mostly knaves, and soldiers mostly fools.",
-}
+# The sampler of sections 3 and 4 writes after this step. Its prompt is longer than `SAMPLE_LENGTH`
+# tokens, so `generate` raises a ValueError.
+SAMPLE_AFTER = 15
+SAMPLE_PROMPT = (
+    "HISTORY, n. An account mostly false, of events mostly unimportant, which are brought about "
+    "by rulers mostly knaves, and soldiers mostly fools."
+)
 SAMPLE_LENGTH = 24
 FIRST_FAULTY_STEP = 16
 
@@ -70,9 +70,7 @@ console = get_console()  # the one that Lightning's progress bar draws on
 def main() -> int:
     """Run the five sections; 0 when everything went as told."""
     started = time.perf_counter()
-    torch.set_num_threads(
-        1
-    )  # so small a model gains nothing from a second one, and loses much where cores are shared
+    torch.set_num_threads(1)  # so small a model gains nothing from a second one, and loses much where cores are shared
     section(1, "A base model, trained from nothing")
     base = trained_base([Progress("base model")])
     told = show_base(base)
@@ -85,7 +83,7 @@ def main() -> int:
     told |= show_unwatched(unwatched)
 
     section(4, "The same bug, with LoraProbe(every_n_steps=1)")
-    watched = faulty_run(base, probe=LoraProbe(every_n_steps=1))
+    watched = faulty_run(base, probe=LoraProbe(every_n_steps=1, verbose=False))
     told |= show_watched(watched)
 
     section(5, "Side by side")
@@ -101,9 +99,7 @@ def show_base(base: Base) -> dict[str, bool]:
     table = figures()
     origin = "kept from an earlier run" if base.from_cache else "kept for the next run"
     table.add_row("model", f"Qwen2, {base.parameters / 1e6:.1f} M parameters, {origin}")
-    table.add_row(
-        "held-out loss", f"{base.held_out_loss:.2f} nats per token (guessing: {base.uniform_loss:.2f})"
-    )
+    table.add_row("held-out loss", f"{base.held_out_loss:.2f} nats per token (guessing: {base.uniform_loss:.2f})")
     table.add_row("it writes", f"[italic]{base.sample}[/]")
     console.print(table)
     return {"the base model has learned its text": base.held_out_loss < 0.7 * base.uniform_loss}
@@ -128,9 +124,7 @@ def qlora(base: Base) -> torch.nn.Module:
             # what it repacked has no backward: measuring the loss before training would break training.
             module.support_avx512bf16_for_cpu = False
     model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    return get_peft_model(
-        model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def watched_fine_tune(base: Base) -> dict[str, bool]:
@@ -150,7 +144,6 @@ def watched_fine_tune(base: Base) -> dict[str, bool]:
     table.add_row("held-out loss", f"{before:.2f} before, {after:.2f} after {FINE_TUNE_STEPS} steps")
     table.add_row("it writes", f"[italic]{write_text(model, base.tokenizer, PROMPT, tokens=40)}[/]")
     console.print(table)
-    console.print(probe.report)
     failed = [finding for finding in probe.report.findings if finding.status == "fail"]
     return {
         "so has the adapter": after < before - 0.5,
@@ -180,10 +173,10 @@ class Sampler(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: dict, batch: Tensor, batch_idx: int
     ) -> None:
-        """Write a sample after the steps named in `SAMPLES`."""
-        if batch_idx in SAMPLES:
+        """Write one sample in the middle of the run."""
+        if batch_idx == SAMPLE_AFTER:
             try:
-                sample = self.sample(pl_module.model, SAMPLES[batch_idx])
+                sample = self.sample(pl_module.model, SAMPLE_PROMPT)
             except Exception as error:  # a sample must never stop the training
                 sample = f"no sample ({type(error).__name__})"
             console.print(f"[dim]after step {batch_idx}:[/] [italic]{sample}[/]", highlight=False)
@@ -287,9 +280,7 @@ def show_watched(run: FaultyRun) -> dict[str, bool]:
 
 def compare(unwatched: FaultyRun, watched: FaultyRun) -> dict[str, bool]:
     """Step by step: what is printed, what moves, and where the probe steps in."""
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, caption="moved: the largest change of any adapter weight"
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="moved: the largest change of any adapter weight")
     for heading in ("step", "loss, no probe", "moved", "loss, LoraProbe", "moved"):
         table.add_column(heading, justify="right")
     for step in range(FIRST_FAULTY_STEP - 3, FIRST_FAULTY_STEP + 4):
@@ -329,6 +320,13 @@ class Progress(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return self.name
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict:
+        """The loss and the probe's word, short enough for one line."""
+        metrics = super().get_metrics(trainer, pl_module)
+        if "lora_probe/healthy" in metrics:
+            metrics["healthy"] = "yes" if metrics.pop("lora_probe/healthy") else "NO"
+        return metrics
 
 
 def section(number: int, title: str) -> None:
