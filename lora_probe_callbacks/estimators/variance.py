@@ -189,9 +189,10 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
     (count_a, first_a, mean_a, M2_a), (count_b, first_b, mean_b, M2_b) = a, b
     count = count_a + count_b
     first = torch.where(count_a > 0, first_a, first_b)
-    # Differences of first values before anything is added to them: no digit of the spread is lost.
-    from_a = (first_a - first) + mean_a
-    from_b = (first_b - first) + mean_b
+    # First values are subtracted before anything is added, and that of an empty part, 0, counts as `first`:
+    # everything stays of the size of the spread, and no digit of it is lost.
+    from_a = mean_a
+    from_b = torch.where(count_b > 0, first_b - first, 0.0) + mean_b
     part_b = count_b / count.clamp(min=1)
     mean = from_a + (from_b - from_a) * part_b
     M2 = M2_a + M2_b + (from_b - from_a).square() * count_a * part_b
