@@ -112,7 +112,9 @@ def is_active(policy: nn.Module, adapters: list[str]) -> bool:
 def _activate(policy: nn.Module, adapters: list[str]) -> None:
     set_adapter(policy, adapters)
     for module in policy.modules():
-        if isinstance(module, (PeftModel, BaseTuner)):
-            module.active_adapter = adapters[0] if len(adapters) == 1 else adapters
+        if isinstance(module, PeftModel):
+            module.active_adapter = adapters[0]  # one name, by which it looks up a config
+        elif isinstance(module, BaseTuner):
+            module.active_adapter = adapters
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             module.enable_adapters(True)
