@@ -277,6 +277,17 @@ def test_only_the_logits_that_predict_responses_are_made(tiny_llama_factory):
     assert shapes == [3]
 
 
+def test_the_model_is_told_what_is_padding(tiny_llama_factory):
+    model, seen = tiny_llama_factory(), {}
+    handle = model.register_forward_pre_hook(lambda *args: seen.update(args[2]), with_kwargs=True)
+    batch = PromptBatch.from_ragged([[5, 6, 7], [EOS]], [[[1, EOS]], [[2]]], pad_id=EOS)
+    sequence_logprobs(model, batch, adapter="default")
+    handle.remove()
+    assert seen["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]
+    assert seen["position_ids"][seen["attention_mask"].bool()].tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert seen["use_cache"] is False
+
+
 # The adapter
 
 
