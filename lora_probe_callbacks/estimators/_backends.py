@@ -148,9 +148,9 @@ def _refuse_double_backward(model: nn.Module) -> None:
             )
         checkpointing = getattr(module, "gradient_checkpointing", False) and module.training
         function = getattr(module, "_gradient_checkpointing_func", None)
-        if checkpointing and getattr(function, "keywords", {}).get("use_reentrant", True):
+        if checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
             raise NotImplementedError(
                 f"{path or type(module).__name__} uses reentrant checkpointing, which allows no "
-                "autograd.grad, so backend='alpha' cannot run; use backend='doubled_rank', or "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "autograd.grad, so backend='alpha' cannot run; use backend='doubled_rank', or enable "
+                "checkpointing with {'use_reentrant': False}."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Mapping
 
@@ -35,7 +36,10 @@ def doubled_rank(
     Raises:
         ValueError: if the number of losses is not the number of examples.
     """
-    changes = plan(model, mu)
+    # A power of two, exact: an update of 1e-8 would vanish in the float16 of some layers.
+    largest = max(float(tensor.abs().max()) for tensor in mu.values())
+    unit = 2.0 ** math.frexp(largest)[1]
+    changes = plan(model, {owner: tensor / unit for owner, tensor in mu.items()})
     _refuse_coupling(model)
     examples = PerExample(example_of_row, precision(model))
     # All frozen: the backward then computes no gradient of a weight, and touches no `.grad`.
@@ -54,7 +58,7 @@ def doubled_rank(
     _refuse_unvisited(changes, examples)
     assert examples.eps is not None
     s = examples.eps.grad
-    s = torch.zeros_like(examples.eps) if s is None else s
+    s = torch.zeros_like(examples.eps) if s is None else s * unit
     return s.detach(), L.detach(), min(_dtypes(model) | examples.dtypes, key=lambda d: torch.finfo(d).bits)
 
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -88,5 +88,4 @@ def _code(loss_fn: Callable[..., Any]) -> Hashable:
     while isinstance(loss_fn, functools.partial):
         loss_fn = loss_fn.func
     function: Any = getattr(loss_fn, "__func__", loss_fn)
-    code: Hashable = getattr(function, "__code__", type(function))
-    return code
+    return cast("Hashable", getattr(function, "__code__", type(function)))
