@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
+from lora_probe_callbacks.estimators._backward import backward
 from lora_probe_callbacks.estimators._untouched import only_trainable, own_gradients
 
 LossFunction = Callable[[nn.Module], torch.Tensor]
@@ -68,8 +69,7 @@ def weighted_sums(
                 parameter.grad = None
             if L.requires_grad:
                 total = (w.to(L) * L).sum() if weights is not None else L[i]
-                with torch.autocast(L.device.type, enabled=False):
-                    torch.autograd.backward(total, retain_graph=i + 1 < len(vectors))
+                backward(total, parameters, retain_graph=i + 1 < len(vectors))
             for parameter in parameters:
                 if parameter.grad is not None:
                     g = parameter.grad.detach().to_dense().to(dtype)
@@ -106,7 +106,7 @@ def alpha(
     _refuse_double_backward(model)
     parameters = [parameter for parameter in model.parameters() if id(parameter) in mu]
     dtype = precision(model)
-    with only_trainable(model, parameters):
+    with only_trainable(model, parameters), own_gradients(parameters):
         L = losses(model, loss_fn)
         weights = torch.ones(L.numel(), dtype=L.dtype, device=L.device, requires_grad=True)
         with torch.autocast(L.device.type, enabled=False):
@@ -148,9 +148,9 @@ def _refuse_double_backward(model: nn.Module) -> None:
             )
         checkpointing = getattr(module, "gradient_checkpointing", False) and module.training
         function = getattr(module, "_gradient_checkpointing_func", None)
-        if checkpointing and getattr(function, "keywords", {}).get("use_reentrant", True):
+        if checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
             raise NotImplementedError(
                 f"{path or type(module).__name__} uses reentrant checkpointing, which allows no "
-                "autograd.grad, so backend='alpha' cannot run; use backend='doubled_rank', or "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "autograd.grad, so backend='alpha' cannot run; use backend='doubled_rank', or enable "
+                "checkpointing with {'use_reentrant': False}."
             )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from lora_probe_callbacks.estimators._backends import LossFunction, losses, precision
+from lora_probe_callbacks.estimators._backward import backward
 from lora_probe_callbacks.estimators._layers import Change, applied, plan
 from lora_probe_callbacks.estimators._per_example import PerExample
 from lora_probe_callbacks.estimators._untouched import only_trainable
@@ -35,11 +35,14 @@ def doubled_rank(
     Raises:
         ValueError: if the number of losses is not the number of examples.
     """
-    changes = plan(model, mu)
+    # A power of two, exact: an update of 1e-8 would vanish in the float16 of some layers.
+    largest = max(float(tensor.abs().max()) for tensor in mu.values())
+    unit = 2.0 ** math.frexp(largest)[1]
+    changes = plan(model, {owner: tensor / unit for owner, tensor in mu.items()})
     _refuse_coupling(model)
     examples = PerExample(example_of_row, precision(model))
     # All frozen: the backward then computes no gradient of a weight, and touches no `.grad`.
-    with only_trainable(model, ()), applied(changes, examples), _eager(model):
+    with only_trainable(model, ()), applied(changes, examples):
         L = losses(model, loss_fn)
         count = None if examples.eps is None else examples.eps.numel()
         if count is not None and L.numel() != count:
@@ -49,70 +52,19 @@ def doubled_rank(
                 "example_of_row, e.g. torch.arange(B).repeat_interleave(G)."
             )
         if L.requires_grad:
-            with torch.autocast(L.device.type, enabled=False):
-                _backward(L.sum(), examples)
+            # None yet if all layers are inside reentrant checkpoints, which run them in the backward.
+            backward(L.sum(), [] if examples.eps is None else [examples.eps])
     _refuse_unvisited(changes, examples)
     assert examples.eps is not None
     s = examples.eps.grad
-    s = torch.zeros_like(examples.eps) if s is None else s
+    s = torch.zeros_like(examples.eps) if s is None else s * unit
     return s.detach(), L.detach(), min(_dtypes(model) | examples.dtypes, key=lambda d: torch.finfo(d).bits)
-
-
-def _backward(total: torch.Tensor, examples: PerExample) -> None:
-    """Accumulate into eps, and into nothing else that the loss may depend on."""
-    leaves, reentrant = _leaves(total)
-    if not reentrant:
-        if examples.eps is not None:
-            torch.autograd.backward(total, inputs=[examples.eps])
-        return
-    # A reentrant checkpoint allows neither autograd.grad nor `inputs` (torch 2.13,
-    # utils/checkpoint.py, CheckpointFunction.backward).
-    former = [(leaf, leaf.grad) for leaf in leaves]
-    try:
-        torch.autograd.backward(total)
-    finally:
-        for leaf, gradient in former:
-            if leaf is not examples.eps:
-                leaf.grad = gradient
-
-
-def _leaves(total: torch.Tensor) -> tuple[list[torch.Tensor], bool]:
-    """Return the leaves of a graph, and whether a reentrant checkpoint is in it."""
-    leaves: list[torch.Tensor] = []
-    reentrant = False
-    seen = {total.grad_fn}
-    stack = [total.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            reentrant = True
-        elif (variable := getattr(node, "variable", None)) is not None:
-            leaves.append(variable)
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return leaves, reentrant
 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
     """Return the floating types of parameters, and the compute types of quantised layers."""
     computed = {getattr(module, "compute_dtype", None) for module in model.modules()}
     return {p.dtype for p in model.parameters() if p.is_floating_point()} | {d for d in computed if d}
-
-
-@contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Run compiled parts as they are written, and keep DDP from preparing a reduction."""
-    with contextlib.ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in model.modules():
-            if isinstance(module, nn.parallel.DistributedDataParallel):
-                stack.enter_context(module.no_sync())
-        yield
 
 
 def _refuse_coupling(model: nn.Module) -> None:

@@ -115,12 +115,11 @@ def _forward_attribute(path: str, module: nn.Module) -> str:
 
 def _rule(path: str, module: nn.Module, mu: Tensors) -> Callable[[Forward, PerExample], Forward]:
     kind: Any = type(module)
-    if kind.forward is nn.Linear.forward and "weight" in mu:
-        return _linear(path, module, mu, transposed=False)
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" and "weight" in mu:
-        return _linear(path, module, mu, transposed=True)
-    if set(mu) == {"bias"} and isinstance(module, nn.Linear):
+    transposed = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"  # GPT-2
+    if set(mu) == {"bias"} and (transposed or isinstance(module, nn.Linear)):
         return _bias(path, mu["bias"])
+    if transposed or kind.forward is nn.Linear.forward:
+        return _linear(path, module, mu, transposed=transposed)
     normalises = kind.__name__.endswith("Norm") and not list(module.children())
     affine = isinstance(
         module, (nn.Embedding, nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,9 +14,9 @@ from torch import nn
 from lora_probe_callbacks.estimators._backends import LossFunction, weighted_sums
 
 # Relative disagreement allowed, by the lowest precision in the forward. Measured on healthy
-# models: 2e-8 (the norms of transformers run in float32 even then), 4e-7 and 2e-2 at most; on
-# the faults of tests/estimators: 1e-2 to 2.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+# models: 4e-7 and 2e-2 at most; on the faults of tests/estimators: 1e-2 to 2. A float64 model is
+# judged as float32: the norms and rotations of transformers run in that (5.23).
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 _checked: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
@@ -58,6 +58,7 @@ def check(
     # A generator of its own: the global stream is not ours to draw from.
     w = torch.randn(s.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(s)
     (expected,), (gradient_norm,), L_again = weighted_sums(model, loss_fn, mu, [w])
+    lowest = torch.float32 if lowest == torch.float64 else lowest
     allowed = _TOLERANCE[lowest]
     if not torch.allclose(L, L_again, rtol=allowed, atol=allowed * float(L.abs().max())):
         raise RuntimeError(
@@ -88,5 +89,4 @@ def _code(loss_fn: Callable[..., Any]) -> Hashable:
     while isinstance(loss_fn, functools.partial):
         loss_fn = loss_fn.func
     function: Any = getattr(loss_fn, "__func__", loss_fn)
-    code: Hashable = getattr(function, "__code__", type(function))
-    return code
+    return cast("Hashable", getattr(function, "__code__", type(function)))

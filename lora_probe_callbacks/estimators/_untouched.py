@@ -45,7 +45,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if key in vars(module)
     ]
     buffers = [
-        (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
+        (module._buffers, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_inference()
@@ -61,11 +61,30 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     parameter.requires_grad_(requires_grad)
             for attributes, key, value in adapters:
                 attributes[key] = value
-            for registry, name, buffer, version, contents in buffers:
+            for registry, name, buffer, contents in buffers:
                 registry[name] = buffer
-                if buffer._version != version:
+                # Not every kernel counts a version: batch_norm's running statistics do not.
+                if not torch.equal(buffer, contents):
                     with torch.no_grad():
                         buffer.copy_(contents)
+
+
+@contextlib.contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run compiled parts as they are written, and keep DDP from reducing gradients.
+
+    A compiled call does not see what is changed for one forward (torch 2.13).
+
+    Args:
+        model: the module that is called, with its wrappers.
+    """
+    with contextlib.ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 @contextlib.contextmanager

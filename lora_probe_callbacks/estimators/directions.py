@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lora_probe_callbacks.estimators._backward import backward
 from lora_probe_callbacks.estimators._owners import described, local, unwrapped
 from lora_probe_callbacks.estimators._trial_step import innermost, trial_step
-from lora_probe_callbacks.estimators._untouched import only_trainable, own_gradients, untouched
+from lora_probe_callbacks.estimators._untouched import eager, own_gradients, untouched
 
 LossFunction = Callable[[nn.Module], torch.Tensor]
 
@@ -109,7 +110,7 @@ class UpdateDirection:
         """The mean over prompts of the gradient of a surrogate L_n: mu = 1/B sum_n dL_n/dtheta.
 
         Args:
-            model: the module that is trained.
+            model: the module that is trained. Under DDP the direction is that of this rank's prompts.
             loss_fns: `loss_fn(model) -> [b]`, the surrogates of a micro-batch of prompts; or
                 several, whose prompts all count the same.
             lr: the learning rate of a step that ascends the surrogate.
@@ -120,18 +121,17 @@ class UpdateDirection:
         Raises:
             ValueError: if the losses depend on no trainable parameter, or there are none.
         """
-        parameters = dict(_trainable(model))
+        module, parameters = unwrapped(model), dict(_trainable(model))
         count = 0
-        with untouched(model), only_trainable(model, parameters.values()), own_gradients(parameters.values()):
+        with untouched(module), eager(model), torch.enable_grad(), own_gradients(parameters.values()):
             for loss_fn in [loss_fns] if callable(loss_fns) else loss_fns:
-                with torch.enable_grad():
-                    L = loss_fn(model)
-                    if not L.requires_grad:
-                        raise ValueError(
-                            "loss_fn returned values that depend on no trainable parameter of "
-                            f"{described(unwrapped(model))} (no_grad, merged or disabled adapter, detached)"
-                        )
-                    torch.autograd.backward(L.sum())
+                L = loss_fn(module)
+                if not L.requires_grad:
+                    raise ValueError(
+                        "loss_fn returned values that depend on no trainable parameter of "
+                        f"{described(module)} (no_grad, merged or disabled adapter, detached)"
+                    )
+                backward(L.sum(), list(parameters.values()))
                 count += L.numel()
             summed = {name: _gradient(name, p) for name, p in parameters.items() if p.grad is not None}
         if not summed or not count:

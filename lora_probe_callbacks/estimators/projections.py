@@ -17,7 +17,7 @@ from lora_probe_callbacks.estimators import _self_check
 from lora_probe_callbacks.estimators._backends import LossFunction, alpha, loop
 from lora_probe_callbacks.estimators._doubled_rank import doubled_rank
 from lora_probe_callbacks.estimators._owners import described, unwrapped
-from lora_probe_callbacks.estimators._untouched import random_state_restored, untouched
+from lora_probe_callbacks.estimators._untouched import eager, random_state_restored, untouched
 from lora_probe_callbacks.estimators.directions import UpdateDirection, refuse_unfit
 
 Direction = UpdateDirection | Mapping[str, torch.Tensor]
@@ -72,7 +72,7 @@ def per_prompt_projection(
         raise ValueError(f"got self_check={self_check!r}, expected 'first', 'always' or 'never'")
     if torch.is_inference_mode_enabled():
         raise ValueError("inference_mode cannot be undone inside; call it outside of torch.inference_mode()")
-    with untouched(module):
+    with untouched(module), eager(model), torch.enable_grad():
         if backend == "loop":
             return loop(module, loss_fn, mu)[0]
         if backend == "alpha":
