@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lora_probe_callbacks.estimators._backends import LossFunction, weighted_sums
+from lora_probe_callbacks.estimators._owners import Tree
 
 # Relative disagreement allowed, by the lowest precision in the forward. Measured on healthy
 # models: 4e-7 and 2e-2 at most; on the faults of tests/estimators: 1e-2 to 2. A float64 model is
@@ -32,7 +33,7 @@ def passed(model: nn.Module, loss_fn: Callable[..., Any], shape: Hashable) -> No
 
 
 def check(
-    model: nn.Module,
+    model: Tree,
     loss_fn: LossFunction,
     mu: Mapping[int, torch.Tensor],
     s: torch.Tensor,
@@ -45,7 +46,7 @@ def check(
     is right.
 
     Args:
-        model: the unwrapped module.
+        model: the unwrapped module and what is in it.
         loss_fn: the losses, with the random streams where they were for s.
         mu: the direction by id of the parameter.
         s: what the projection has found, [B].
