@@ -149,9 +149,7 @@ class Problem:
         try:
             with torch.no_grad(), forward_ad.dual_level():
                 for registry, attribute, parameter in registries:
-                    registry[attribute] = forward_ad.make_dual(
-                        parameter.detach(), self.mu[names[id(parameter)]]
-                    )
+                    registry[attribute] = forward_ad.make_dual(parameter.detach(), self.mu[names[id(parameter)]])
                 L = self.loss_fn(self.model)
                 tangent = forward_ad.unpack_dual(L).tangent
                 return torch.zeros_like(L) if tangent is None else tangent.clone()
@@ -179,9 +177,7 @@ def build(setting: Setting, device: str) -> nn.Module:
         quantise(model, dtype)
     if setting.checkpointing:
         # Renamed in transformers 5.23; both take the keywords of torch's checkpoint.
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     peft_model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
     return peft_model.to(device).train()
@@ -319,11 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers for renamed things
     cpu = options.device == "cpu"
-    name = (
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        if cpu
-        else torch.cuda.get_device_name()
-    )
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name()
     rows = []
     start = time.perf_counter()
     for row in benchmark(options.device):

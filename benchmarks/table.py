@@ -40,9 +40,7 @@ def line(row: dict[str, Any], step: dict[str, Any]) -> str:
         f"{', checkpointing' if row['checkpointing'] else ''}, "
         f"{row['prompts']} x {row['responses']} x {row['tokens']} tokens"
     )
-    name = {"step": "training step", "jvp": "forward mode (refused as a backend)"}.get(
-        row["backend"], row["backend"]
-    )
+    name = {"step": "training step", "jvp": "forward mode (refused as a backend)"}.get(row["backend"], row["backend"])
     if "failed" in row:
         why = textwrap.shorten(row["failed"].replace("|", "/"), 90, placeholder=" ...")
         return f"| {setting} | {name} | {why} | | | | |"

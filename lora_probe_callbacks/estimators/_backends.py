@@ -79,17 +79,13 @@ def weighted_sums(
         return products, norms.sqrt(), L.detach()
 
 
-def loop(
-    model: Tree, loss_fn: LossFunction, mu: Mapping[int, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def loop(model: Tree, loss_fn: LossFunction, mu: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return s_n = <grad L_n, mu> by its definition, the reference, and L; both [B]."""
     s, _, L = weighted_sums(model, loss_fn, mu)
     return s, L
 
 
-def alpha(
-    model: Tree, loss_fn: LossFunction, mu: Mapping[int, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def alpha(model: Tree, loss_fn: LossFunction, mu: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """A double backward: s = d<g, mu>/d alpha, with g = d(sum_n alpha_n L_n)/d theta.
 
     Args:
@@ -112,15 +108,11 @@ def alpha(
         weights = torch.ones(L.numel(), dtype=L.dtype, device=L.device, requires_grad=True)
         with torch.autocast(L.device.type, enabled=False):
             try:
-                gradients = torch.autograd.grad(
-                    (weights * L).sum(), moving, create_graph=True, allow_unused=True
-                )
+                gradients = torch.autograd.grad((weights * L).sum(), moving, create_graph=True, allow_unused=True)
                 total = torch.zeros((), dtype=dtype, device=L.device)
                 for parameter, g in zip(moving, gradients, strict=True):
                     if g is not None:
-                        total = total + (g.to(dtype) * mu[id(parameter)].to(g.device, dtype)).sum().to(
-                            L.device
-                        )
+                        total = total + (g.to(dtype) * mu[id(parameter)].to(g.device, dtype)).sum().to(L.device)
                 if not total.requires_grad:
                     return torch.zeros_like(weights, dtype=dtype), L.detach()
                 (s,) = torch.autograd.grad(total, weights)

@@ -121,17 +121,13 @@ def _rule(path: str, module: nn.Module, mu: Tensors) -> Callable[[Forward, PerEx
     if transposed or kind.forward is nn.Linear.forward:
         return _linear(path, module, mu, transposed=transposed)
     normalises = kind.__name__.endswith("Norm") and not list(module.children())
-    affine = isinstance(
-        module, (nn.Embedding, nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-    )
+    affine = isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase))
     if affine or normalises or hasattr(kind, "get_lora_weight"):
         return _affine(path, module, mu)
     return _refuse(path, module, mu)
 
 
-def _linear(
-    path: str, module: nn.Module, mu: Tensors, *, transposed: bool
-) -> Callable[[Forward, PerExample], Forward]:
+def _linear(path: str, module: nn.Module, mu: Tensors, *, transposed: bool) -> Callable[[Forward, PerExample], Forward]:
     """Return y = W x + b with dy = M x + m, by one product of twice the narrower width."""
     W, M = getattr(module, "weight").detach(), mu["weight"]  # noqa: B009
     if transposed:

@@ -141,9 +141,7 @@ class UpdateDirection:
         return cls(mean, scale=lr, source="from_loss", model=model)
 
     @classmethod
-    def adam_preconditioned(
-        cls, direction: UpdateDirection, model: nn.Module, optimizer: Optimizer
-    ) -> UpdateDirection:
+    def adam_preconditioned(cls, direction: UpdateDirection, model: nn.Module, optimizer: Optimizer) -> UpdateDirection:
         """A gradient in Adam's metric: mu_i = g_i / (sqrt(v_hat_i) + eps), without momentum.
 
         v_hat is the second moment that the coming step will use, the gradient g included:
@@ -303,9 +301,7 @@ class UpdateDirection:
         """
         shared = self.tensors.keys() & other.tensors.keys()
         if not shared:
-            raise ValueError(
-                f"the directions share no tensor: got {_some(self.tensors)} and {_some(other.tensors)}"
-            )
+            raise ValueError(f"the directions share no tensor: got {_some(self.tensors)} and {_some(other.tensors)}")
         total = 0.0
         for name in sorted(shared):
             mu, nu = self.tensors[name], other.tensors[name]

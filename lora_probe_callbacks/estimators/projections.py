@@ -272,9 +272,7 @@ def _checked_rows(example_of_row: torch.Tensor | None) -> torch.Tensor | None:
     return rows
 
 
-def _on_batch(
-    loss_fn: Callable[[nn.Module, Batch], torch.Tensor], batch: Batch
-) -> Callable[[nn.Module], torch.Tensor]:
+def _on_batch(loss_fn: Callable[[nn.Module, Batch], torch.Tensor], batch: Batch) -> Callable[[nn.Module], torch.Tensor]:
     @functools.wraps(loss_fn)
     def loss_of_batch(model: nn.Module) -> torch.Tensor:
         return loss_fn(model, batch)

@@ -27,9 +27,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
     "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
     "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
-    "adamw_amsgrad_capturable_lr": lambda p: torch.optim.AdamW(
-        p, lr=torch.tensor(0.1), amsgrad=True, foreach=False
-    ),
+    "adamw_amsgrad_capturable_lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), amsgrad=True, foreach=False),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.1),
@@ -61,9 +59,7 @@ def contents(value: Any) -> Any:
         data = value.detach().contiguous().flatten().view(torch.uint8).tolist() if value.numel() else []
         return id(value), value.dtype, tuple(value.shape), data, value._version, contents(gradient)
     if isinstance(value, dict):
-        return id(value), [
-            (id(k) if isinstance(k, torch.Tensor) else k, contents(v)) for k, v in value.items()
-        ]
+        return id(value), [(id(k) if isinstance(k, torch.Tensor) else k, contents(v)) for k, v in value.items()]
     if isinstance(value, list | tuple):
         return [contents(entry) for entry in value]
     return value if isinstance(value, str | int | float | bool | None) else id(value)
@@ -200,9 +196,7 @@ class TestOptimizerStepRefuses:
     def test_the_optimizer_of_another_module(self) -> None:
         case, _ = training_case("adamw")
         _, other = training_case("adamw")
-        with pytest.raises(
-            ValueError, match="AdamW owns none of the trainable tensors of PeftModelForCausalLM"
-        ):
+        with pytest.raises(ValueError, match="AdamW owns none of the trainable tensors of PeftModelForCausalLM"):
             UpdateDirection.from_optimizer_step(case.model, other)
 
 
@@ -240,9 +234,7 @@ class TestGradients:
             assert p.grad is before[name][0]
             assert torch.equal(p.grad, before[name][1])
 
-    @pytest.mark.parametrize(
-        "loss_fns", [[], torch.no_grad()(language_loss(tokens()))], ids=["none", "no_grad"]
-    )
+    @pytest.mark.parametrize("loss_fns", [[], torch.no_grad()(language_loss(tokens()))], ids=["none", "no_grad"])
     def test_from_loss_without_a_gradient(self, loss_fns: Any) -> None:
         case = language_case()
         with pytest.raises(ValueError, match=r"no gradient|no trainable parameter"):

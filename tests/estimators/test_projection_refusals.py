@@ -61,9 +61,7 @@ class TestSelfCheck:
         case = laid_out(lambda hidden: hidden.transpose(0, 1), tokens(6, 5))
         with pytest.raises(ValueError, match=r"returned 6 losses, but the layers got the rows of 5 examples"):
             project(case)
-        with pytest.raises(
-            ValueError, match=r"up.lora_A.default got a tensor of shape \(5, 6, 8\), expected \(6,\)"
-        ):
+        with pytest.raises(ValueError, match=r"up.lora_A.default got a tensor of shape \(5, 6, 8\), expected \(6,\)"):
             project(case, example_of_row=torch.arange(6))
 
     def test_tokens_gathered_by_expert(self) -> None:
@@ -180,9 +178,7 @@ class TestBeforeItRuns:
 
     def test_batch_norm_in_train_mode(self) -> None:
         model = conv_case(batch_norm=True).model
-        self.refuse(
-            model, r"norm \(BatchNorm2d\) normalises over the batch.*model.eval\(\), or backend='loop'"
-        )
+        self.refuse(model, r"norm \(BatchNorm2d\) normalises over the batch.*model.eval\(\), or backend='loop'")
 
     def test_attention_that_uses_the_weights_itself(self) -> None:
         class Attending(nn.Module):
@@ -193,9 +189,7 @@ class TestBeforeItRuns:
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return self.attention(x, x, x)[0]
 
-        self.refuse(
-            lora(Attending(), target_modules=["attention"]), r"attention \(MultiheadAttention\).*loop"
-        )
+        self.refuse(lora(Attending(), target_modules=["attention"]), r"attention \(MultiheadAttention\).*loop")
 
     def test_expert_parameters(self) -> None:
         class Experts(nn.Module):
@@ -261,9 +255,7 @@ class TestBeforeItRuns:
         model = nn.Linear(2, 1)
         self.refuse(model, "got 'weights', expected a parameter", direction={"weights": torch.ones(1, 2)})
         self.refuse(model, r"weight got shape \(2,\), expected \(1, 2\)", direction={"weight": torch.ones(2)})
-        self.refuse(
-            model, "NaN or infinity in weight", direction={"weight": torch.tensor([[1.0, torch.nan]])}
-        )
+        self.refuse(model, "NaN or infinity in weight", direction={"weight": torch.tensor([[1.0, torch.nan]])})
         with pytest.raises(ValueError, match="got an empty direction"):
             per_prompt_projection(model, lambda m: m.weight[0], {})
 
