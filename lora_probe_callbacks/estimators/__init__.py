@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# Public name -> the module that defines it, loaded on first use.
+# Public name -> the module that defines it. Loaded on first use: torchmetrics and peft pull transformers.
 _PUBLIC: dict[str, str] = {
     "ProjectionComparison": "lora_probe_callbacks.estimators.projections",
     "UpdateDirection": "lora_probe_callbacks.estimators.directions",
@@ -17,7 +17,7 @@ _PUBLIC: dict[str, str] = {
     "verify_projection": "lora_probe_callbacks.estimators.projections",
 }
 
-__all__ = list(_PUBLIC)
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
