@@ -153,6 +153,20 @@ class TestSelfCheck:
                 project(mixed)
 
 
+@pytest.mark.parametrize("checkpoints", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_rows_that_are_not_the_losses_need_example_of_row(checkpoints: Any) -> None:
+    case = language_case()
+    model: Any = case.model
+    if checkpoints is not None:
+        model.get_base_model().activation_checkpointing_enable(checkpoints)
+    grouped = Case(model, language_loss(tokens(6), responses=3))
+    with pytest.raises(ValueError, match=r"returned 2 losses, but .* rows of 6 examples.*example_of_row"):
+        project(grouped)
+    rows = torch.arange(3).repeat_interleave(2)
+    with pytest.raises(ValueError, match=r"returned 2 losses, but .* rows of 3 examples"):
+        project(grouped, example_of_row=rows)
+
+
 class TestUnvisited:
     def test_layer_that_never_ran(self) -> None:
         case = language_case()
