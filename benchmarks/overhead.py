@@ -112,7 +112,12 @@ def measure(training: Training, blocks: int, steps: int) -> dict[str, Any]:
         }
     extra = rows["every step"]["ms"] - rows["plain"]["ms"]
     default = 1 + extra / 50 / rows["plain"]["ms"]
-    return {"rows": rows, "ms_per_probed_step": round(extra, 3), "default_cadence": round(default, 5), "healthy": healthy}
+    return {
+        "rows": rows,
+        "ms_per_probed_step": round(extra, 3),
+        "default_cadence": round(default, 5),
+        "healthy": healthy,
+    }
 
 
 def main() -> None:
@@ -136,7 +141,9 @@ def main() -> None:
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "peft", "transformers")},
     }
     for row, values in result["rows"].items():
-        print(f"{row:<16}{values['ms']:>10.2f} ms   x {values['ratio']:.4f}  [{values['ratio_min']:.4f}, {values['ratio_max']:.4f}]")
+        print(
+            f"{row:<16}{values['ms']:>10.2f} ms   x {values['ratio']:.4f}  [{values['ratio_min']:.4f}, {values['ratio_max']:.4f}]"
+        )
     print(f"probed step +{result['ms_per_probed_step']:.2f} ms; every 50 steps: x {result['default_cadence']:.5f}")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"overhead-{options.shape}-{options.device}.json"
