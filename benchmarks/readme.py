@@ -19,45 +19,43 @@ from lora_probe_callbacks.checks.catalogue import all_checks
 SETTING = ("shape", "base", "attention", "checkpointing", "prompts", "responses", "tokens")
 
 
+BACKENDS = ("doubled_rank", "loop", "alpha", "jvp")
+
+
 def projection_table(result: dict[str, Any]) -> str:
-    """Return the Markdown of one result file."""
+    """Return the Markdown of one result file: a line for each setting, a column for each backend."""
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     lines = [
-        f"{result['device']}, {result['date']} ({versions}):",
+        f"{result['device']}, {result['date']} ({versions}); times and peak memory beside the plain training step:",
         "",
-        "| setting | backend | time | time / step | peak memory | memory / step | error to the loop |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| setting | training step | {' | '.join(BACKENDS)} |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for _, block in itertools.groupby(result["rows"], key=lambda row: [row[key] for key in SETTING]):
-        rows = list(block)
-        step = next(row for row in rows if row["backend"] == "step")
-        lines.extend(line(row, step) for row in rows)
+        rows = {row["backend"]: row for row in block}
+        step = rows["step"]
+        setting = (
+            f"{step['shape']}, {step['base']}, {step['attention']}{', checkpointing' if step['checkpointing'] else ''}, "
+            f"{step['prompts']} x {step['responses']} x {step['tokens']} tokens"
+        )
+        cells = [cell(rows.get(backend), step) for backend in BACKENDS]
+        lines.append(f"| {setting} | {step['ms']:.0f} ms, {step['gib']:.1f} GiB | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def line(row: dict[str, Any], step: dict[str, Any]) -> str:
-    """Return one backend's line, relative to the plain training step of its block."""
-    setting = (
-        f"{row['shape']}, {row['base']}, {row['attention']}"
-        f"{', checkpointing' if row['checkpointing'] else ''}, "
-        f"{row['prompts']} x {row['responses']} x {row['tokens']} tokens"
-    )
-    name = {"step": "training step", "jvp": "forward mode (refused as a backend)"}.get(row["backend"], row["backend"])
+def cell(row: dict[str, Any] | None, step: dict[str, Any]) -> str:
+    """Return one backend's time and memory relative to the step, or why it has none."""
+    if row is None:
+        return ""
     if "failed" in row:
-        why = textwrap.shorten(row["failed"].replace("|", "/"), 90, placeholder=" ...")
-        return f"| {setting} | {name} | {why} | | | | |"
-    time = f"{row['ms']:.0f} ms" if row["ms"] >= 100 else f"{row['ms']:.1f} ms"
-    memory = f"{row['gib']:.1f} GiB" if row["gib"] >= 0.1 else f"{row['gib'] * 1024:.0f} MiB"
-    relative = ["", ""]
-    if "failed" not in step and row is not step:
-        relative = [f"{row['ms'] / step['ms']:.2f}", f"{row['gib'] / step['gib']:.2f}" if step["gib"] else ""]
-    error = f"{row['error_to_loop']:.0e}" if "error_to_loop" in row else ""
-    return f"| {setting} | {name} | {time} | {relative[0]} | {memory} | {relative[1]} | {error} |"
+        return textwrap.shorten(row["failed"].replace("|", "/"), 60, placeholder=" ...")
+    memory = f", x {row['gib'] / step['gib']:.2f} memory" if step["gib"] else ""
+    return f"{row['ms']:.0f} ms, x {row['ms'] / step['ms']:.2f}{memory}"
 
 
 def projections(results: Path) -> str:
-    """Return the tables of all projection benchmarks, the GPU's first."""
-    files = sorted(results.glob("projection-*.json"), key=lambda path: ("cpu" in path.name, path.name))
+    """Return the tables of the projection benchmarks that ran on a GPU."""
+    files = sorted(path for path in results.glob("projection-*.json") if "cpu" not in path.name)
     return "\n\n".join(projection_table(json.loads(path.read_text())) for path in files)
 
 
