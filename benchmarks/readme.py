@@ -35,7 +35,8 @@ def projection_table(result: dict[str, Any]) -> str:
         rows = {row["backend"]: row for row in block}
         step = rows["step"]
         setting = (
-            f"{step['shape']}, {step['base']}, {step['attention']}{', checkpointing' if step['checkpointing'] else ''}, "
+            f"{step['shape']}, {step['base']}, {step['attention']}, "
+            f"{'checkpointing, ' if step['checkpointing'] else ''}"
             f"{step['prompts']} x {step['responses']} x {step['tokens']} tokens"
         )
         cells = [cell(rows.get(backend), step) for backend in BACKENDS]
