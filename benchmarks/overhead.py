@@ -141,9 +141,8 @@ def main() -> None:
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "peft", "transformers")},
     }
     for row, values in result["rows"].items():
-        print(
-            f"{row:<16}{values['ms']:>10.2f} ms   x {values['ratio']:.4f}  [{values['ratio_min']:.4f}, {values['ratio_max']:.4f}]"
-        )
+        spread = f"[{values['ratio_min']:.4f}, {values['ratio_max']:.4f}]"
+        print(f"{row:<16}{values['ms']:>10.2f} ms   x {values['ratio']:.4f}  {spread}")
     print(f"probed step +{result['ms_per_probed_step']:.2f} ms; every 50 steps: x {result['default_cadence']:.5f}")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"overhead-{options.shape}-{options.device}.json"
