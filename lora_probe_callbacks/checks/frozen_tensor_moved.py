@@ -63,7 +63,6 @@ def _drift(facts: Facts) -> Verdict:
     return report(
         f"the frozen base weight of {drift.layer} has drifted by {drift.relative:.1%} since training began",
         cause="base",
-        of_update=True,
         got=f"relative change {drift.relative:.2e}" + (" of its quantised codes" if drift.quantised else ""),
         expected=f"below {least:g}",
         fix="merge_adapter() and unmerge_adapter() do not give a 16-bit or quantised weight back exactly, and each cycle adds to the error: sync "

@@ -283,6 +283,11 @@ class Facts:
         """The units of one expected adapter."""
         return frozenset(i for i, u in enumerate(self.units) if u.adapter == adapter)
 
+    def low_rank_units_of(self, adapter: str) -> frozenset[int]:
+        """Those of them that merging concerns: a ``modules_to_save`` copy cannot be merged."""
+        units = self.units_of(adapter)
+        return frozenset(u for u in units if self.units[u].lora) or units
+
     def slots_of_units(self, units: Collection[int]) -> frozenset[int]:
         """The slots that the given units own."""
         return frozenset(s for u in units for s in self.units[u].slots)
