@@ -116,7 +116,7 @@ class Problem:
         part = slice(None) if prompt is None else slice(prompt * G, (prompt + 1) * G)
         ids, advantages = self.ids[part], self.advantages[part]
         logits = model(input_ids=ids, use_cache=False).logits
-        S = selected_logprobs(logits[:, :-1], ids[:, 1:]).mean(-1)
+        S = selected_logprobs(logits, ids).mean(-1)
         return (advantages * S).view(-1, G).mean(-1)
 
     def run(self, backend: str) -> torch.Tensor:
@@ -201,14 +201,17 @@ def quantise(model: Any, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True
 
 
-def selected_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log pi(target) in float32; the float32 copies of the logits live for one chunk at a time."""
-    flat, chosen = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+def selected_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log pi(next token) [rows, tokens - 1]; the float32 copies of the logits live for a chunk at a time.
+
+    The last position is computed and dropped: cutting it off the logits would copy all of them.
+    """
+    flat, chosen = logits.flatten(0, 1).split(CHUNK), ids.roll(-1, dims=1).flatten().split(CHUNK)
     parts = [
         checkpoint(_selected, flat_part, chosen_part, use_reentrant=False, preserve_rng_state=False)
-        for flat_part, chosen_part in zip(flat.split(CHUNK), chosen.split(CHUNK), strict=True)
+        for flat_part, chosen_part in zip(flat, chosen, strict=True)
     ]
-    return torch.cat(parts).view(targets.shape)
+    return torch.cat(parts).view(ids.shape)[:, :-1]
 
 
 def _selected(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -219,6 +222,7 @@ def _selected(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def measure(problem: Problem, backend: str, device: str) -> tuple[dict[str, Any], torch.Tensor | None]:
     """Run a backend once for its memory and three times for its time; report what stops it."""
     times: list[float] = []
+    free(device)  # what the last one held when it ran out of memory is let go only now
     try:
         problem.model.zero_grad(set_to_none=True)
         peak = peak_memory(functools.partial(problem.run, backend), device)

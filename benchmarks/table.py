@@ -53,12 +53,12 @@ def line(row: dict[str, Any], step: dict[str, Any]) -> str:
     return f"| {setting} | {name} | {time} | {relative[0]} | {memory} | {relative[1]} | {error} |"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print the tables, or write them between the markers of a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--readme", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     files = sorted(options.results.glob("projection-*.json"))
     text = "\n\n".join(table(json.loads(path.read_text())) for path in files)
     if options.readme is None:

@@ -47,20 +47,19 @@ def doubled_rank(
     # All frozen: the backward then computes no gradient of a weight, and touches no `.grad`.
     with only_trainable(model, ()), applied(changes, examples):
         L = losses(model, loss_fn)
-        count = examples.eps.numel() if examples.eps is not None else L.numel()
-        if example_of_row is not None:
-            count = int(example_of_row.max()) + 1
-        if L.numel() != count:
-            raise ValueError(
-                f"loss_fn returned {L.numel()} losses, but the layers got the rows of {count} examples; "
-                "expected as many. With several rows to an example (responses to a prompt), give "
-                "example_of_row, e.g. torch.arange(B).repeat_interleave(G)."
-            )
         if L.requires_grad:
             # None yet if all layers are inside reentrant checkpoints, which run them in the backward.
             backward(L.sum(), [] if examples.eps is None else [examples.eps])
     _refuse_unvisited(changes, examples)
     assert examples.eps is not None
+    # Not before the backward: in reentrant checkpoints the layers see their rows only there.
+    count = examples.eps.numel() if example_of_row is None else int(example_of_row.max()) + 1
+    if L.numel() != count:
+        raise ValueError(
+            f"loss_fn returned {L.numel()} losses, but the layers got the rows of {count} examples; "
+            "expected as many. With several rows to an example (responses to a prompt), give "
+            "example_of_row, e.g. torch.arange(B).repeat_interleave(G)."
+        )
     s = examples.eps.grad
     s = torch.zeros_like(examples.eps) if s is None else s.detach() * unit
     if example_of_row is not None:

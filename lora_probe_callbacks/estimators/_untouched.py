@@ -57,7 +57,8 @@ def untouched(model: Tree) -> Iterator[None]:
             yield
         finally:
             for module, training in modes:
-                module.training = training
+                if module.training != training:
+                    module.training = training
             for parameter, requires_grad in flags:
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)

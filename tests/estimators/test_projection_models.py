@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -271,3 +272,12 @@ def test_bitsandbytes_4_bit_with_checkpoints(use_dora: bool) -> None:
     model = lora(quantised(base, "nf4"), target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
     model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
     assert_agrees_with_loop(Case(model, language_loss(tokens())), 1e-5)
+
+
+def test_modules_with_accelerates_device_hooks() -> None:
+    case = language_case()
+    direction = random_direction(case.model)
+    expected = per_prompt_projection(case.model, case.loss_fn, direction)
+    for module in case.model.modules():
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    assert relative_error(per_prompt_projection(case.model, case.loss_fn, direction), expected) < 1e-12

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lora_probe_callbacks.estimators import UpdateDirection, per_prompt_projection
 from tests.estimators.projection_cases import (
@@ -134,6 +137,32 @@ class TestSelfCheck:
         for _ in range(2):
             with pytest.raises(RuntimeError, match="disagrees"):
                 project(case)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_bfloat16_is_not_taken_for_a_fault_nor_hides_one(self, seed: int) -> None:
+        case = language_case(dtype=torch.float32)
+        ids = tokens(6, 6, seed)
+        direction = random_direction(case.model, seed=seed)
+        mixed = laid_out(lambda hidden: hidden.transpose(0, 1), ids)
+        mixed.model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            per_prompt_projection(case.model, language_loss(ids), direction, self_check="always")
+            with pytest.raises(RuntimeError, match="sequence-first"):
+                project(mixed)
+
+
+@pytest.mark.parametrize("checkpoints", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_rows_that_are_not_the_losses_need_example_of_row(checkpoints: Any) -> None:
+    case = language_case()
+    model: Any = case.model
+    if checkpoints is not None:
+        model.get_base_model().activation_checkpointing_enable(checkpoints)
+    grouped = Case(model, language_loss(tokens(6), responses=3))
+    with pytest.raises(ValueError, match=r"returned 2 losses, but .* rows of 6 examples.*example_of_row"):
+        project(grouped)
+    rows = torch.arange(3).repeat_interleave(2)
+    with pytest.raises(ValueError, match=r"returned 2 losses, but .* rows of 3 examples"):
+        project(grouped, example_of_row=rows)
 
 
 class TestUnvisited:
@@ -270,6 +299,18 @@ class TestBeforeItRuns:
             rf"PeftModelForCausalLM at {id(other):#x} owns a tensor of the same name",
             direction=direction,
         )
+
+
+def test_sharded_parameters(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        model = nn.Linear(2, 1)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        direction = {"weight": torch.ones(1, 2)}
+        with pytest.raises(NotImplementedError, match=r"weight is sharded over ranks \(DTensor\)"):
+            per_prompt_projection(model, lambda m: m(torch.ones(3, 2))[:, 0], direction)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("L", [torch.tensor(1.0), torch.zeros(2, 2), torch.zeros(2, dtype=torch.long), 1.0])
