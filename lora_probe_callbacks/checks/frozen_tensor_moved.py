@@ -6,7 +6,7 @@ from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending, 
 from lora_probe_callbacks.observe.facts import Facts
 
 DRIFT_WARN, DRIFT_FAIL = 0.005, 0.02  # root mean square of the change over that of the weight
-CODES_WARN, CODES_FAIL = 0.01, 0.10  # fraction of quantised codes that changed
+CODES_WARN = 0.01  # fraction of quantised codes that changed: a single merge changes more, so it never fails
 
 
 def judge(facts: Facts) -> Verdict:
@@ -56,14 +56,13 @@ def _drift(facts: Facts) -> Verdict:
     drift = facts.base_drift
     if drift is None or facts.trainable_bases:
         return ok()
-    least, most = (CODES_WARN, CODES_FAIL) if drift.quantised else (DRIFT_WARN, DRIFT_FAIL)
+    least, most = (CODES_WARN, 2.0) if drift.quantised else (DRIFT_WARN, DRIFT_FAIL)
     if drift.relative < least:
         return ok()
     report = fail if drift.relative >= most else warn
     return report(
         f"the frozen base weight of {drift.layer} has drifted by {drift.relative:.1%} since training began",
         cause="base",
-        of_update=True,
         got=f"relative change {drift.relative:.2e}" + (" of its quantised codes" if drift.quantised else ""),
         expected=f"below {least:g}",
         fix="merge_adapter() and unmerge_adapter() do not give a 16-bit or quantised weight back exactly, and each cycle adds to the error: sync "

@@ -23,7 +23,7 @@ def judge(facts: Facts) -> Verdict:
     why = " because the gradients are not finite" if facts.scaler else ": gradients were made and no optimizer stepped"
     # Halving the scale cures an overflow that the scale has caused, and only that one.
     hopeless = facts.loss_scale is not None and facts.loss_scale < 1.0
-    if hopeless or row >= LONG or (not facts.ever_stepped and facts.evidence.get("all_non_finite") == "yes"):
+    if hopeless or row >= LONG or (not facts.ever_stepped and facts.all_non_finite):
         return fail(
             f"{row} steps in a row were skipped{why}: nothing is learned",
             facts.intended,

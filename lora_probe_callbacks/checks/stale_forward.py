@@ -9,7 +9,7 @@ from lora_probe_callbacks.observe.facts import Facts
 def judge(facts: Facts) -> Verdict:
     """Report a forward whose outputs differ from those of a repeat that reads the parameters afresh."""
     if facts.stale_forward is None:
-        reason = facts.evidence.get("LP405")
+        reason = facts.why_not_repeated
         return skipped(reason) if reason else pending("no forward was repeated yet")
     stale, comparison = facts.stale_forward
     if not stale:

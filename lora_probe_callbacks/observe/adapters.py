@@ -159,7 +159,7 @@ def take_inventory(roots: Iterable[tuple[str, nn.Module]]) -> Inventory:
             inventory.groups.setdefault(id(top[1]), top[0] or type(top[1]).__name__)
             inventory.layers.append(layer)
             inventory.units.extend(_units(layer))
-            if isinstance(module, BaseTunerLayer) and _inside_adapter_part(module, chain):
+            if _inside_adapter_part(module, chain):
                 inventory.nested.append(name)
             inside = False
             if not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
@@ -238,6 +238,8 @@ def _chain(name: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, n
 
 def _inside_adapter_part(module: nn.Module, chain: list[tuple[str, nn.Module]]) -> bool:
     """A tuner layer within lora_A and the like, or around a second one with the same adapter."""
+    if not isinstance(module, BaseTunerLayer):
+        return False
     for name, ancestor in chain:
         if isinstance(ancestor, BaseTunerLayer):
             below = {child for child, m in ancestor.named_modules() if m is module}

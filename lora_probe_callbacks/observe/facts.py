@@ -11,7 +11,7 @@ has. Both are numbered; the numbers are indices into ``Facts.slots`` and ``Facts
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["A", "B", "other"]
@@ -242,8 +242,9 @@ class Facts:
     ever_stepped: bool = False
     scaler: bool = False
     loss_scale: float | None = None
+    all_non_finite: bool = False  # nothing that arrived was finite
     stale_forward: tuple[bool, str] | None = None  # (stale, what was compared)
-    evidence: dict[str, str] = field(default_factory=dict)
+    why_not_repeated: str | None = None
 
     @property
     def training_forwards(self) -> tuple[ForwardFact, ...]:
@@ -252,6 +253,17 @@ class Facts:
         if received:
             return received
         return self.forwards if len(self.forwards) == 1 else ()
+
+    @property
+    def nobody_called(self) -> bool:
+        """No forward on the expected model was seen, and not one expected gradient is there."""
+        read = [g for g in self.gradients if g is not None]
+        return (
+            bool(read)
+            and not any(g.present for g in read)
+            and self.unobservable is None
+            and not any(f.holds_expected for f in self.training_forwards)
+        )
 
     @property
     def called_units(self) -> frozenset[int] | None:

@@ -290,6 +290,13 @@ class ForwardObserver:
         """The candidates since the step began."""
         return tuple(candidate.fact(slot_of) for candidate in self.candidates)
 
+    @property
+    def unobservable(self) -> str | None:
+        """Why no forward can be seen, or None."""
+        if self.units and all(unit.layer.compiled for unit in self.units) and not self.candidates:
+            return "the model is compiled as a whole: its forwards cannot be watched, the gradients decide"
+        return None
+
     def cotangents(self) -> list[torch.Tensor]:
         """The gradients that arrived at outputs of one element."""
         return [c.cotangent for c in self.candidates if c.cotangent is not None]

@@ -17,17 +17,48 @@ from torch import nn
 from lora_probe_callbacks.observe.forwards import tensors_in
 from lora_probe_callbacks.observe.wrappers import is_compiled
 
-__all__ = ["compare_with_fresh_weights", "random_state", "why_not"]
+__all__ = ["ForwardRepeat"]
 
 _MOST_BYTES = 256 * 2**20
 
 
-def random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+class ForwardRepeat:
+    """Runs the first candidate of one step a second time.
+
+    Args:
+        device: Where the adapter is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._random: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.stale: tuple[bool, str] | None = None
+        self.why_not: str | None = None
+
+    def before(self) -> None:
+        """Keep the random state with which a candidate begins."""
+        if self.stale is None and self.why_not is None:
+            self._random = _random_state(self._device)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Repeat the candidate and compare, once."""
+        if self._random is None or self.stale is not None or self.why_not is not None:
+            return
+        self.why_not = _why_not(module, args, kwargs, self._device)
+        if self.why_not is None:
+            result = _compare(module, args, kwargs, output, self._random, self._device)
+            if isinstance(result, str):
+                self.why_not = result
+            else:
+                self.stale = result
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The state of the generators that a forward on ``device`` may draw from."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> str | None:
+def _why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> str | None:
     """Say why a forward need not or must not be repeated.
 
     Args:
@@ -45,6 +76,10 @@ def why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], de
         return "autocast runs without its cache, so no cast weight can be stale"
     if is_compiled(module) or any(is_compiled(m) for m in module.modules()):
         return "a compiled module is not bit-equal to its eager repeat"
+    if any(type(m).__name__ == "Linear4bit" and not m.training for m in module.modules()):
+        # bitsandbytes 0.50 repacks the weights for inference at a forward in eval mode without input
+        # gradients (CPUs with AVX512-BF16), and training forwards then go through a kernel without backward.
+        return "a 4-bit model in eval mode is changed by a forward without gradients"
     for value in (*args, *kwargs.values()):
         if hasattr(value, "get_seq_length") or (value is not None and "Cache" in type(value).__name__):
             return "a cache among the arguments would be written twice"
@@ -53,7 +88,7 @@ def why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], de
     return None
 
 
-def compare_with_fresh_weights(
+def _compare(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -114,7 +149,7 @@ def _restored(
     module: nn.Module, before: tuple[torch.Tensor, torch.Tensor | None], device: torch.device
 ) -> Iterator[None]:
     """Begin with the random state of the first run, and end with the state and buffers that it left."""
-    cpu, cuda = random_state(device)
+    cpu, cuda = _random_state(device)
     buffers = [(b, b._version, b.detach().clone()) for b in module.buffers()]
     torch.set_rng_state(before[0])
     if before[1] is not None:

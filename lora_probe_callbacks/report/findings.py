@@ -91,6 +91,11 @@ class ProbeReport:
 
         return render(self)
 
+    def __rich__(self) -> object:
+        from lora_probe_callbacks.report.console import health_table
+
+        return health_table(self)
+
 
 class LoraProbeError(Exception):
     """The adapter does not train. Not a RuntimeError: training loops catch those as out of memory.

@@ -1,0 +1,79 @@
+"""What the user meant, and when to look: the keyword arguments of every front door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lora_probe_callbacks.checks.catalogue import selected
+
+__all__ = ["ProbeConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeConfig:
+    """What the user meant, and when to look. The same keyword arguments open every front door.
+
+    Args:
+        adapter: Name(s) that must train; default: the adapters active when training starts.
+        reference_adapters: Names that must stay frozen.
+        lagged_adapters: Names that must slowly follow the trained one.
+        reference: ``"disabled"`` if the loss compares with this model, its adapters disabled.
+        resumed: True if the adapter was restored, False if it is new.
+        expect_targets: Name parts that must each own an adapted module.
+        new_token_ids: Added vocabulary rows that must learn.
+        frozen: Name parts of adapter tensors that are meant to stay frozen.
+        every_n_steps: Cadence of the periodic checks; the first four steps are always probed.
+        on_failure: ``"raise"``, ``"stop"`` (graceful) or ``"warn"``.
+        select: Codes or prefixes of the checks to run; default: all.
+        ignore: Codes or prefixes to leave out.
+        estimator: An estimator to watch and log.
+        record: Path of the append-only record.
+        verbose: Print findings and the health table (rank 0 only).
+
+    Raises:
+        ValueError: If an argument has a value that cannot be meant.
+    """
+
+    adapter: str | Sequence[str] | None = None
+    reference_adapters: Sequence[str] = ()
+    lagged_adapters: Sequence[str] = ()
+    reference: Literal["disabled"] | None = None
+    resumed: bool | None = None
+    expect_targets: Sequence[str] = ()
+    new_token_ids: Sequence[int] = ()
+    frozen: Sequence[str] = ()
+    every_n_steps: int = 50
+    on_failure: Literal["raise", "stop", "warn"] = "raise"
+    select: Sequence[str] | None = None
+    ignore: Sequence[str] = ()
+    estimator: object = None
+    record: str | Path | None = None
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every_n_steps, bool) or not isinstance(self.every_n_steps, int) or self.every_n_steps < 1:
+            raise ValueError(f"every_n_steps got {self.every_n_steps!r}, expected an integer of at least 1")
+        if self.on_failure not in ("raise", "stop", "warn"):
+            raise ValueError(f"on_failure got {self.on_failure!r}, expected 'raise', 'stop' or 'warn'")
+        if self.reference not in (None, "disabled"):
+            raise ValueError(f"reference got {self.reference!r}, expected None or 'disabled'")
+        for name in ("reference_adapters", "lagged_adapters", "frozen", "expect_targets"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"{name} got the string {value!r}, expected a sequence: ({value!r},)")
+        both = set(self.names or ()) & (set(self.reference_adapters) | set(self.lagged_adapters))
+        if both:
+            raise ValueError(
+                f"adapter {sorted(both)} is expected to train and declared as reference or lagged: choose one"
+            )
+        selected(self.select, self.ignore)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The expected names, if any were given."""
+        if self.adapter is None:
+            return None
+        return (self.adapter,) if isinstance(self.adapter, str) else tuple(self.adapter)

@@ -1,0 +1,164 @@
+"""The findings of a run: one for each check and cause, with what changed since the last healthy step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_probe_callbacks.checks.base import Check, Verdict
+from lora_probe_callbacks.observe.facts import Facts
+from lora_probe_callbacks.report.findings import Finding
+
+__all__ = ["Ledger", "state_in_words"]
+
+_RANK = {"fail": 0, "warn": 1, "pass": 2, "pending": 3, "skipped": 4}
+
+
+class Ledger:
+    """Keeps what the verdicts of all decisions come to.
+
+    Args:
+        checks: The checks that judge in this run.
+    """
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        self._checks = {check.code: check for check in checks}
+        self._results: dict[tuple[str, str], Finding] = {}
+        self.baseline: dict[str, Any] | None = None  # the last healthy state, in words
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Failures first; a check that failed is not listed as passed as well."""
+        bad = {code for (code, _), f in self._results.items() if f.status in ("fail", "warn")}
+        listed = [f for (code, _), f in self._results.items() if f.status in ("fail", "warn") or code not in bad]
+        return sorted(listed, key=lambda f: (_RANK[f.status], f.code))
+
+    def add(self, facts: Facts, verdicts: Mapping[str, Verdict]) -> list[Finding]:
+        """Enter the verdicts of one decision.
+
+        Args:
+            facts: What they were judged on.
+            verdicts: Code to verdict.
+
+        Returns:
+            The findings that are new, or that got worse.
+        """
+        state = state_in_words(facts)
+        changed = []
+        for code, verdict in verdicts.items():
+            if verdict.status in ("warn", "fail"):
+                known = self._results.get((code, verdict.cause))
+                finding = self._bad(self._checks[code], verdict, facts, state, known)
+                if known is None or known.status != finding.status:
+                    changed.append(finding)
+            else:
+                known = self._results.get((code, ""))
+                if known is not None and not _replaces(verdict.status, known.status):
+                    continue
+                finding = self._finding(self._checks[code], verdict, facts.step, facts.framework_step)
+            self._results[code, finding.cause] = finding
+        healthy = not any(v.status == "fail" for v in verdicts.values())
+        if healthy and any(f.received for f in facts.forwards):
+            self.baseline = state
+        return changed
+
+    def not_judged(self, reason: str, step: int, framework_step: int) -> None:
+        """Say of every check without a result that it could not be judged."""
+        for check in self._checks.values():
+            known = self._results.get((check.code, ""))
+            if known is None or known.status in ("pending", "skipped"):
+                verdict = Verdict("skipped", reason)
+                self._results[check.code, ""] = self._finding(check, verdict, step, framework_step)
+
+    def _bad(
+        self, check: Check, verdict: Verdict, facts: Facts, state: Mapping[str, Any], known: Finding | None
+    ) -> Finding:
+        step, framework_step = facts.step, facts.framework_step
+        if verdict.of_update and facts.update is not None:
+            step, framework_step = facts.update.step, facts.update.framework_step
+        if known is None or known.status not in ("warn", "fail"):
+            evidence = {**verdict.evidence, **_what_changed(self.baseline, state, verdict)}
+            return self._finding(check, verdict, step, framework_step, evidence=evidence)
+        return self._finding(
+            check,
+            verdict,
+            known.step,
+            known.framework_step,
+            evidence={**known.evidence, **verdict.evidence},
+            last_step=step,
+            count=known.count + 1,
+            failed_before=known.status == "fail",
+        )
+
+    def _finding(
+        self,
+        check: Check,
+        verdict: Verdict,
+        step: int,
+        framework_step: int,
+        *,
+        evidence: Mapping[str, object] | None = None,
+        last_step: int | None = None,
+        count: int = 1,
+        failed_before: bool = False,
+    ) -> Finding:
+        bad = verdict.status in ("warn", "fail")
+        return Finding(
+            code=check.code,
+            name=check.name,
+            family=check.family,
+            status="fail" if failed_before else verdict.status,
+            message=verdict.message,
+            evidence=evidence or {},
+            fix=(verdict.fix or check.fix) if bad else "",
+            step=step,
+            framework_step=framework_step,
+            last_step=step if last_step is None else last_step,
+            count=count,
+            cause=verdict.cause if bad else "",
+        )
+
+
+def state_in_words(facts: Facts) -> dict[str, Any]:
+    """The few facts that tell what changed when a healthy run becomes unhealthy.
+
+    Args:
+        facts: What is known at a decision.
+
+    Returns:
+        Plain values by name.
+    """
+    forward = facts.training_forwards[0] if facts.training_forwards else None
+    modes = forward.modes if forward is not None else facts.modes
+    count = {mode: modes.count(mode) for mode in ("active", "inactive", "disabled", "merged")}
+    read = [g for g in facts.gradients if g is not None]
+    return {
+        "step": facts.step,
+        "framework_step": facts.framework_step,
+        "active_adapters": list(forward.active if forward is not None else facts.active),
+        "adapted layers": {mode: n for mode, n in count.items() if n},
+        "trainable tensors": sum(s.requires_grad for s in facts.slots),
+        "tensors in the optimizer": sum(s.owner is not None for s in facts.slots),
+        "called module": forward.module if forward is not None else None,
+        "gradients None": sum(not g.present for g in read) if read else None,
+    }
+
+
+def _replaces(new: str, old: str) -> bool:
+    """A verdict that judged is not overwritten by one that could not, nor a lasting reason by a passing one."""
+    return new == "pass" or old == "pending" or (old == "skipped" and new == "skipped")
+
+
+def _what_changed(baseline: Mapping[str, Any] | None, state: Mapping[str, Any], verdict: Verdict) -> dict[str, object]:
+    if baseline is None:
+        return {}
+    changes = [
+        f"{key} {baseline[key]!r} -> {state[key]!r}"
+        for key in state
+        if key not in ("step", "framework_step")
+        and None not in (baseline.get(key), state[key])
+        and baseline[key] != state[key]
+    ]
+    if not changes or verdict.of_update:
+        return {"last healthy step": baseline["step"]} if not verdict.of_update else {}
+    return {"last healthy step": baseline["step"], "changed since": "; ".join(changes)}

@@ -1,0 +1,165 @@
+"""What is read from the device around one step, and its one way to the host.
+
+A decision needs the gradients of its own step and what the update before it did. Both are put into
+one readout as small tensors, and fetched together when the decision is made.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch.optim import Optimizer
+
+from lora_probe_callbacks.observe.facts import BaseDrift, GradientFact, StepUpdate
+from lora_probe_callbacks.observe.gradients import GradientReading, read_gradients
+from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale
+from lora_probe_callbacks.observe.readout import Readout
+from lora_probe_callbacks.observe.scene import Scene
+from lora_probe_callbacks.observe.updates import BaseSample, UpdateReading, copy_before, read_update
+
+__all__ = ["DeviceReader", "Readings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What came to the host for one decision.
+
+    Attributes:
+        gradients: One entry a slot; None where nothing was read.
+        update: The last probed update, or None.
+        others_before: Fingerprints of the other adapters before that update.
+        others_after: The same directly after it.
+        drift: Of sampled base weights.
+        skipped_inside: A fused optimizer left the update out by itself.
+        all_non_finite: Nothing that arrived was finite: no change of the loss scale cures that.
+    """
+
+    gradients: tuple[GradientFact | None, ...]
+    update: StepUpdate | None
+    others_before: list[float] | None
+    others_after: list[float] | None
+    drift: BaseDrift | None
+    skipped_inside: bool
+    all_non_finite: bool
+
+
+@dataclass(eq=False, slots=True)
+class _Tickets:
+    """Where the values of one decision will be found."""
+
+    readout: Readout = field(default_factory=Readout)
+    updates: list[UpdateReading] = field(default_factory=list)
+    received: list[GradientReading] = field(default_factory=list)  # gradients as the optimizer got them
+    gradients: list[GradientReading] = field(default_factory=list)
+    before: range | None = None
+    after: range | None = None
+    skipped: range | None = None
+
+
+class DeviceReader:
+    """Reads tensors around the optimizer's step.
+
+    Args:
+        scene: What is expected to train.
+    """
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._sample = BaseSample(scene.layers)
+        self._tickets = _Tickets()
+        self._copies: dict[int, dict[int, torch.Tensor]] = {}  # optimizer to slot to its copy
+
+    @property
+    def waiting(self) -> bool:
+        """Something was read that no decision has judged yet."""
+        tickets = self._tickets
+        return bool(tickets.updates or tickets.gradients) or tickets.after is not None
+
+    def forget(self) -> None:
+        """Let go of all copies."""
+        self._copies.clear()
+
+    def copy(self, optimizer: int) -> None:
+        """Copy what an optimizer is about to change; the copies live until its step has ended."""
+        if optimizer not in self._copies:
+            self._copies[optimizer] = copy_before(self._scene.tensors(optimizer, unowned=False))
+
+    def read_others_before(self) -> None:
+        """Fingerprint the adapters that must stay as they are, before the step."""
+        if self._tickets.before is None:
+            self._tickets.before = self._scene.read_fingerprints(self._tickets.readout)
+
+    def read_gradients(self, optimizer: int, *, unowned: bool) -> None:
+        """Read the gradients that an optimizer is about to apply."""
+        tensors = self._scene.tensors(optimizer, unowned=unowned)
+        scale = grad_scale(self._scene.optimizers[optimizer])
+        self._tickets.gradients.append(read_gradients(tensors, self._tickets.readout, scale))
+
+    def read_after(self, optimizer: int, step: int, framework_step: int) -> None:
+        """Directly after a step: what did it change, and what were the gradients that it got?"""
+        copies = self._copies.pop(optimizer, None)
+        if copies is None:
+            return
+        tickets, inner = self._tickets, self._scene.optimizers[optimizer]
+        mine = self._scene.tensors(optimizer, unowned=False)
+        update = read_update(copies, mine, tickets.readout, step, framework_step)
+        if update is not None:
+            tickets.updates.append(update)
+            tickets.received.append(read_gradients(mine, tickets.readout, grad_scale(inner)))
+        tickets.skipped = _flag(inner, tickets.readout)
+        tickets.after = self._scene.read_fingerprints(tickets.readout)
+
+    def fetch(self, *, cotangents: list[torch.Tensor], sample: bool, merges: int) -> Readings:
+        """Bring everything to the host: the one transfer of a decision.
+
+        Args:
+            cotangents: Gradients of one element that arrived at outputs.
+            sample: Look at the sampled base weights too.
+            merges: Times that a layer was seen merged.
+
+        Returns:
+            What was read since the last fetch.
+        """
+        tickets, self._tickets = self._tickets, _Tickets()
+        readout = tickets.readout
+        drift = self._sample.read(readout) if sample else None
+        arrived = readout.add_all(cotangents)
+        readout.fetch()
+        found: dict[int, GradientFact] = {}
+        for reading in tickets.gradients:
+            found.update(reading.facts(readout))
+        gradients = tuple(found.get(i) for i in range(len(self._scene.slots)))
+        present = [g for g in gradients if g is not None and g.present]
+        hopeless = any(not math.isfinite(v) for v in readout.get(arrived))
+        skipped = tickets.skipped is not None and readout.get(tickets.skipped)[0] > 0
+        return Readings(
+            gradients=gradients,
+            update=None if skipped else self._update(tickets),
+            others_before=None if tickets.before is None else readout.get(tickets.before),
+            others_after=None if tickets.after is None else readout.get(tickets.after),
+            drift=None if drift is None else self._sample.fact(readout.get(drift), merges),
+            skipped_inside=skipped,
+            all_non_finite=hopeless or (bool(present) and not any(g.finite for g in present)),
+        )
+
+    def _update(self, tickets: _Tickets) -> StepUpdate | None:
+        if not tickets.updates:
+            return None
+        by_slot, norms = {}, {}
+        for update, received in zip(tickets.updates, tickets.received, strict=True):
+            by_slot.update(update.facts(tickets.readout))
+            norms.update({i: g.norm for i, g in received.facts(tickets.readout).items() if g.present})
+        slots = range(len(self._scene.slots))
+        return StepUpdate(
+            step=tickets.updates[0].step,
+            framework_step=tickets.updates[0].framework_step,
+            slots=tuple(by_slot.get(i) for i in slots),
+            gradient_norms=tuple(norms.get(i) for i in slots),
+        )
+
+
+def _flag(optimizer: Optimizer, readout: Readout) -> range | None:
+    flag = found_inf(optimizer)
+    return None if flag is None else readout.add(flag.reshape(1))

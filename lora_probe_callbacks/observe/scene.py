@@ -1,0 +1,353 @@
+"""What is expected to train, and what holds it: the observer that knows the whole model.
+
+Built from the inventory and the names that are meant; asked at every decision for its present state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lora_probe_callbacks.observe.adapters import AdaptedLayer, Inventory, Slot, Unit, take_inventory
+from lora_probe_callbacks.observe.facts import ForwardFact, GradientFact, OtherAdapter, SlotFact, UnitFact
+from lora_probe_callbacks.observe.idle import idle_part
+from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
+from lora_probe_callbacks.observe.readout import Readout
+from lora_probe_callbacks.observe.updates import Fingerprints
+
+__all__ = ["Scene", "base_weight"]
+
+
+class Scene:
+    """The expected units and slots of a model, and everything around them.
+
+    Args:
+        roots: (name, module) pairs that hold what is trained.
+        optimizers: Torch optimizers.
+        adapter: Declared name(s) that must train, or None.
+        reference: Declared names that must stay frozen.
+        lagged: Declared names that follow.
+        frozen: Name parts of tensors that are meant to stay frozen.
+
+    Raises:
+        ValueError: If there is no adapter, a name that does not exist, or no way to choose.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[tuple[str, nn.Module]],
+        optimizers: Sequence[Optimizer],
+        *,
+        adapter: tuple[str, ...] | None,
+        reference: Sequence[str],
+        lagged: Sequence[str],
+        frozen: Sequence[str],
+    ) -> None:
+        self.roots = roots
+        self.optimizers = optimizers
+        self.declared = adapter
+        self._reference = tuple(reference)
+        self._lagged = tuple(lagged)
+        self._frozen = tuple(frozen)
+        self.inventory: Inventory = take_inventory(roots)
+        self._check_names()
+        self.ever_changed: set[str] = set()
+        self.bypassed: set[int] = set()  # units whose base weight was seen in use without a call
+        self.suspects: set[int] = set()  # units to be watched for that
+        self.expect(self.active_names())
+
+    # --- what is meant ----------------------------------------------------------------------
+
+    def _check_names(self) -> None:
+        inventory = self.inventory
+        if not inventory.units and not inventory.unloaded:
+            names = ", ".join(f"{name or 'the model'} ({type(module).__name__})" for name, module in self.roots)
+            raise ValueError(
+                f"found no PEFT adapter in {names}; expected a PeftModel or a model with add_adapter(): attach the "
+                "adapter before training starts (a model that was merged and unloaded has none left)"
+            )
+        asked: dict[str, tuple[str, ...]] = {
+            "adapter": self.declared or (),
+            "reference_adapters": self._reference,
+            "lagged_adapters": self._lagged,
+        }
+        for argument, wanted in asked.items():
+            unknown = [name for name in wanted if name not in inventory.adapters]
+            if unknown and not inventory.unloaded:
+                raise ValueError(f"{argument} got {unknown}, expected names among {inventory.adapters}")
+
+    def active_names(self) -> tuple[str, ...]:
+        """The adapters that must train: as declared, else those active now that are no reference."""
+        if self.declared is not None:
+            return self.declared
+        aside = {*self._reference, *self._lagged}
+        active = tuple(name for name in self.inventory.active if name not in aside)
+        return active or tuple(name for name in self.inventory.adapters if name not in aside)
+
+    def expect(self, names: tuple[str, ...]) -> None:
+        """Settle which units are expected to train.
+
+        Args:
+            names: Their adapters.
+        """
+        self.expected = names
+        self.units: list[Unit] = self._choose([u for u in self.inventory.units if u.adapter in names])
+        self.slots: list[Slot] = [slot for unit in self.units for slot in unit.slots]
+        self._unit_of_slot = [number for number, unit in enumerate(self.units) for _ in unit.slots]
+        self._start_tensors = [slot.tensor for slot in self.slots]
+        expected = {id(unit) for unit in self.units}
+        self._others: dict[str, list[Slot]] = {}
+        for unit in self.inventory.units:
+            if id(unit) not in expected:
+                self._others.setdefault(unit.adapter, []).extend(unit.slots)
+        self._fingerprints = {
+            name: Fingerprints({s.name: t for s in slots if (t := s.tensor) is not None})
+            for name, slots in self._others.items()
+            if name not in self._lagged
+        }
+
+    def _choose(self, units: list[Unit]) -> list[Unit]:
+        """With several models that hold adapters, the expected ones are those that an optimizer owns."""
+        groups = {unit.layer.group for unit in units}
+        if len(groups) < 2:
+            return units
+        owners = ownership(self.optimizers)
+        owned = {unit.layer.group for unit in units for slot in unit.slots if id(slot.tensor) in owners}
+        if not owned:
+            names = sorted(self.inventory.groups[group] for group in groups)
+            raise ValueError(
+                f"found {len(groups)} models with adapters ({', '.join(names)}), and the optimizers own tensors of "
+                "none: build the optimizer from the one that should train, or pass adapter= with a name that only "
+                "this one has"
+            )
+        return [unit for unit in units if unit.layer.group in owned]
+
+    def refresh(self) -> bool:
+        """Take the inventory again if a layer was exchanged; returns whether it was."""
+        if self.inventory.in_place:
+            return False
+        self.inventory = take_inventory(self.roots)
+        self.expect(self.expected)
+        return True
+
+    # --- what is there ----------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first adapter tensor is."""
+        return next((t.device for s in self.slots if (t := s.tensor) is not None), torch.device("cpu"))
+
+    @property
+    def layers(self) -> list[AdaptedLayer]:
+        """The layers of the expected units."""
+        return [unit.layer for unit in self.units]
+
+    def owners(self) -> set[int]:
+        """The optimizers that own expected tensors; all of them if none does."""
+        owners = ownership(self.optimizers)
+        found = {own.optimizer for s in self.slots if (own := owners.get(id(s.tensor))) is not None}
+        return found or set(range(len(self.optimizers)))
+
+    def has_gradients(self, optimizer: int) -> bool:
+        """Some tensor of an optimizer has a gradient."""
+        return any(t.grad is not None for t in tensors_of([self.optimizers[optimizer]]))
+
+    def tensors(self, optimizer: int, *, unowned: bool) -> dict[int, torch.Tensor]:
+        """Slots whose tensors an optimizer owns, and on request those that nobody owns."""
+        owners = ownership(self.optimizers)
+        found: dict[int, torch.Tensor] = {}
+        for index, slot in enumerate(self.slots):
+            tensor = slot.tensor
+            own = owners.get(id(tensor))
+            if tensor is not None and (own.optimizer == optimizer if own is not None else unowned):
+                found[index] = tensor
+        return found
+
+    def slot_of(self) -> dict[int, int]:
+        """Tensor id to slot."""
+        return {id(t): i for i, s in enumerate(self.slots) if (t := s.tensor) is not None}
+
+    def slot_facts(self) -> tuple[SlotFact, ...]:
+        """Every expected slot as it is now."""
+        owners = ownership(self.optimizers)
+        return tuple(
+            self._slot_fact(slot, unit, slot.tensor, owners)
+            for slot, unit in zip(self.slots, self._unit_of_slot, strict=True)
+        )
+
+    def _slot_fact(
+        self, slot: Slot, unit: int, tensor: torch.Tensor | None, owners: Mapping[int, Ownership]
+    ) -> SlotFact:
+        own = owners.get(id(tensor))
+        return SlotFact(
+            name=slot.name,
+            adapter=slot.adapter,
+            role=slot.role,
+            unit=unit,
+            requires_grad=tensor is not None and tensor.requires_grad,
+            owner=None if own is None else own.optimizer,
+            learning_rate=None if own is None else own.learning_rate,
+            weight_decay=None if own is None else own.weight_decay,
+            frozen_by_intent=slot.frozen or any(part in slot.name for part in self._frozen),
+            half=tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16),
+            numel=0 if tensor is None else tensor.numel(),
+        )
+
+    def unit_facts(
+        self,
+        forwards: Sequence[ForwardFact],
+        gradients: Sequence[GradientFact | None],
+        called: set[int],
+        used: set[int],
+    ) -> tuple[UnitFact, ...]:
+        """Every expected unit: was it left out, and was its base weight used without it?
+
+        Args:
+            forwards: The forwards of this step.
+            gradients: One entry a slot.
+            called: Ids of the modules that ran in training forwards.
+            used: Units whose base weight was seen in use.
+
+        Returns:
+            One fact a unit.
+        """
+        self.bypassed |= used
+        watched = any(f.received and f.calls is not None for f in forwards)
+        facts, start = [], 0
+        for index, unit in enumerate(self.units):
+            slots = tuple(range(start, start + len(unit.slots)))
+            start += len(unit.slots)
+            part = idle_part(unit, called, self.inventory) if watched else None
+            silent = all((g := gradients[s]) is None or not g.present or g.zero for s in slots)
+            if part in ("layer", "sibling") and silent:
+                self.suspects.add(index)
+            elif watched:
+                self.suspects.discard(index)
+                self.bypassed.discard(index)
+            facts.append(
+                UnitFact(
+                    name=unit.layer.name,
+                    adapter=unit.adapter,
+                    slots=slots,
+                    idle_part=part,
+                    base_weight_used=index in self.bypassed,
+                    lora=unit.layer.lora,
+                )
+            )
+        return tuple(facts)
+
+    def suspected_weights(self) -> dict[int, int]:
+        """Id of the base weight to unit, for layers that were left out while their surroundings ran."""
+        return {id(w): u for u in self.suspects if (w := base_weight(self.units[u])) is not None}
+
+    def replaced(self) -> tuple[tuple[int, ...], int]:
+        """Slots whose former tensor, or a twin of it, is what an optimizer holds.
+
+        Returns:
+            The slots, and how many tensors of the optimizers belong to no watched module.
+        """
+        owners = ownership(self.optimizers)
+        lost = [i for i, slot in enumerate(self.slots) if id(slot.tensor) not in owners]
+        if not lost:
+            return (), 0
+        known = {id(p) for _, root in self.roots for p in root.parameters()}
+        foreign = [t for t in tensors_of(self.optimizers) if id(t) not in known]
+        shapes = [t.shape for t in foreign]
+        replaced = []
+        for i in lost:
+            tensor, former = self.slots[i].tensor, self._start_tensors[i]
+            if former is not None and former is not tensor and id(former) in owners:
+                replaced.append(i)
+            elif tensor is not None and tensor.shape in shapes:
+                shapes.remove(tensor.shape)
+                replaced.append(i)
+        return tuple(replaced), len(foreign)
+
+    def trainable_bases(self) -> tuple[str, ...]:
+        """Names of the expected layers whose base weight requires gradients."""
+        trainable = {}
+        for unit in self.units:
+            weight = base_weight(unit)
+            if weight is not None and weight.requires_grad:
+                trainable[unit.layer.name] = id(weight)
+        if not trainable:
+            return ()
+        shared = self._shared_weights()
+        return tuple(name for name, weight in trainable.items() if weight not in shared)
+
+    def _shared_weights(self) -> set[int]:
+        """Base weights that also stand somewhere without an adapter: a tied embedding that is meant to train."""
+        under = {id(w) for u in self.inventory.units if (w := base_weight(u)) is not None}
+        bases = {id(u.layer.module.get_base_layer()) for u in self.inventory.units if u.layer.lora}  # type: ignore[operator]
+        return {
+            id(p)
+            for _, root in self.roots
+            for m in root.modules()
+            if id(m) not in bases
+            for p in m._parameters.values()
+            if p is not None and id(p) in under
+        }
+
+    # --- other adapters ---------------------------------------------------------------------
+
+    def read_fingerprints(self, readout: Readout) -> range | None:
+        """Put the norms of all adapters that must stay as they are into ``readout``."""
+        tickets = [prints.read(readout) for prints in self._fingerprints.values()]
+        return range(tickets[0].start, tickets[-1].stop) if tickets else None
+
+    def other_facts(
+        self, before: list[float] | None, after: list[float] | None, was_active: set[str]
+    ) -> tuple[OtherAdapter, ...]:
+        """The adapters that are not expected to train.
+
+        Args:
+            before: Their fingerprints before the last probed update, if read.
+            after: The same directly after it.
+            was_active: Names that were active in some forward.
+
+        Returns:
+            One fact an adapter.
+        """
+        inside: dict[str, tuple[str, ...]] = {}  # changed by the step itself
+        outside: dict[str, tuple[str, ...]] = {}  # changed at some other time
+        offset = 0
+        for name, prints in self._fingerprints.items():
+            part = slice(offset, offset + prints.size)
+            offset += prints.size
+            if before is not None:
+                outside[name] = prints.changed(before[part])
+            if after is not None:
+                (outside if before is None else inside)[name] = prints.changed(after[part])
+        owners = ownership(self.optimizers)
+        active = self.inventory.active
+        facts = []
+        for name, slots in self._others.items():
+            tensors = [t for s in slots if (t := s.tensor) is not None]
+            if inside.get(name) or outside.get(name):
+                self.ever_changed.add(name)
+            reference = name in self._reference
+            facts.append(
+                OtherAdapter(
+                    name=name,
+                    declared="reference" if reference else "lagged" if name in self._lagged else None,
+                    tensors=len(tensors),
+                    trainable=sum(t.requires_grad for t in tensors),
+                    owned=sum(id(t) in owners for t in tensors),
+                    changed=inside.get(name) or (outside.get(name, ()) if reference else ()),
+                    was_active=name in was_active,
+                    ever_changed=name in self.ever_changed,
+                    active_now=name in active,
+                )
+            )
+        return tuple(facts)
+
+
+def base_weight(unit: Unit) -> torch.Tensor | None:
+    """The weight that a LoRA unit adapts, or None where there is not one tensor of that name."""
+    if not unit.layer.lora:
+        return None
+    weight = getattr(unit.layer.module.get_base_layer(), "weight", None)  # type: ignore[operator]
+    return weight if isinstance(weight, torch.Tensor) else None
