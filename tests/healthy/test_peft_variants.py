@@ -57,7 +57,11 @@ def test_lora_variant(config):
 def test_trainable_token_rows_that_never_occur():
     batches = Batches([ids.clamp(max=20) for ids in token_batches(20)])
     model = peft_llama(trainable_token_indices=[VOCABULARY - 1, VOCABULARY - 2])
-    assert_healthy(judged(Task(model), batches))
+    report = judged(Task(model), batches)
+    assert_healthy(report, but="LP303")
+    waiting = next(f for f in report.findings if f.code == "LP303")
+    assert waiting.status == "pending"
+    assert "trainable_tokens_delta" in waiting.message
 
 
 def test_tied_embeddings():
@@ -71,7 +75,7 @@ def test_several_active_adapters():
     assert_healthy(judged(Task(model)))
 
 
-@pytest.mark.parametrize("block", [1, 6])
+@pytest.mark.parametrize("block", [1, 3])
 def test_adapters_that_take_turns(block):
     model = peft_llama()
     model.add_adapter("second", lora())
@@ -146,8 +150,7 @@ def test_adalora():
     )
 
     class Allocate(pl.Callback):
-        def on_before_zero_grad(self, trainer: pl.Trainer, task: Task, optimizer: object) -> None:
-            if trainer.global_step:
-                task.model.base_model.update_and_allocate(trainer.global_step)
+        def on_train_batch_end(self, trainer: pl.Trainer, task: Task, *args: object) -> None:
+            task.model.base_model.update_and_allocate(trainer.global_step)
 
     assert_healthy(judged(Task(get_peft_model(llama(), config)), callbacks=[Allocate()]))
