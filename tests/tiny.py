@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_probe_callbacks import LoraProbe, ProbeReport
 
@@ -54,6 +55,18 @@ def lora(**config: Any) -> LoraConfig:
 
 def peft_llama(base: nn.Module | None = None, **config: Any) -> PeftModel:
     return get_peft_model(llama() if base is None else base, lora(**config))
+
+
+def quantised_llama(path: Path, kind: str = "nf4", **prepare: Any) -> nn.Module:
+    """A base loaded in nf4 or int8 by bitsandbytes and prepared as its documentation says, checkpointing included."""
+    llama(hidden_size=64, intermediate_size=64).save_pretrained(path)
+    config = (
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        if kind == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    base = LlamaForCausalLM.from_pretrained(path, quantization_config=config, device_map={"": "cpu"})
+    return prepare_model_for_kbit_training(base, **prepare)
 
 
 class Batches:

@@ -8,10 +8,9 @@ import lightning.pytorch as pl
 import peft
 import pytest
 import torch
-from peft import get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from tests.tiny import (
     VOCABULARY,
@@ -24,6 +23,7 @@ from tests.tiny import (
     llama,
     lora,
     peft_llama,
+    quantised_llama,
     token_batches,
 )
 
@@ -106,14 +106,7 @@ def test_transformers_native_adapter():
 @pytest.mark.parametrize("quantised", ["nf4", "int8"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_qlora(tmp_path: Path, quantised, reentrant):
-    llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
-    config = (
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-        if quantised == "nf4"
-        else BitsAndBytesConfig(load_in_8bit=True)
-    )
-    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"})
-    base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    base = quantised_llama(tmp_path, quantised, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model = get_peft_model(base, lora(target_modules=ALL_LINEAR))
     report = judged(Task(model), token_batches(8))
     assert_healthy(report, but="LP301" if reentrant else "")
