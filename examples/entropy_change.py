@@ -112,9 +112,7 @@ def policy_loss(model: nn.Module, U: PromptBatch) -> Tensor:
     return -policy_gradient_surrogate(sequence_logprobs(model, U, adapter="default"), U).mean()
 
 
-def predict_and_measure(
-    model: PeftModel, optimizer: torch.optim.Optimizer, U: PromptBatch, E: PromptBatch
-) -> Row:
+def predict_and_measure(model: PeftModel, optimizer: torch.optim.Optimizer, U: PromptBatch, E: PromptBatch) -> Row:
     """Predict the change that the next step makes on E, take it, and measure."""
     policy_loss(model, U).backward()
     direction = UpdateDirection.from_optimizer_step(model, optimizer)
@@ -222,9 +220,7 @@ def draw(rows: list[Row], path: Path) -> None:
     change.legend()
     error = [abs(row.measured / row.delta_1 - 1) for row in rows]
     ratio.loglog(lr, error, "o", color="black", label="|measured / predicted - 1|")
-    ratio.loglog(
-        lr, [error[-1] * x / lr[-1] for x in lr], color="gray", label="proportional to the learning rate"
-    )
+    ratio.loglog(lr, [error[-1] * x / lr[-1] for x in lr], color="gray", label="proportional to the learning rate")
     ratio.set_ylabel("relative error of the prediction")
     ratio.legend()
     for axes in (change, ratio):

@@ -14,6 +14,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +56,7 @@ class ProbeSession:
         config: What was meant.
         log: Receives the metrics of a step and the framework's number of that step.
         main_rank: This process prints and records.
+        on_stop: Called once when something fails under ``on_failure="stop"``.
     """
 
     def __init__(
@@ -62,12 +65,14 @@ class ProbeSession:
         *,
         log: Callable[[dict[str, float], int], None] | None = None,
         main_rank: bool = True,
+        on_stop: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.report = ProbeReport()
         self.should_stop = False
         self.step = 0
         self._log = log
+        self._on_stop = on_stop
         self._console = Console() if main_rank and config.verbose else None
         self._record = Record(config.record) if main_rank and config.record is not None else None
         self._checks: list[Check] = list(selected(config.select, config.ignore))
@@ -338,6 +343,18 @@ class ProbeSession:
             finally:
                 self._observer.paused = False
 
+    def rehearse(self, stepped: Callable[[Optimizer], AbstractContextManager[None]]) -> None:
+        """Judge one step that is taken back at once.
+
+        Args:
+            stepped: A context in which an optimizer has stepped, and after which it has not.
+        """
+        for index, optimizer in enumerate(self._scene.optimizers):
+            self._optimizer_event(index, final=True)
+            with stepped(optimizer):
+                self._guarded(partial(self._reader.read_after, index, self.step, self._framework_step()))
+            self._ever_stepped = True
+
     # --- deciding ---------------------------------------------------------------------------
 
     def _decide(self, moment: Moment, optimizer: int | None, *, final: bool = False) -> None:
@@ -451,6 +468,7 @@ class ProbeSession:
         if facts.moment not in ("step", "skipped") or not self._probed:
             return
         self._probed_steps += 1
+        self.report.judged_steps += 1
         row = metrics_of_step(facts)
         row["lora_probe/healthy"] = float(self.report.healthy is not False)
         row["lora_probe/overhead_ms"] = self._overhead_ms
@@ -471,9 +489,12 @@ class ProbeSession:
                 self._console.print(finding_panel(finding))
             if self.config.on_failure == "warn" and finding.status == "fail" and moment != "exception":
                 warnings.warn(str(finding), LoraProbeWarning, stacklevel=2)
-        if failing and self.config.on_failure == "stop":
+        if failing and self.config.on_failure == "stop" and not self.should_stop:
             self.should_stop = True
+            if self._on_stop is not None:
+                self._on_stop()
         if raising:
+            self._observer.disarm()  # nobody may tell us that the loop is left; the step hooks stay to raise again
             self._error = LoraProbeError(failing)
             raise self._error
 

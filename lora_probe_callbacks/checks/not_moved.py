@@ -9,6 +9,16 @@ from lora_probe_callbacks.observe.facts import Facts
 def judge(facts: Facts) -> Verdict:
     """Look for tensors with a gradient and a rate that no step has moved."""
     if facts.update is None:
+        backwards = sum(f.received for f in facts.forwards)
+        if facts.moment == "end" and not facts.ever_stepped and backwards >= PERSISTENT:
+            return fail(
+                f"no optimizer has stepped: {backwards} backward passes and not one update",
+                facts.intended,
+                cause="no step",
+                got="0 calls of optimizer.step()",
+                expected="a step after the backward passes that it accumulates",
+                fix="call step() on the optimizer that was given to the probe, or give it the one that the loop steps",
+            )
         return pending("no update was seen yet")
     judged = [i for i in sorted(facts.intended) if facts.update.slots[i] is not None]
     still = [i for i in judged if facts.history[i].unmoved]

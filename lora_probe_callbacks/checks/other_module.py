@@ -12,6 +12,8 @@ def judge(facts: Facts) -> Verdict:
         return pending(facts.unobservable)
     if facts.moment == "start" or not facts.slots:
         return pending("no step was made yet")
+    if facts.moment == "end" and not facts.ever_stepped and not facts.forwards:
+        return pending("the model was never called with gradients enabled while the probe was watching")
     forwards = facts.training_forwards
     if forwards and any(f.holds_expected for f in forwards):
         return ok()

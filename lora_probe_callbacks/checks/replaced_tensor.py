@@ -14,10 +14,10 @@ def judge(facts: Facts) -> Verdict:
         return ok()
     names = [facts.slots[i].name for i in facts.replaced]
     return fail(
-        f"{len(names)} adapter tensors were replaced after the optimizer was built: it steps "
-        f"{facts.foreign_in_optimizer} tensors that the model no longer holds ({some(names)})",
+        f"the optimizer steps {facts.foreign_in_optimizer} tensors that the model does not hold, in place of {len(names)} of its "
+        f"adapter tensors ({some(names)}): they were replaced after it was built, or belong to another model",
         facts.replaced,
-        got=f"{facts.foreign_in_optimizer} orphaned tensors in the optimizer, of the same shapes under the same names",
+        got=f"{facts.foreign_in_optimizer} orphaned tensors of the same shapes in the optimizer",
         expected="the tensor objects that the model holds now",
     )
 

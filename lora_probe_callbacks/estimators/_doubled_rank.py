@@ -11,12 +11,13 @@ from torch import nn
 from lora_probe_callbacks.estimators._backends import LossFunction, losses, precision
 from lora_probe_callbacks.estimators._backward import backward
 from lora_probe_callbacks.estimators._layers import Change, applied, plan
+from lora_probe_callbacks.estimators._owners import Tree
 from lora_probe_callbacks.estimators._per_example import PerExample
 from lora_probe_callbacks.estimators._untouched import only_trainable
 
 
 def doubled_rank(
-    model: nn.Module,
+    model: Tree,
     loss_fn: LossFunction,
     mu: Mapping[int, torch.Tensor],
     example_of_row: torch.Tensor | None,
@@ -24,7 +25,7 @@ def doubled_rank(
     """s_n = d L_n / d eps_n at eps = 0 of the network at theta + eps_n * mu.
 
     Args:
-        model: the unwrapped module.
+        model: the unwrapped module and what is in it.
         loss_fn: the losses L [B]; L_n must depend on the rows of example n alone.
         mu: the direction by id of the parameter.
         example_of_row: the example of every row [R], or of every token of every row [R, T].
@@ -36,39 +37,45 @@ def doubled_rank(
         ValueError: if the number of losses is not the number of examples.
     """
     # A power of two, exact: an update of 1e-8 would vanish in the float16 of some layers.
-    largest = max(float(tensor.abs().max()) for tensor in mu.values())
-    unit = 2.0 ** math.frexp(largest)[1]
+    tensors = list(mu.values())
+    largest = torch.stack([tensor.abs().max().to(tensors[0].device) for tensor in tensors]).max()
+    unit = 2.0 ** math.frexp(float(largest))[1]
     changes = plan(model, {owner: tensor / unit for owner, tensor in mu.items()})
     _refuse_coupling(model)
-    examples = PerExample(example_of_row, precision(model))
+    rows = None if example_of_row is None else example_of_row.shape
+    examples = PerExample(rows, precision(model))
     # All frozen: the backward then computes no gradient of a weight, and touches no `.grad`.
     with only_trainable(model, ()), applied(changes, examples):
         L = losses(model, loss_fn)
-        count = None if examples.eps is None else examples.eps.numel()
-        if count is not None and L.numel() != count:
-            raise ValueError(
-                f"loss_fn returned {L.numel()} losses, but the layers got the rows of {count} examples; "
-                f"expected as many. With several rows to an example (responses to a prompt), give "
-                "example_of_row, e.g. torch.arange(B).repeat_interleave(G)."
-            )
         if L.requires_grad:
             # None yet if all layers are inside reentrant checkpoints, which run them in the backward.
             backward(L.sum(), [] if examples.eps is None else [examples.eps])
     _refuse_unvisited(changes, examples)
     assert examples.eps is not None
+    # Not before the backward: in reentrant checkpoints the layers see their rows only there.
+    count = examples.eps.numel() if example_of_row is None else int(example_of_row.max()) + 1
+    if L.numel() != count:
+        raise ValueError(
+            f"loss_fn returned {L.numel()} losses, but the layers got the rows of {count} examples; "
+            "expected as many. With several rows to an example (responses to a prompt), give "
+            "example_of_row, e.g. torch.arange(B).repeat_interleave(G)."
+        )
     s = examples.eps.grad
-    s = torch.zeros_like(examples.eps) if s is None else s * unit
-    return s.detach(), L.detach(), min(_dtypes(model) | examples.dtypes, key=lambda d: torch.finfo(d).bits)
+    s = torch.zeros_like(examples.eps) if s is None else s.detach() * unit
+    if example_of_row is not None:
+        index = example_of_row.flatten().to(s.device)
+        s = s.new_zeros(count).index_add_(0, index, s.flatten())
+    return s, L.detach(), min(_dtypes(model) | examples.dtypes, key=lambda d: torch.finfo(d).bits)
 
 
-def _dtypes(model: nn.Module) -> set[torch.dtype]:
+def _dtypes(model: Tree) -> set[torch.dtype]:
     """Return the floating types of parameters, and the compute types of quantised layers."""
-    computed = {getattr(module, "compute_dtype", None) for module in model.modules()}
-    return {p.dtype for p in model.parameters() if p.is_floating_point()} | {d for d in computed if d}
+    computed = {getattr(module, "compute_dtype", None) for _, module in model.modules}
+    return {p.dtype for p in model.parameters.values() if p.is_floating_point()} | {d for d in computed if d}
 
 
-def _refuse_coupling(model: nn.Module) -> None:
-    for path, module in model.named_modules():
+def _refuse_coupling(model: Tree) -> None:
+    for path, module in model.modules:
         normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if normalises and (module.training or module.running_mean is None):
             raise NotImplementedError(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from lora_probe_callbacks.estimators._owners import slots
+from lora_probe_callbacks.estimators._owners import Tree
 from lora_probe_callbacks.estimators._per_example import PerExample, along, narrow_to_wide, wide_to_narrow
 
 Forward = Callable[..., Any]
@@ -40,19 +40,19 @@ class Change(NamedTuple):
     layer: str | None  # the name to be visited, None if the change serves another layer's
 
 
-def plan(model: nn.Module, mu: Mapping[int, torch.Tensor]) -> list[Change]:
+def plan(model: Tree, mu: Mapping[int, torch.Tensor]) -> list[Change]:
     """Choose a rule for every layer that owns a tensor of the direction, or refuse it by name.
 
     Args:
-        model: the unwrapped module.
+        model: the unwrapped module and what is in it.
         mu: the direction by id of the parameter.
 
     Returns:
         What to change, in the order of the modules.
     """
-    paths = dict(model.named_modules(remove_duplicate=False))
+    paths = dict(model.modules)
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for slot in slots(model):
+    for slot in model.slots:
         if id(slot.parameter) in mu:
             path = slot.name.rpartition(".")[0]
             parts.setdefault(path, {})[slot.attribute] = mu[id(slot.parameter)]
@@ -121,17 +121,13 @@ def _rule(path: str, module: nn.Module, mu: Tensors) -> Callable[[Forward, PerEx
     if transposed or kind.forward is nn.Linear.forward:
         return _linear(path, module, mu, transposed=transposed)
     normalises = kind.__name__.endswith("Norm") and not list(module.children())
-    affine = isinstance(
-        module, (nn.Embedding, nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-    )
+    affine = isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase))
     if affine or normalises or hasattr(kind, "get_lora_weight"):
         return _affine(path, module, mu)
     return _refuse(path, module, mu)
 
 
-def _linear(
-    path: str, module: nn.Module, mu: Tensors, *, transposed: bool
-) -> Callable[[Forward, PerExample], Forward]:
+def _linear(path: str, module: nn.Module, mu: Tensors, *, transposed: bool) -> Callable[[Forward, PerExample], Forward]:
     """Return y = W x + b with dy = M x + m, by one product of twice the narrower width."""
     W, M = getattr(module, "weight").detach(), mu["weight"]  # noqa: B009
     if transposed:
@@ -152,7 +148,7 @@ def _linear(
             if not torch.is_grad_enabled():
                 return original(x)  # type: ignore[no-any-return]
             eps = examples.visit(x, path)
-            return function(*_autocast(x, stacked, bias), eps, examples)
+            return function(*_autocast(x, stacked, bias), eps)
 
         return forward
 
@@ -168,7 +164,7 @@ def _bias(path: str, m: torch.Tensor) -> Callable[[Forward, PerExample], Forward
             if not torch.is_grad_enabled():
                 return y
             eps = examples.visit(y, path)
-            return along(y, m.to(y.device), eps, examples)
+            return along(y, m.to(y.device), eps)
 
         return forward
 
@@ -200,7 +196,7 @@ def _affine(path: str, module: nn.Module, mu: Tensors) -> Callable[[Forward, Per
                     at_unit = original(*args, **kwargs)
                     swap(torch.zeros_like(unit))
                     dy = dy + c.to(y.dtype) * (at_unit - original(*args, **kwargs))
-            return along(y, dy, eps, examples)
+            return along(y, dy, eps)
 
         return forward
 
@@ -236,7 +232,7 @@ def _lora_embedding(
             eps = examples.visit(y, path)
             with torch.no_grad():
                 dy = torch.stack([derivative(ids, adapter) for adapter in running]).sum(0)
-            return along(y, dy, eps, examples)
+            return along(y, dy, eps)
 
         return forward
 

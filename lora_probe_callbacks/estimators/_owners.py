@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,29 +18,76 @@ class Slot(NamedTuple):
     parameter: nn.Parameter
 
 
+class Tree(NamedTuple):
+    """A module and all that is registered below it, looked up once.
+
+    `nn.Module.named_modules` recurses by generators; on a deep model one walk takes 10 ms, in
+    which the device has nothing to do, and a projection looks at all modules a dozen times.
+
+    Attributes:
+        root: the module.
+        modules: every module once, with its first path.
+        slots: every place of a parameter; a tied one has several.
+        parameters: every parameter once, by its first name.
+    """
+
+    root: nn.Module
+    modules: list[tuple[str, nn.Module]]
+    slots: list[Slot]
+    parameters: dict[str, nn.Parameter]
+
+
+def tree(model: nn.Module) -> Tree:
+    """Return a module and all that is registered below it."""
+    modules: list[tuple[str, nn.Module]] = []
+    seen = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        modules.append((path, module))
+        prefix = f"{path}." if path else ""
+        children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+        stack.extend(reversed(children))
+    slots = [
+        Slot(module, attribute, f"{path}.{attribute}" if path else attribute, parameter)
+        for path, module in modules
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    first = {id(slot.parameter): slot for slot in reversed(slots)}
+    parameters = {slot.name: slot.parameter for slot in slots if first[id(slot.parameter)] is slot}
+    return Tree(model, modules, slots, parameters)
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, a tied one under its first, as `named_parameters` does."""
+    return tree(model).parameters
+
+
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """Return a model's wrappers from the outside in, and the module itself as the last."""
+    inner: dict[type[nn.Module], str] = {
+        nn.parallel.DistributedDataParallel: "module",
+        nn.DataParallel: "module",
+    }
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        inner[dynamo.OptimizedModule] = "_orig_mod"
+    chain = [model]
+    while (attribute := inner.get(type(chain[-1]))) is not None:
+        chain.append(getattr(chain[-1], attribute))
+    return chain
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module itself, below torch.compile and data-parallel wrappers.
 
     A compiled call would not see a layer that is changed for one forward (torch 2.13), and
     DDP's forward prepares a reduction that a projection never makes.
     """
-    wrappers: dict[type[nn.Module], str] = {
-        nn.parallel.DistributedDataParallel: "module",
-        nn.DataParallel: "module",
-    }
-    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
-        wrappers[dynamo.OptimizedModule] = "_orig_mod"
-    while (attribute := wrappers.get(type(model))) is not None:
-        model = getattr(model, attribute)
-    return model
-
-
-def slots(model: nn.Module) -> Iterator[Slot]:
-    """Yield every place where a parameter is registered; a tied parameter has several."""
-    for path, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                yield Slot(module, attribute, f"{path}.{attribute}" if path else attribute, parameter)
+    return wrappers(model)[-1]
 
 
 def described(model: nn.Module) -> str:

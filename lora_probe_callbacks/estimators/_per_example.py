@@ -18,20 +18,19 @@ from torch.nn import functional as F  # noqa: N812
 
 
 class PerExample:
-    """eps [N], the rows that belong to each example, and the layers that have used it.
+    """eps, kept per row [R] (or per token [R, T]), and the layers that have used it.
 
     Attributes:
-        eps: the leaf that receives s; made when the first layer runs, on its device.
+        eps: the leaf whose gradient is s by rows; made when the first layer runs, on its device.
         visited: names of the layers that have run with a graph.
         dtypes: the floating types that they have computed in.
     """
 
-    def __init__(self, example_of_row: torch.Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, rows: torch.Size | None, dtype: torch.dtype) -> None:
         self.eps: torch.Tensor | None = None
         self.visited: set[str] = set()
         self.dtypes: set[torch.dtype] = {dtype}
-        self._example_of_row = example_of_row
-        self._count = None if example_of_row is None else int(example_of_row.max()) + 1
+        self._rows = rows
         self._dtype = dtype
 
     def visit(self, rows: torch.Tensor, name: str) -> torch.Tensor:
@@ -42,48 +41,43 @@ class PerExample:
             name: of the layer.
 
         Returns:
-            eps [N].
+            eps, [R] or [R, T].
 
         Raises:
             ValueError: if the first dimensions are not those of `example_of_row`.
         """
-        if self._example_of_row is None:
-            self._example_of_row = torch.arange(rows.shape[0])
-            self._count = rows.shape[0]
+        if self._rows is None:
+            self._rows = rows.shape[:1]
         if self.eps is None:
-            assert self._count is not None
-            self.eps = torch.zeros(self._count, dtype=self._dtype, device=rows.device, requires_grad=True)
-        expected = self._example_of_row.shape
-        if rows.shape[: len(expected)] != expected:
+            self.eps = torch.zeros(self._rows, dtype=self._dtype, device=rows.device, requires_grad=True)
+        if rows.shape[: len(self._rows)] != self._rows:
             raise ValueError(
-                f"{name} got a tensor of shape {tuple(rows.shape)}, expected {tuple(expected)} rows "
+                f"{name} got a tensor of shape {tuple(rows.shape)}, expected {tuple(self._rows)} rows "
                 "first: one per example, or as example_of_row says. Rows that are regrouped inside the "
                 "model (sequence first, flattened or gathered tokens, chunks) cannot be told apart here: "
                 "give example_of_row, call the model once in loss_fn, or use backend='loop'."
             )
         self.visited.add(name)
         device = rows.device.type
-        autocast = torch.is_autocast_enabled(device)
-        self.dtypes.add(torch.get_autocast_dtype(device) if autocast else self._dtype)
+        if torch.is_autocast_enabled(device):
+            self.dtypes.add(torch.get_autocast_dtype(device))
         return self.eps
 
-    def sums(self, *factors: torch.Tensor) -> torch.Tensor:
-        """Multiply, and sum over all that belongs to an example, in the precision of eps: [N].
 
-        Args:
-            factors: tensors [rows, ...] that broadcast to one shape.
+def row_sums(eps: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+    """Multiply, and sum over all but the rows, in the precision of eps.
 
-        Returns:
-            This layer's part of s.
-        """
-        assert self._example_of_row is not None
-        assert self.eps is not None
-        rows = self._example_of_row.to(self.eps.device)
-        product = factors[0].to(self._dtype)
-        for factor in factors[1:]:
-            product = product * factor.to(self._dtype)
-        per_row = product.reshape(*rows.shape, -1).sum(-1).to(self.eps.device)
-        return torch.zeros_like(self.eps).index_add_(0, rows.flatten(), per_row.flatten())
+    Args:
+        eps: [R] or [R, T].
+        factors: tensors [R, ...] or [R, T, ...] that broadcast to one shape.
+
+    Returns:
+        A layer's part of s by rows, of the shape of eps.
+    """
+    product = factors[0].to(eps.dtype)
+    for factor in factors[1:]:
+        product = product * factor.to(eps.dtype)
+    return product.reshape(*eps.shape, -1).sum(-1).to(eps.device)
 
 
 class WideToNarrow(torch.autograd.Function):
@@ -99,20 +93,18 @@ class WideToNarrow(torch.autograd.Function):
         stacked: torch.Tensor,
         stacked_bias: torch.Tensor | None,
         eps: torch.Tensor,
-        examples: PerExample,
     ) -> torch.Tensor:
         y, dy = F.linear(x, stacked, stacked_bias).chunk(2, dim=-1)
-        ctx.save_for_backward(stacked, dy)
-        ctx.examples = examples
+        ctx.save_for_backward(stacked, dy, eps)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,) = gradients
-        stacked, dy = ctx.saved_tensors
+        stacked, dy, eps = ctx.saved_tensors
         W = stacked[: g.shape[-1]]
         dx = g @ W if ctx.needs_input_grad[0] else None
-        return dx, None, None, ctx.examples.sums(g, dy), None
+        return dx, None, None, row_sums(eps, g, dy)
 
 
 class NarrowToWide(torch.autograd.Function):
@@ -129,22 +121,20 @@ class NarrowToWide(torch.autograd.Function):
         stacked: torch.Tensor,
         bias: torch.Tensor | None,
         eps: torch.Tensor,
-        examples: PerExample,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, stacked)
-        ctx.examples = examples
+        ctx.save_for_backward(x, stacked, eps)
         return F.linear(x, stacked[:, : x.shape[-1]], bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,) = gradients
-        x, stacked = ctx.saved_tensors
+        x, stacked, eps = ctx.saved_tensors
         r = x.shape[-1]
         transposed = g @ stacked
-        ds = ctx.examples.sums(transposed[..., r : 2 * r], x)
+        ds = row_sums(eps, transposed[..., r : 2 * r], x)
         if stacked.shape[1] > 2 * r:
-            ds = ds + ctx.examples.sums(transposed[..., 2 * r :])
-        return transposed[..., :r], None, None, ds, None
+            ds = ds + row_sums(eps, transposed[..., 2 * r :])
+        return transposed[..., :r], None, None, ds
 
 
 class Along(torch.autograd.Function):
@@ -156,17 +146,15 @@ class Along(torch.autograd.Function):
         y: torch.Tensor,
         dy: torch.Tensor,
         eps: torch.Tensor,
-        examples: PerExample,
     ) -> torch.Tensor:
-        ctx.save_for_backward(dy)
-        ctx.examples = examples
+        ctx.save_for_backward(dy, eps)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,) = gradients
-        (dy,) = ctx.saved_tensors
-        return g, None, ctx.examples.sums(g, dy), None
+        dy, eps = ctx.saved_tensors
+        return g, None, row_sums(eps, g, dy)
 
 
 wide_to_narrow: Callable[..., torch.Tensor] = WideToNarrow.apply

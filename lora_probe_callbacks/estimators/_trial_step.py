@@ -105,9 +105,7 @@ def _capture(value: Any, seen: dict[int, Any], tensors: list[torch.Tensor]) -> C
     return restore_sequence
 
 
-def _capture_tensor(
-    tensor: torch.Tensor, seen: dict[int, Any], tensors: list[torch.Tensor]
-) -> Callable[[], Any]:
+def _capture_tensor(tensor: torch.Tensor, seen: dict[int, Any], tensors: list[torch.Tensor]) -> Callable[[], Any]:
     storage = tensor.detach()  # shares the memory: survives an optimizer that assigns `p.data`
     contents = storage.clone()
     gradient = tensor.grad if tensor.is_leaf else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from lora_probe_callbacks.estimators._owners import Tree
 
 
 @contextlib.contextmanager
@@ -30,23 +32,23 @@ def random_state_restored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: Tree) -> Iterator[None]:
     """Restore on exit whatever a loss function may change by calling the model.
 
     That is: the random streams, train/eval mode, requires_grad, buffers (running statistics),
     and which adapters PEFT has active. Contents are written back only where they changed.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for _, module in model.modules]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters.values()]
     adapters = [
         (vars(module), key, _copied(vars(module)[key]))
-        for module in model.modules()
+        for _, module in model.modules
         for key in ("active_adapter", "_active_adapter", "_disable_adapters")
         if key in vars(module)
     ]
     buffers = [
         (module._buffers, name, buffer, buffer.detach().clone())
-        for module in model.modules()
+        for _, module in model.modules
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_inference()
     ]
@@ -55,7 +57,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for module, training in modes:
-                module.training = training
+                if module.training != training:
+                    module.training = training
             for parameter, requires_grad in flags:
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)
@@ -70,35 +73,35 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
+def eager(outside: Iterable[nn.Module]) -> Iterator[None]:
     """Run compiled parts as they are written, and keep DDP from reducing gradients.
 
     A compiled call does not see what is changed for one forward (torch 2.13).
 
     Args:
-        model: the module that is called, with its wrappers.
+        outside: the wrappers around the module, and all modules in it.
     """
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in model.modules():
+        for module in outside:
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 stack.enter_context(module.no_sync())
         yield
 
 
 @contextlib.contextmanager
-def only_trainable(model: nn.Module, tensors: Collection[torch.Tensor]) -> Iterator[None]:
+def only_trainable(model: Tree, tensors: Collection[torch.Tensor]) -> Iterator[None]:
     """Let exactly these parameters require a gradient, and keep reentrant checkpoints alive.
 
     A reentrant checkpoint runs its backward only if one of its inputs requires a gradient;
     with the embeddings frozen none does, so their outputs are made to.
     """
     wanted = {id(tensor) for tensor in tensors}
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters.values()]
     hooks = [
         module.register_forward_hook(_require_input_gradient)
-        for module in model.modules()
+        for _, module in model.modules
         if isinstance(module, nn.Embedding)
     ]
     try:

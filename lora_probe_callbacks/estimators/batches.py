@@ -166,9 +166,7 @@ class PromptBatch:
         """
         if prompts_per_batch < 1:
             raise ValueError(f"got prompts_per_batch={prompts_per_batch}, expected at least 1")
-        parts = [
-            slice(start, start + prompts_per_batch) for start in range(0, self.num_prompts, prompts_per_batch)
-        ]
+        parts = [slice(start, start + prompts_per_batch) for start in range(0, self.num_prompts, prompts_per_batch)]
         return [
             replace(
                 self,
@@ -276,6 +274,5 @@ def _refuse_rows(bad: Tensor, got: str, expected: str) -> None:
     if bool(bad.any()):
         rows = [tuple(row) for row in bad.nonzero()[:8].tolist()]
         raise ValueError(
-            f"got {int(bad.sum())} rows with {got}, the first at (prompt, response) {rows}, "
-            f"expected {expected}"
+            f"got {int(bad.sum())} rows with {got}, the first at (prompt, response) {rows}, expected {expected}"
         )

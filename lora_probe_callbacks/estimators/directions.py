@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.estimators._backward import backward
-from lora_probe_callbacks.estimators._owners import described, local, unwrapped
+from lora_probe_callbacks.estimators._owners import described, local, parameters, tree, unwrapped, wrappers
 from lora_probe_callbacks.estimators._trial_step import innermost, trial_step
 from lora_probe_callbacks.estimators._untouched import eager, own_gradients, untouched
 
@@ -61,7 +61,7 @@ class UpdateDirection:
         made_at: str | None = None,
     ) -> None:
         model = unwrapped(model)
-        owned = dict(model.named_parameters())
+        owned = parameters(model)
         refuse_unfit(tensors, owned, described(model))
         if not math.isfinite(scale):
             raise ValueError(f"got scale {scale}, expected a finite number (check the learning rate)")
@@ -95,7 +95,7 @@ class UpdateDirection:
         Raises:
             ValueError: if no trainable parameter of `model` has a gradient.
         """
-        gradients = {name: _gradient(name, p) for name, p in _trainable(model) if p.grad is not None}
+        gradients = {name: _gradient(name, p) for name, p in _trainable(model).items() if p.grad is not None}
         if not gradients:
             raise ValueError(
                 f"got no gradient on any trainable parameter of {described(unwrapped(model))}; expected "
@@ -121,28 +121,27 @@ class UpdateDirection:
         Raises:
             ValueError: if the losses depend on no trainable parameter, or there are none.
         """
-        module, parameters = unwrapped(model), dict(_trainable(model))
+        inside, trained = tree(unwrapped(model)), _trainable(model)
+        everywhere = [*wrappers(model), *(module for _, module in inside.modules)]
         count = 0
-        with untouched(module), eager(model), torch.enable_grad(), own_gradients(parameters.values()):
+        with untouched(inside), eager(everywhere), torch.enable_grad(), own_gradients(trained.values()):
             for loss_fn in [loss_fns] if callable(loss_fns) else loss_fns:
-                L = loss_fn(module)
+                L = loss_fn(inside.root)
                 if not L.requires_grad:
                     raise ValueError(
                         "loss_fn returned values that depend on no trainable parameter of "
-                        f"{described(module)} (no_grad, merged or disabled adapter, detached)"
+                        f"{described(inside.root)} (no_grad, merged or disabled adapter, detached)"
                     )
-                backward(L.sum(), list(parameters.values()))
+                backward(L.sum(), list(trained.values()))
                 count += L.numel()
-            summed = {name: _gradient(name, p) for name, p in parameters.items() if p.grad is not None}
+            summed = {name: _gradient(name, p) for name, p in trained.items() if p.grad is not None}
         if not summed or not count:
             raise ValueError("got no gradient from loss_fns; expected at least one loss_fn(model) -> [b]")
         mean = {name: gradient / count for name, gradient in summed.items()}
         return cls(mean, scale=lr, source="from_loss", model=model)
 
     @classmethod
-    def adam_preconditioned(
-        cls, direction: UpdateDirection, model: nn.Module, optimizer: Optimizer
-    ) -> UpdateDirection:
+    def adam_preconditioned(cls, direction: UpdateDirection, model: nn.Module, optimizer: Optimizer) -> UpdateDirection:
         """A gradient in Adam's metric: mu_i = g_i / (sqrt(v_hat_i) + eps), without momentum.
 
         v_hat is the second moment that the coming step will use, the gradient g included:
@@ -205,24 +204,24 @@ class UpdateDirection:
         """
         optimizer = innermost(optimizer)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        parameters = {name: p for name, p in _trainable(model) if id(p) in owned}
-        if not parameters:
+        trained = {name: p for name, p in _trainable(model).items() if id(p) in owned}
+        if not trained:
             raise ValueError(
                 f"{type(optimizer).__name__} owns none of the trainable tensors of "
                 f"{described(unwrapped(model))}; expected the optimizer of that module"
             )
-        if all(p.grad is None for p in parameters.values()):
+        if all(p.grad is None for p in trained.values()):
             raise ValueError("got no gradients; expected `.grad` from a backward, before zero_grad()")
         if torch._C._current_graph_task_id() != -1:
             raise ValueError("a backward is running; call from_optimizer_step after it")
-        if live := [name for name, p in parameters.items() if p.grad is not None and p.grad.requires_grad]:
+        if live := [name for name, p in trained.items() if p.grad is not None and p.grad.requires_grad]:
             raise ValueError(
                 f"the gradient of {live[0]} carries a graph (create_graph=True), which a step would "
                 "invalidate; expected gradients of an ordinary backward"
             )
-        before = {name: p.detach().clone() for name, p in parameters.items()}
+        before = {name: p.detach().clone() for name, p in trained.items()}
         with trial_step(optimizer):
-            mu = {name: _difference(p, before[name]) for name, p in parameters.items()}
+            mu = {name: _difference(p, before[name]) for name, p in trained.items()}
         return cls(mu, scale=1.0, source="from_optimizer_step", model=model)
 
     @classmethod
@@ -240,14 +239,15 @@ class UpdateDirection:
         Raises:
             ValueError: if `before` shares its memory with the parameters (no copy was made).
         """
-        parameters = dict(unwrapped(model).named_parameters()) | dict(model.named_parameters())
-        refuse_unfit(before, parameters, described(unwrapped(model)))
-        names = {id(p): name for name, p in unwrapped(model).named_parameters()}
+        module = unwrapped(model)
+        named = parameters(model) | parameters(module)
+        refuse_unfit(before, named, described(module))
+        names = {id(p): name for name, p in parameters(module).items()}
         mu = {}
         for name, old in before.items():
-            if old.data_ptr() == parameters[name].data_ptr():
+            if old.data_ptr() == named[name].data_ptr():
                 raise ValueError(f"before[{name!r}] is the parameter itself; expected a copy: clone() it")
-            mu[names[id(parameters[name])]] = _difference(parameters[name], old)
+            mu[names[id(named[name])]] = _difference(named[name], old)
         return cls(mu, scale=1.0, source="from_last_step", model=model)
 
     @property
@@ -271,8 +271,8 @@ class UpdateDirection:
             ValueError: if a tensor is gone, or `model` owns another one under that name.
         """
         model = unwrapped(model)
-        owned = {id(p): p for p in model.parameters()}
-        named = dict(model.named_parameters())
+        named = parameters(model)
+        owned = {id(p): p for p in named.values()}
         found = {}
         for name, reference in self._owners.items():
             owner = reference()
@@ -301,9 +301,7 @@ class UpdateDirection:
         """
         shared = self.tensors.keys() & other.tensors.keys()
         if not shared:
-            raise ValueError(
-                f"the directions share no tensor: got {_some(self.tensors)} and {_some(other.tensors)}"
-            )
+            raise ValueError(f"the directions share no tensor: got {_some(self.tensors)} and {_some(other.tensors)}")
         total = 0.0
         for name in sorted(shared):
             mu, nu = self.tensors[name], other.tensors[name]
@@ -358,7 +356,7 @@ class UpdateDirection:
                 raise ValueError(f"{path} holds no update direction; expected a file of UpdateDirection.save")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         known: dict[str, Any] = json.loads(about)
-        devices = {name: p.device for name, p in unwrapped(model).named_parameters()}
+        devices = {name: p.device for name, p in parameters(unwrapped(model)).items()}
         return cls(
             {name: tensor.to(devices.get(name, tensor.device)) for name, tensor in tensors.items()},
             scale=float.fromhex(known["scale"]),
@@ -368,9 +366,9 @@ class UpdateDirection:
         )
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    named = unwrapped(model).named_parameters()
-    return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = parameters(unwrapped(model)).items()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def _gradient(name: str, parameter: nn.Parameter) -> torch.Tensor:

@@ -56,9 +56,7 @@ def sequence_logprobs(
             "mode cannot be undone from inside; leave it for sequence_logprobs (torch.no_grad is fine)"
         )
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(
-            f"got temperature={temperature}, expected a positive number; 1.0 for plain log-probs"
-        )
+        raise ValueError(f"got temperature={temperature}, expected a positive number; 1.0 for plain log-probs")
     policy = peft_module(model)
     adapters = [adapter] if isinstance(adapter, str) else [*adapter]
     rows, T = batch.sequences.flatten(0, 1), batch.sequences.shape[2]
@@ -137,9 +135,7 @@ def _selected_log_softmax(logits: Tensor, targets: Tensor, temperature: float) -
     return selected
 
 
-def _chunks(
-    logits: Tensor, temperature: float, *others: Tensor
-) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+def _chunks(logits: Tensor, temperature: float, *others: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     # Rows of logits / temperature in float32 or float64, `[chunk, V]`, with those of `[N, T]` tensors.
     rows = max(1, _CHUNK // logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -150,9 +146,7 @@ def _chunks(
 
 def _runs_twice(policy: nn.Module) -> bool:
     # transformers' own switch; a checkpoint that a user wrote by hand is not seen here.
-    return any(
-        getattr(module, "gradient_checkpointing", False) and module.training for module in policy.modules()
-    )
+    return any(getattr(module, "gradient_checkpointing", False) and module.training for module in policy.modules())
 
 
 def _refuse_other_adapter(policy: nn.Module, adapters: list[str]) -> None:

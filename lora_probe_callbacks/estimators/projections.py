@@ -16,7 +16,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from lora_probe_callbacks.estimators import _self_check
 from lora_probe_callbacks.estimators._backends import LossFunction, alpha, loop
 from lora_probe_callbacks.estimators._doubled_rank import doubled_rank
-from lora_probe_callbacks.estimators._owners import described, unwrapped
+from lora_probe_callbacks.estimators._owners import Tree, described, tree, unwrapped, wrappers
 from lora_probe_callbacks.estimators._untouched import eager, random_state_restored, untouched
 from lora_probe_callbacks.estimators.directions import UpdateDirection, refuse_unfit
 
@@ -65,26 +65,27 @@ def per_prompt_projection(
     Raises:
         ValueError: if an argument does not fit the model, the losses or the others.
     """
-    module = unwrapped(model)
-    mu = _tensors_by_owner(model, direction)
+    inside = tree(unwrapped(model))
+    mu = _tensors_by_owner(model, inside, direction)
     _refuse_backend(backend)
     if self_check not in {"first", "always", "never"}:
         raise ValueError(f"got self_check={self_check!r}, expected 'first', 'always' or 'never'")
     if torch.is_inference_mode_enabled():
         raise ValueError("inference_mode cannot be undone inside; call it outside of torch.inference_mode()")
-    with untouched(module), eager(model), torch.enable_grad():
+    everywhere = [*wrappers(model), *(module for _, module in inside.modules)]
+    with untouched(inside), eager(everywhere), torch.enable_grad():
         if backend == "loop":
-            return loop(module, loss_fn, mu)[0]
+            return loop(inside, loss_fn, mu)[0]
         if backend == "alpha":
-            return alpha(module, loss_fn, mu)[0]
+            return alpha(inside, loss_fn, mu)[0]
         rows = _checked_rows(example_of_row)
         with random_state_restored():
-            s, L, lowest = doubled_rank(module, loss_fn, mu, rows)
+            s, L, lowest = doubled_rank(inside, loss_fn, mu, rows)
+        module = inside.root
         shape = (s.numel(), None if rows is None else rows.shape, module.training, len(mu), lowest)
-        if self_check == "always" or (
-            self_check == "first" and _self_check.first_use(module, loss_fn, shape)
-        ):
-            _self_check.check(module, loss_fn, mu, s, L, lowest)
+        first = self_check == "first" and _self_check.first_use(module, loss_fn, shape)
+        if first or self_check == "always":
+            _self_check.check(inside, loss_fn, mu, s, L, lowest)
             _self_check.passed(module, loss_fn, shape)
         return s
 
@@ -169,7 +170,8 @@ def verify_projection(
         model, loss_fn, direction, example_of_row=example_of_row, backend=backend, self_check="never"
     )
     reference = per_prompt_projection(model, loss_fn, direction, backend="loop")
-    difference = _finite_difference(unwrapped(model), loss_fn, _tensors_by_owner(model, direction))
+    inside = tree(unwrapped(model))
+    difference = _finite_difference(inside, loss_fn, _tensors_by_owner(model, inside, direction))
     return ProjectionComparison(
         projected,
         reference,
@@ -179,22 +181,20 @@ def verify_projection(
     )
 
 
-def _finite_difference(
-    model: nn.Module, loss_fn: LossFunction, mu: Mapping[int, torch.Tensor]
-) -> torch.Tensor:
+def _finite_difference(model: Tree, loss_fn: LossFunction, mu: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Return D(h) = (L(theta + h mu) - L(theta - h mu)) / 2h [B], at the best of six steps h.
 
     Large steps err by the third derivative, small ones by the rounding of L, and neither is known
     beforehand. From h |mu| = |theta| / 100 on, h falls by factors of 4; taken is the D(h) that
     differs least from its successor (after Ridders, 1982, doi:10.1016/S0141-1195(82)80057-0).
     """
-    parameters = [parameter for parameter in model.parameters() if id(parameter) in mu]
-    theta = math.sqrt(sum(float(p.detach().double().square().sum()) for p in parameters))
+    moving = [parameter for parameter in model.parameters.values() if id(parameter) in mu]
+    theta = math.sqrt(sum(float(p.detach().double().square().sum()) for p in moving))
     length = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in mu.values()))
     first = (theta or 1.0) / (100 * max(length, sys.float_info.min))
     D = []
     for h in (first / 4**k for k in range(6)):
-        ahead, behind = (_moved_losses(model, loss_fn, parameters, mu, step) for step in (h, -h))
+        ahead, behind = (_moved_losses(model, loss_fn, moving, mu, step) for step in (h, -h))
         D.append((ahead - behind) / (2 * h))
     changes = [float((after - before).norm()) for before, after in itertools.pairwise(D)]
     best: torch.Tensor = D[changes.index(min(changes)) + 1]
@@ -202,25 +202,25 @@ def _finite_difference(
 
 
 def _moved_losses(
-    model: nn.Module,
+    model: Tree,
     loss_fn: LossFunction,
-    parameters: list[nn.Parameter],
+    moving: list[nn.Parameter],
     mu: Mapping[int, torch.Tensor],
     step: float,
 ) -> torch.Tensor:
     """Return L(theta + step * mu) [B] in float64, and theta as it was."""
-    former = [parameter.detach().clone() for parameter in parameters]
+    former = [parameter.detach().clone() for parameter in moving]
     # The contents come back bit by bit, so graphs that were built before stay valid.
-    keep_versions = _unsafe_preserve_version_counter(tuple(parameters))
+    keep_versions = _unsafe_preserve_version_counter(tuple(moving))
     with untouched(model), keep_versions, torch.no_grad():
         try:
-            for parameter in parameters:
+            for parameter in moving:
                 parameter.add_(mu[id(parameter)].to(parameter), alpha=step)
             torch.clear_autocast_cache()  # it holds casts of the tensors as they were
-            moved: torch.Tensor = loss_fn(model).double()
+            moved: torch.Tensor = loss_fn(model.root).double()
             return moved
         finally:
-            for parameter, contents in zip(parameters, former, strict=True):
+            for parameter, contents in zip(moving, former, strict=True):
                 parameter.copy_(contents)
             torch.clear_autocast_cache()
 
@@ -230,17 +230,17 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / expected.double().norm().clamp_min(sys.float_info.min))
 
 
-def _tensors_by_owner(model: nn.Module, direction: Direction) -> dict[int, torch.Tensor]:
+def _tensors_by_owner(model: nn.Module, inside: Tree, direction: Direction) -> dict[int, torch.Tensor]:
     """Return mu by id of the parameter of `model` that it belongs to, without all-zero tensors."""
-    module = unwrapped(model)
     if isinstance(direction, UpdateDirection):
-        owners = direction.owned_by(module)
+        owners = direction.owned_by(inside.root)
         tensors: Mapping[str, torch.Tensor] = direction.tensors
     else:
-        named = dict(model.named_parameters(remove_duplicate=False))
-        named |= dict(module.named_parameters(remove_duplicate=False))
+        named = {slot.name: slot.parameter for slot in inside.slots}
+        if model is not inside.root:  # names as the wrapper gives them
+            named |= {slot.name: slot.parameter for slot in tree(model).slots}
         # Refuses unknown names, wrong shapes and NaN in the words of a direction.
-        refuse_unfit(direction, named, described(module))
+        refuse_unfit(direction, named, described(inside.root))
         owners = {name: named[name] for name in direction}
         tensors = direction
     device = next(iter(tensors.values())).device
@@ -272,9 +272,7 @@ def _checked_rows(example_of_row: torch.Tensor | None) -> torch.Tensor | None:
     return rows
 
 
-def _on_batch(
-    loss_fn: Callable[[nn.Module, Batch], torch.Tensor], batch: Batch
-) -> Callable[[nn.Module], torch.Tensor]:
+def _on_batch(loss_fn: Callable[[nn.Module, Batch], torch.Tensor], batch: Batch) -> Callable[[nn.Module], torch.Tensor]:
     @functools.wraps(loss_fn)
     def loss_of_batch(model: nn.Module) -> torch.Tensor:
         return loss_fn(model, batch)

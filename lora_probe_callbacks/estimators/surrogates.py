@@ -72,8 +72,7 @@ def policy_gradient_surrogate(S: Tensor, batch: PromptBatch) -> Tensor:
     _check_shape(S, batch)
     if batch.advantages is None:
         raise ValueError(
-            f"got a batch without advantages, expected advantages of shape {list(S.shape)}: "
-            "pass them to PromptBatch"
+            f"got a batch without advantages, expected advantages of shape {list(S.shape)}: pass them to PromptBatch"
         )
     return (batch.advantages.detach() / batch.max_lengths[:, None] * S).mean(1)
 

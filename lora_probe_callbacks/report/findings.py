@@ -58,12 +58,14 @@ class ProbeReport:
         findings: One for each (check, cause): failures and warnings first, then what passed, then
             what was not judged.
         metrics: The latest value of every metric.
+        judged_steps: Probed steps that were judged; without one nothing is called healthy.
         internal_errors: Tracebacks of errors inside the probe itself, each kept once.
     """
 
     findings: list[Finding] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     internal_errors: list[str] = field(default_factory=list)
+    judged_steps: int = 0
 
     def with_status(self, *statuses: Status) -> list[Finding]:
         """The findings with one of these statuses."""
@@ -76,10 +78,10 @@ class ProbeReport:
 
     @property
     def healthy(self) -> bool | None:
-        """True if something was judged and nothing failed, False if something failed, None if nothing was judged."""
+        """True if a step was judged and nothing failed, False if something failed, None if no step was judged."""
         if self.failures:
             return False
-        return True if self.with_status("pass", "warn") else None
+        return True if self.judged_steps and self.with_status("pass", "warn") else None
 
     @property
     def exit_code(self) -> int:

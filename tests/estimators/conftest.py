@@ -13,9 +13,7 @@ def tiny_llama_factory() -> Callable[..., PeftModel]:
     """Return a maker of tiny Llamas with a LoRA adapter "default" whose B is not zero."""
     torch.set_num_threads(1)
 
-    def make(
-        *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0, **lora
-    ) -> PeftModel:
+    def make(*, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0, **lora) -> PeftModel:
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=64,

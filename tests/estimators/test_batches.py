@@ -68,9 +68,7 @@ def test_from_ragged_keeps_every_token_and_pads_the_rest(lists):
 @given(ragged(), st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
 def test_splitting_keeps_all_prompts_in_order(lists, size):
-    batch = PromptBatch.from_ragged(
-        *lists, pad_id=PAD, advantages=torch.randn(len(lists[1]), len(lists[1][0]))
-    )
+    batch = PromptBatch.from_ragged(*lists, pad_id=PAD, advantages=torch.randn(len(lists[1]), len(lists[1][0])))
     parts = batch.split(size)
     assert max(part.num_prompts for part in parts) <= size
     for field in ("sequences", "attention_mask", "response_mask", "max_lengths", "advantages"):

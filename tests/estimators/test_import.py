@@ -11,9 +11,7 @@ import lora_probe_callbacks.estimators as estimators
 def test_importing_the_package_loads_no_framework():
     heavy = ["torchmetrics", "transformers", "peft", "lightning", "bitsandbytes", "scipy"]
     code = f"import sys, lora_probe_callbacks.estimators; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
 
 

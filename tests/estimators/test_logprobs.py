@@ -22,9 +22,7 @@ def gpt2():
     """A float64 GPT-2: absolute positions and no float32 inside, so that padding has nowhere to hide."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    config = GPT2Config(
-        vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=48, bos_token_id=0, eos_token_id=EOS
-    )
+    config = GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=48, bos_token_id=0, eos_token_id=EOS)
     lora = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
     return get_peft_model(GPT2LMHeadModel(config), lora).double().eval()
 
@@ -37,9 +35,7 @@ def ragged_batch(seed: int = 0, B: int = 3, G: int = 2, **options) -> PromptBatc
         return torch.randint(0, 20, (length,), generator=generator).tolist()
 
     prompts = [draw() for _ in range(B)]
-    return PromptBatch.from_ragged(
-        prompts, [[draw() for _ in range(G)] for _ in range(B)], pad_id=EOS, **options
-    )
+    return PromptBatch.from_ragged(prompts, [[draw() for _ in range(G)] for _ in range(B)], pad_id=EOS, **options)
 
 
 def repadded(batch: PromptBatch, left: int, right: int, fill: int) -> PromptBatch:
@@ -77,9 +73,7 @@ def state_of(model: nn.Module) -> dict:
             "flags": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
             "grads": {name: parameter.grad for name, parameter in model.named_parameters()},
             "mode": {name: module.training for name, module in named},
-            "hooks": {
-                name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in named
-            },
+            "hooks": {name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in named},
             "adapters": {
                 name: {
                     key: vars(module).get(key, "absent")
@@ -142,9 +136,7 @@ def test_permuting_prompts_permutes_log_probs(seed, order):
         batch.response_mask[order],
         batch.max_lengths[order],
     )
-    torch.testing.assert_close(
-        sequence_logprobs(gpt2(), permuted, adapter="default"), S[order], rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(sequence_logprobs(gpt2(), permuted, adapter="default"), S[order], rtol=0, atol=1e-10)
 
 
 def test_padding_never_changes_the_gradient():
@@ -184,9 +176,7 @@ def test_micro_batches_give_the_log_probs_of_the_whole_batch():
 def test_the_gradient_is_the_textbook_one(tiny_llama_factory):
     model = tiny_llama_factory(dtype=torch.float64)
     weights = [p for p in model.parameters() if p.requires_grad]
-    S = sequence_logprobs(
-        model, PromptBatch.from_ragged([[5, 6], [7]], [[[1, 2]], [[3]]], pad_id=0), adapter="default"
-    )
+    S = sequence_logprobs(model, PromptBatch.from_ragged([[5, 6], [7]], [[[1, 2]], [[3]]], pad_id=0), adapter="default")
     expected = textbook_logprob(model, [5, 6], [1, 2]) + textbook_logprob(model, [7], [3])
     ours, theirs = torch.autograd.grad(S.sum(), weights), torch.autograd.grad(expected, weights)
     assert len(weights) == 12
@@ -473,9 +463,7 @@ def test_the_peft_model_is_found_inside_wrappers(tiny_llama_factory):
 def test_adapters_of_a_transformers_model_serve_without_a_peft_model():
     torch.manual_seed(0)
     model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-        )
+        LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     ).eval()
     batch = ragged_batch()
     for name in ("first", "second"):
@@ -514,9 +502,7 @@ def test_a_model_that_returns_no_logits_for_every_token_is_refused():
             return super().forward(tokens).mean(1)
 
     model = get_peft_model(Pooled(), LoraConfig(target_modules=["head"]))
-    with pytest.raises(
-        ValueError, match=r"got Tensor with logits of shape \[6, 20\], expected \[6, .* causal"
-    ):
+    with pytest.raises(ValueError, match=r"got Tensor with logits of shape \[6, 20\], expected \[6, .* causal"):
         sequence_logprobs(model, ragged_batch(), adapter="default")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -124,9 +125,7 @@ def test_bert_with_its_embeddings_and_classifier() -> None:
 def test_several_active_adapters() -> None:
     case = language_case()
     model: Any = case.model
-    model.add_adapter(
-        "second", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    )
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     model.double().base_model.set_adapter(["default", "second"])
     assert any("second" in name for name in random_direction(model))
     assert_agrees_with_loop(case, 1e-10)
@@ -145,9 +144,7 @@ def test_a_tiny_direction_does_not_vanish_in_float16() -> None:
     case.model.half()
     large, tiny = random_direction(case.model), {}
     tiny = {name: tensor.float() * 1e-9 for name, tensor in large.items()}
-    s, scaled = (
-        per_prompt_projection(case.model, case.loss_fn, mu, self_check="never") for mu in (large, tiny)
-    )
+    s, scaled = (per_prompt_projection(case.model, case.loss_fn, mu, self_check="never") for mu in (large, tiny))
     assert relative_error(scaled * 1e9, s) < 1e-3
 
 
@@ -272,8 +269,15 @@ def test_bitsandbytes(quantisation: str) -> None:
 def test_bitsandbytes_4_bit_with_checkpoints(use_dora: bool) -> None:
     torch.manual_seed(0)
     base = base_language_model("llama", "sdpa", hidden_size=64, intermediate_size=64, head_dim=32)
-    model = lora(
-        quantised(base, "nf4"), target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora
-    )
+    model = lora(quantised(base, "nf4"), target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
     model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
     assert_agrees_with_loop(Case(model, language_loss(tokens())), 1e-5)
+
+
+def test_modules_with_accelerates_device_hooks() -> None:
+    case = language_case()
+    direction = random_direction(case.model)
+    expected = per_prompt_projection(case.model, case.loss_fn, direction)
+    for module in case.model.modules():
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    assert relative_error(per_prompt_projection(case.model, case.loss_fn, direction), expected) < 1e-12

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lora_probe_callbacks.estimators import UpdateDirection, per_prompt_projection
 from tests.estimators.projection_cases import (
@@ -61,9 +64,7 @@ class TestSelfCheck:
         case = laid_out(lambda hidden: hidden.transpose(0, 1), tokens(6, 5))
         with pytest.raises(ValueError, match=r"returned 6 losses, but the layers got the rows of 5 examples"):
             project(case)
-        with pytest.raises(
-            ValueError, match=r"up.lora_A.default got a tensor of shape \(5, 6, 8\), expected \(6,\)"
-        ):
+        with pytest.raises(ValueError, match=r"up.lora_A.default got a tensor of shape \(5, 6, 8\), expected \(6,\)"):
             project(case, example_of_row=torch.arange(6))
 
     def test_tokens_gathered_by_expert(self) -> None:
@@ -137,6 +138,32 @@ class TestSelfCheck:
             with pytest.raises(RuntimeError, match="disagrees"):
                 project(case)
 
+    @pytest.mark.parametrize("seed", range(4))
+    def test_bfloat16_is_not_taken_for_a_fault_nor_hides_one(self, seed: int) -> None:
+        case = language_case(dtype=torch.float32)
+        ids = tokens(6, 6, seed)
+        direction = random_direction(case.model, seed=seed)
+        mixed = laid_out(lambda hidden: hidden.transpose(0, 1), ids)
+        mixed.model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            per_prompt_projection(case.model, language_loss(ids), direction, self_check="always")
+            with pytest.raises(RuntimeError, match="sequence-first"):
+                project(mixed)
+
+
+@pytest.mark.parametrize("checkpoints", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_rows_that_are_not_the_losses_need_example_of_row(checkpoints: Any) -> None:
+    case = language_case()
+    model: Any = case.model
+    if checkpoints is not None:
+        model.get_base_model().activation_checkpointing_enable(checkpoints)
+    grouped = Case(model, language_loss(tokens(6), responses=3))
+    with pytest.raises(ValueError, match=r"returned 2 losses, but .* rows of 6 examples.*example_of_row"):
+        project(grouped)
+    rows = torch.arange(3).repeat_interleave(2)
+    with pytest.raises(ValueError, match=r"returned 2 losses, but .* rows of 3 examples"):
+        project(grouped, example_of_row=rows)
+
 
 class TestUnvisited:
     def test_layer_that_never_ran(self) -> None:
@@ -180,9 +207,7 @@ class TestBeforeItRuns:
 
     def test_batch_norm_in_train_mode(self) -> None:
         model = conv_case(batch_norm=True).model
-        self.refuse(
-            model, r"norm \(BatchNorm2d\) normalises over the batch.*model.eval\(\), or backend='loop'"
-        )
+        self.refuse(model, r"norm \(BatchNorm2d\) normalises over the batch.*model.eval\(\), or backend='loop'")
 
     def test_attention_that_uses_the_weights_itself(self) -> None:
         class Attending(nn.Module):
@@ -193,9 +218,7 @@ class TestBeforeItRuns:
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return self.attention(x, x, x)[0]
 
-        self.refuse(
-            lora(Attending(), target_modules=["attention"]), r"attention \(MultiheadAttention\).*loop"
-        )
+        self.refuse(lora(Attending(), target_modules=["attention"]), r"attention \(MultiheadAttention\).*loop")
 
     def test_expert_parameters(self) -> None:
         class Experts(nn.Module):
@@ -261,9 +284,7 @@ class TestBeforeItRuns:
         model = nn.Linear(2, 1)
         self.refuse(model, "got 'weights', expected a parameter", direction={"weights": torch.ones(1, 2)})
         self.refuse(model, r"weight got shape \(2,\), expected \(1, 2\)", direction={"weight": torch.ones(2)})
-        self.refuse(
-            model, "NaN or infinity in weight", direction={"weight": torch.tensor([[1.0, torch.nan]])}
-        )
+        self.refuse(model, "NaN or infinity in weight", direction={"weight": torch.tensor([[1.0, torch.nan]])})
         with pytest.raises(ValueError, match="got an empty direction"):
             per_prompt_projection(model, lambda m: m.weight[0], {})
 
@@ -278,6 +299,18 @@ class TestBeforeItRuns:
             rf"PeftModelForCausalLM at {id(other):#x} owns a tensor of the same name",
             direction=direction,
         )
+
+
+def test_sharded_parameters(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        model = nn.Linear(2, 1)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        direction = {"weight": torch.ones(1, 2)}
+        with pytest.raises(NotImplementedError, match=r"weight is sharded over ranks \(DTensor\)"):
+            per_prompt_projection(model, lambda m: m(torch.ones(3, 2))[:, 0], direction)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("L", [torch.tensor(1.0), torch.zeros(2, 2), torch.zeros(2, dtype=torch.long), 1.0])

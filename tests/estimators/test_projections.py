@@ -140,8 +140,7 @@ def test_batches_are_projected_one_after_another(model: nn.Module) -> None:
         example_of_row=lambda ids: torch.arange(len(ids) // 2).repeat_interleave(2),
     )
     expected = [
-        per_prompt_projection(model, language_loss(ids, responses=2), direction, backend="loop")
-        for ids in batches
+        per_prompt_projection(model, language_loss(ids, responses=2), direction, backend="loop") for ids in batches
     ]
     assert s.shape == (3,)
     assert relative_error(s, torch.cat(expected)) < 1e-10
@@ -164,9 +163,7 @@ def test_the_layers_of_an_idle_adapter_need_not_run_if_they_do_not_move() -> Non
         if name.endswith("layers.1"):
             module.forward = lambda hidden, *_, **__: hidden
     s = per_prompt_projection(case.model, case.loss_fn, direction)
-    assert (
-        relative_error(s, per_prompt_projection(case.model, case.loss_fn, direction, backend="loop")) < 1e-10
-    )
+    assert relative_error(s, per_prompt_projection(case.model, case.loss_fn, direction, backend="loop")) < 1e-10
 
 
 def test_no_graph_around_the_call_is_needed(model: nn.Module) -> None:
@@ -197,10 +194,7 @@ def observed(model: nn.Module) -> dict[str, Any]:
             ],
         ),
         "hooks": {
-            name: [
-                len(getattr(module, hooks))
-                for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-            ]
+            name: [len(getattr(module, hooks)) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
             for name, module in model.named_modules()
         },
         "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
@@ -276,9 +270,7 @@ def _data_parallel(rank: int, path: str) -> None:
         direction = UpdateDirection.from_gradients(wrapped, lr=0.1)
         s = per_prompt_projection(wrapped, loss_fn, direction, self_check="always")
         through_wrapper = per_prompt_projection(wrapped, lambda _: loss_fn(wrapped), direction)
-        assert (
-            relative_error(s, per_prompt_projection(case.model, loss_fn, direction, backend="loop")) < 1e-10
-        )
+        assert relative_error(s, per_prompt_projection(case.model, loss_fn, direction, backend="loop")) < 1e-10
         assert relative_error(through_wrapper, s) < 1e-10
         assert all(torch.equal(case.model.get_parameter(n).grad, g) for n, g in gradients.items())
         case.model.zero_grad()

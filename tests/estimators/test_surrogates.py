@@ -13,9 +13,7 @@ def make_batch(lengths: list[list[int]], **options) -> PromptBatch:
     return PromptBatch.from_ragged([[b + 2] for b in range(len(lengths))], responses, pad_id=0, **options)
 
 
-BATCH = make_batch(
-    [[1, 2, 4], [3, 3, 2]], max_lengths=[5, 8], advantages=[[1.0, -2.0, 1.0], [0.5, 0.0, -0.5]]
-)
+BATCH = make_batch([[1, 2, 4], [3, 3, 2]], max_lengths=[5, 8], advantages=[[1.0, -2.0, 1.0], [0.5, 0.0, -0.5]])
 S = torch.tensor([[-1.0, -2.5, -3.0], [-4.0, -0.5, -2.0]], dtype=torch.float64)
 
 
@@ -56,8 +54,7 @@ def test_the_expected_gradient_of_the_entropy_surrogate_is_that_of_the_entropy(w
 
 def test_the_policy_gradient_surrogate_is_its_formula():
     expected = [
-        sum(BATCH.advantages[n, g].item() / BATCH.max_lengths[n].item() * S[n, g].item() for g in range(3))
-        / 3
+        sum(BATCH.advantages[n, g].item() / BATCH.max_lengths[n].item() * S[n, g].item() for g in range(3)) / 3
         for n in range(2)
     ]
     assert policy_gradient_surrogate(S, BATCH).tolist() == pytest.approx(expected, rel=1e-6)

@@ -71,9 +71,7 @@ def test_the_example_predicts_small_steps(tmp_path):
         timeout=240,
         check=True,
     )
-    rows = [
-        re.findall(r"[-+]?\d[\d.]*(?:e[-+]\d+)?", line) for line in done.stdout.splitlines() if "e-" in line
-    ]
+    rows = [re.findall(r"[-+]?\d[\d.]*(?:e[-+]\d+)?", line) for line in done.stdout.splitlines() if "e-" in line]
     ratios = {row[0]: float(row[-1]) for row in rows}
     assert len(ratios) == 7
     assert abs(ratios["1e-05"] - 1) < 0.003

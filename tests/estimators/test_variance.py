@@ -36,9 +36,7 @@ def exact_moments(s: torch.Tensor) -> tuple[float, float, float]:
 def assert_moments(metric: ConditionalVariance, s: torch.Tensor, rel: float) -> None:
     mean, variance, standard_error, count = metric.compute()
     assert count.item() == len(s)
-    assert [x.item() for x in (mean, variance, standard_error)] == pytest.approx(
-        exact_moments(s), rel=rel, abs=0
-    )
+    assert [x.item() for x in (mean, variance, standard_error)] == pytest.approx(exact_moments(s), rel=rel, abs=0)
 
 
 @given(
@@ -139,9 +137,7 @@ def test_two_ranks_merge_to_one_exact_pass(tmp_path):
     s = far_from_zero(101)
     torch.save(s, tmp_path / "s.pt")
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     try:

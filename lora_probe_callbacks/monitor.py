@@ -1,0 +1,104 @@
+"""LoraProbeMonitor: the front door for Accelerate and plain loops.
+
+A context manager around a loop that does not change by a line: forwards, gradients and steps are
+observed through torch's own hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_probe_callbacks.config import ProbeConfig
+from lora_probe_callbacks.report.findings import ProbeReport
+from lora_probe_callbacks.session import ProbeSession
+
+__all__ = ["LoraProbeMonitor"]
+
+
+class LoraProbeMonitor:
+    """Proves, while a loop runs, that the LoRA adapter is active, reached, owned, moved and seen.
+
+    Args:
+        model: Whatever the loop calls: a PeftModel, a wrapper around one, a prepared or compiled
+            module; or a list of models (policy and value).
+        optimizer: The optimizer, a wrapper around it, or a list of them.
+        accelerator: An ``accelerate.Accelerator``: logs through ``accelerator.log`` and, under
+            ``on_failure="stop"``, sets its trigger for ``accelerator.check_trigger()``.
+        scaler: The ``GradScaler`` of the loop, if it has one.
+        log: Receives (metrics, step); replaces the accelerator's.
+        **intent: What is meant and when to look, see :class:`~lora_probe_callbacks.config.ProbeConfig`.
+
+    Raises:
+        ValueError: For an argument that cannot be meant; on entering, if the model holds no
+            adapter, or not the one that was named.
+        LoraProbeError: Inside the loop, at the step at which something fails, unless ``on_failure``
+            is ``"stop"`` or ``"warn"``.
+
+    Example::
+
+        with LoraProbeMonitor(model, optimizer) as probe:
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        print(probe.report)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: object,
+        *,
+        accelerator: Any = None,
+        scaler: torch.amp.GradScaler | None = None,
+        log: Callable[[dict[str, float], int], None] | None = None,
+        **intent: Any,
+    ) -> None:
+        self._models = [model] if isinstance(model, nn.Module) else list(model)
+        self._optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        self._accelerator = accelerator
+        self._scaler = scaler if scaler is not None else getattr(accelerator, "scaler", None)
+        if log is None and accelerator is not None:
+            log = _accelerator_log(accelerator)
+        main = accelerator is None or accelerator.is_main_process
+        self._session = ProbeSession(ProbeConfig(**intent), log=log, main_rank=main, on_stop=self._stop)
+        self._entered = False
+
+    @property
+    def report(self) -> ProbeReport:
+        """What was found so far; stays after the context has ended."""
+        return self._session.report
+
+    @property
+    def should_stop(self) -> bool:
+        """Something failed under ``on_failure="stop"``: leave the loop."""
+        return self._session.should_stop
+
+    def __enter__(self) -> LoraProbeMonitor:
+        if self._entered:
+            raise RuntimeError("got a monitor that was entered before, expected a new one: make one for each run")
+        names = [""] if len(self._models) == 1 else [f"model{i}" for i in range(len(self._models))]
+        self._session.start(zip(names, self._models, strict=True), self._optimizers, scaler=self._scaler)
+        self._entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._session.end()
+        else:
+            self._session.abort(error)
+
+    def _stop(self) -> None:
+        if self._accelerator is not None:
+            self._accelerator.set_trigger()
+
+
+def _accelerator_log(accelerator: Any) -> Callable[[dict[str, float], int], None]:
+    return lambda metrics, step: accelerator.log(metrics, step=step)

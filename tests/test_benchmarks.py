@@ -1,0 +1,59 @@
+"""The benchmark and its table run from end to end, at a shape that takes seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# torch 2.13 scripts its decompositions for forward mode with what it has deprecated
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_results_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    projection: Any = loaded("projection")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(projection, "TINY", {**sizes, "num_key_value_heads": 1, "vocab_size": 64})
+    settings = [
+        projection.Setting("tiny", "float32", attention, False, 2, 2, 8, projection.EVERY)
+        for attention in ("eager", "sdpa")
+    ]
+    monkeypatch.setattr(projection, "settings", lambda device: settings)
+    projection.main(["--device", "cpu", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "projection-cpu.json").read_text())
+    rows = {(row["attention"], row["backend"]): row for row in result["rows"]}
+    assert len(rows) == 10
+    assert result["versions"].keys() == {"torch", "transformers", "peft", "bitsandbytes"}
+    for backend in ("doubled_rank", "alpha", "jvp"):
+        assert rows["eager", backend]["error_to_loop"] < 1e-4
+        assert rows["eager", backend]["gib"] > 0
+    assert "fused attention" in rows["sdpa", "alpha"]["failed"]
+
+    table: Any = loaded("table")
+    lines = table.table(result).splitlines()
+    assert sum(line.startswith("| tiny") for line in lines) == 10
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    table.main(["--results", str(tmp_path), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "training step" in text
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        table.main(["--results", str(tmp_path), "--readme", str(readme)])
