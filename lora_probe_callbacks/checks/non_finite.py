@@ -14,7 +14,6 @@ def judge(facts: Facts) -> Verdict:
             return fail(
                 f"{len(broken)} adapter tensors hold inf or nan after the step: {some([facts.slots[i].name for i in broken])}",
                 broken,
-                cause="parameter",
                 of_update=True,
                 got=f"{len(broken)} tensors not finite",
                 expected="0",
@@ -30,7 +29,6 @@ def judge(facts: Facts) -> Verdict:
     return fail(
         f"{len(bad)} adapter gradients are inf or nan and are about to be applied: {names}",
         bad,
-        cause="gradient",
         got=f"{len(bad)} gradients not finite",
         expected="0",
     )

@@ -20,7 +20,12 @@ def judge(facts: Facts) -> Verdict:
                 fix="call step() on the optimizer that was given to the probe, or give it the one that the loop steps",
             )
         return pending("no update was seen yet")
-    judged = [i for i in sorted(facts.intended) if facts.update.slots[i] is not None]
+    # What had no gradient could not move: while no step moves B, every gradient of A is zero.
+    judged = [
+        i
+        for i in sorted(facts.intended)
+        if (update := facts.update.slots[i]) is not None and (facts.history[i].unmoved or update.moved > 0)
+    ]
     still = [i for i in judged if facts.history[i].unmoved]
     if not still:
         return ok()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, some, warn
+from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, some
 from lora_probe_callbacks.observe.facts import Facts
 
 
@@ -18,7 +18,7 @@ def judge(facts: Facts) -> Verdict:
     ]
     if not uncalled:
         return ok()
-    bypassed = [u for u in uncalled if facts.units[u].base_weight_used]
+    bypassed = [u for u in uncalled if facts.units[u].base_weight_used and not _in_the_graph(facts, u)]
     if bypassed:
         names = [facts.units[u].name for u in bypassed]
         return fail(
@@ -28,24 +28,11 @@ def judge(facts: Facts) -> Verdict:
             got="0 calls, and the weight read by another operation",
             expected="the layer called in the training forward",
         )
-    left_out = [
-        u
-        for u in uncalled
-        if facts.units[u].idle_part == "layer"
-        and all(facts.history[s].read >= PERSISTENT for s in facts.units[u].slots)
-    ]
-    if left_out:
-        names = [facts.units[u].name for u in left_out]
-        return warn(
-            f"{some(names)}: never called in {PERSISTENT} probed steps, while the module around it was",
-            facts.slots_of_units(left_out),
-            got="0 calls",
-            expected="called, unless its input was absent from every batch",
-            fix="if its input was absent so far (no image, no token routed here) nothing is wrong; else the "
-            "module around it reads the weight instead of calling the layer: call the layer",
-        )
+    never = [u for u in uncalled if not any(facts.history[s].had_signal for s in facts.units[u].slots)]
+    if not never:
+        return ok()  # they learned in other batches and had nothing to do in this one
     return pending(
-        f"{len(uncalled)} adapted layers have not run yet ({some([facts.units[u].name for u in uncalled])}): "
+        f"{len(never)} adapted layers have not run yet ({some([facts.units[u].name for u in never])}): "
         "not judged before they do"
     )
 
@@ -53,6 +40,21 @@ def judge(facts: Facts) -> Verdict:
 def _without_signal(facts: Facts, unit: int) -> bool:
     read = [g for s in facts.units[unit].slots if (g := facts.gradients[s]) is not None]
     return bool(read) and all(not g.present or g.zero for g in read)
+
+
+def _in_the_graph(facts: Facts, unit: int) -> bool:
+    """Whether autograd came to the adapter without a call: a kernel that reads its tensors itself.
+
+    A gradient of exactly zero came from there, or stands for None (``set_to_none=False``). Which of the two
+    shows when the other layers learn and this one goes on without.
+    """
+    slots = facts.units[unit].slots
+    if any(s in f.reached for f in facts.training_forwards if f.reached is not None for s in slots):
+        return True
+    if not any((g := facts.gradients[s]) is not None and g.present for s in slots):
+        return False
+    others_learn = any(g is not None and g.present and not g.zero for g in facts.gradients)
+    return not others_learn or min(facts.history[s].zero for s in slots) < PERSISTENT
 
 
 CHECK = Check(
