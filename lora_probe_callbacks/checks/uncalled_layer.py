@@ -5,6 +5,8 @@ from __future__ import annotations
 from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, some, warn
 from lora_probe_callbacks.observe.facts import Facts
 
+LONG = 4 * PERSISTENT  # a part of the model may have no input for a while: no image, no token for the expert
+
 
 def judge(facts: Facts) -> Verdict:
     """Look for layers that no training forward called although their base weight took part."""
@@ -14,7 +16,10 @@ def judge(facts: Facts) -> Verdict:
     uncalled = [
         u
         for u in range(len(facts.units))
-        if u not in called and u not in facts.bad_units() and _without_signal(facts, u)
+        if u not in called
+        and u not in facts.bad_units()
+        and _without_signal(facts, u)
+        and facts.intended.intersection(facts.units[u].slots)
     ]
     if not uncalled:
         return ok()
@@ -43,6 +48,22 @@ def judge(facts: Facts) -> Verdict:
             expected="called, unless its input was absent from every batch",
             fix="if its input was absent so far (no image, no token routed here) nothing is wrong; else the "
             "module around it reads the weight instead of calling the layer: call the layer",
+        )
+    absent = [
+        u
+        for u in uncalled
+        if all(facts.history[s].read >= LONG and not facts.history[s].had_signal for s in facts.units[u].slots)
+    ]
+    if absent:
+        names = [facts.units[u].name for u in absent]
+        return warn(
+            f"{some(names)}: never called in {LONG} probed steps, nor was the part of the model around it",
+            facts.slots_of_units(absent),
+            cause="absent",
+            got="0 calls",
+            expected="called in some batch",
+            fix="if the data has no input for this part (no image, no audio) leave it out of target_modules, or pass frozen=(a part of "
+            "its name,); else look for outputs of it that are cached or computed elsewhere",
         )
     return pending(
         f"{len(uncalled)} adapted layers have not run yet ({some([facts.units[u].name for u in uncalled])}): "
