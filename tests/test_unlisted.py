@@ -6,10 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from recipes import Recipe, parameters
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from training import Loop, Training, adamw, adapter_tensors, assert_found, llama, lora, next_token_loss, watch
+from training import (
+    Loop,
+    Training,
+    adamw,
+    adapter_tensors,
+    assert_found,
+    assert_healthy,
+    llama,
+    lora,
+    next_token_loss,
+    watch,
+)
 from unlisted import UNLISTED
 
 from lora_probe_callbacks import LoraProbeError
@@ -125,23 +137,49 @@ def test_swallowed_error_is_raised_again() -> None:
     assert_found(watched, "LP103", 0)
 
 
-def test_expert_that_never_gets_a_token_is_only_warned_of() -> None:
-    """A look-alike of a cached part: nothing runs there, for good reasons or bad."""
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(12, 8) for _ in range(3))
 
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(12, 8) for _ in range(3))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[0](x) + self.experts[1](x)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.experts[0](x) + self.experts[1](x)
 
-    from peft import LoraConfig, get_peft_model
-
+@pytest.mark.parametrize(("steps", "found"), [(60, []), (102, [("LP104", "warn", 100)])])
+def test_expert_without_a_token_is_warned_of_after_a_hundred_steps(steps: int, found: list[Any]) -> None:
+    """Nothing runs there, for good reasons or bad: time alone tells, and it only warns."""
     torch.manual_seed(0)
     model = get_peft_model(Experts(), LoraConfig(r=2, target_modules=["0", "1", "2"]))
     run = Training(model, lambda model, batch, step: model(batch.float()).pow(2).mean())
-    assert not watch(run, steps=15, every_n_steps=1).found
-    model = get_peft_model(Experts(), LoraConfig(r=2, target_modules=["0", "1", "2"]))
-    run = Training(model, lambda model, batch, step: model(batch.float()).pow(2).mean())
-    assert_found(watch(run, steps=20, every_n_steps=1), "LP104", 15, "experts.2", status="warn")
+    watched = watch(run, steps, every_n_steps=1)
+    assert watched.found == found
+    idle = next(f for f in watched.report.findings if f.code == "LP104")
+    assert idle.status == ("warn" if found else "pending")
+    assert not found or "experts.2" in idle.message
+
+
+def test_hook_that_zeroes_the_gradients_of_one_layer() -> None:
+    """A part may stand at zero for long; after a hundred steps or so it is warned of."""
+    model = lora()
+    for name, tensor in adapter_tensors(model).items():
+        if "layers.0" in name and "q_proj" in name:
+            tensor.register_hook(torch.zeros_like)
+    run = Training(model, optimizer=adamw(model, weight_decay=0.0))
+    watched = watch(run, 106, every_n_steps=1)
+    assert [f[:2] for f in watched.found] == [("LP303", "warn")], watched.found
+    assert "layers.0" in watched.report.with_status("warn")[0].message
+
+
+def test_head_warmed_up_alone_is_healthy() -> None:
+    """The look-alike of a forward that should not be under no_grad."""
+    base = llama()
+    model = lora(base=base)
+    base.lm_head.requires_grad_(True)
+
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        with torch.no_grad():
+            hidden = model.get_base_model().model(input_ids=batch)[0]
+        return base.lm_head(hidden).pow(2).mean() if step < 6 else next_token_loss(model, batch, step)
+
+    assert_healthy(watch(Training(model, loss), 10, every_n_steps=1))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, warn
+from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, ok, pending, warn
 from lora_probe_callbacks.checks.missing import judge_missing, unreached
 from lora_probe_callbacks.observe.facts import Facts
+
+LONG = 4 * PERSISTENT  # a head may be warmed up alone, on outputs of the model
 
 
 def judge(facts: Facts) -> Verdict:
@@ -60,19 +62,17 @@ def _only_without_grad(facts: Facts, read: list[int]) -> Verdict | None:
     if not facts.forwards_without_grad or facts.forwards or facts.elsewhere or not missing:
         return None
     row = min(facts.history[i].missing for i in missing)
-    if row < PERSISTENT:
-        return pending(
-            f"the model was called without gradients only, in {row} probed step(s): they may serve another objective"
-        )
-    report = fail if not any(facts.history[i].had_gradient for i in missing) else warn
-    return report(
+    if row < LONG:
+        return pending(f"the model was called without gradients only, in {row} probed step(s): they may warm up a head")
+    return warn(
         f"all {len(missing)} adapter tensors got no gradient (None) in {row} probed steps: every call of the model was under no_grad or "
         "inference_mode, and the loss trains something else",
         missing,
         cause="without gradients",
         got=f"{facts.forwards_without_grad} calls without gradients in this step, 0 with",
         expected="a call with gradients in every step",
-        fix="take no_grad, inference_mode and set_grad_enabled(False) away from the forward that makes the loss",
+        fix="if these steps are a warm-up of something else nothing is wrong; else take no_grad, inference_mode and "
+        "set_grad_enabled(False) away from the forward that makes the loss",
     )
 
 
