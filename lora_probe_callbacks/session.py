@@ -456,7 +456,8 @@ class ProbeSession:
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)
-                verdicts[check.code] = Verdict("skipped", f"could not judge: {type(error).__name__} inside the check")
+                reason = f"could not judge: {type(error).__name__} inside the check"
+                self._ledger.not_judged(reason, facts.step, facts.framework_step, [check])
         return explain(verdicts)
 
     # --- telling and acting -----------------------------------------------------------------
