@@ -123,9 +123,7 @@ class ProbeSession:
             frozen=config.frozen,
         )
         self._reader = DeviceReader(self._scene)
-        self._observer = ForwardObserver(
-            before=self._before_forward, after=self._after_forward, on_error=self._break
-        )
+        self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step(index)))

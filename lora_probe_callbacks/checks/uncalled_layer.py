@@ -47,6 +47,13 @@ def _in_the_graph(facts: Facts, unit: int) -> bool:
 
     A gradient of exactly zero came from there, or stands for None (``set_to_none=False``). Which of the two
     shows when the other layers learn and this one goes on without.
+
+    Args:
+        facts: What is known.
+        unit: A unit whose layer was not called.
+
+    Returns:
+        Whether its adapter may take part all the same.
     """
     slots = facts.units[unit].slots
     if any(s in f.reached for f in facts.training_forwards if f.reached is not None for s in slots):

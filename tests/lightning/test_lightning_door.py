@@ -29,7 +29,19 @@ from lora_probe_callbacks.checks import catalogue
 from lora_probe_callbacks.checks.base import Check
 from lora_probe_callbacks.observe.facts import Facts
 from lora_probe_callbacks.report.record import read_record
-from tests.tiny import CORE, Batches, Task, adamw, assert_healthy, fit, language_loss, llama, lora, peft_llama, token_batches
+from tests.tiny import (
+    CORE,
+    Batches,
+    Task,
+    adamw,
+    assert_healthy,
+    fit,
+    language_loss,
+    llama,
+    lora,
+    peft_llama,
+    token_batches,
+)
 
 
 def checkpointed() -> nn.Module:
@@ -126,6 +138,8 @@ def compilation_of(task: pl.LightningModule, probe: LoraProbe | None) -> dict[st
     return {name: dict(counters[name]) for name in ("stats", "frames", "graph_break", "recompiles")}
 
 
+# torch 2.13's dynamo (safe_has_grad) looks at .grad of what enters a compiled layer
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
@@ -392,7 +406,13 @@ def test_number_of_metrics_does_not_depend_on_the_model():
 
 def test_rows_wait_for_lightnings_logging_cadence(tmp_path: Path):
     logger = CSVLogger(tmp_path)
-    fit(Task(peft_llama()), LoraProbe(every_n_steps=1, verbose=False), token_batches(10), logger=logger, log_every_n_steps=5)
+    fit(
+        Task(peft_llama()),
+        LoraProbe(every_n_steps=1, verbose=False),
+        token_batches(10),
+        logger=logger,
+        log_every_n_steps=5,
+    )
     rows = logged_csv(Path(logger.log_dir))
     assert sorted(rows) == list(range(10))
     assert all(row.keys() == NAMES for row in rows.values())
@@ -401,7 +421,12 @@ def test_rows_wait_for_lightnings_logging_cadence(tmp_path: Path):
 def test_metrics_of_a_run_that_the_probe_stopped(tmp_path: Path):
     logger = CSVLogger(tmp_path)
     with pytest.raises(LoraProbeError):
-        fit(Task(checkpointed(), merges_at(3)), LoraProbe(every_n_steps=1, verbose=False), logger=logger)
+        fit(
+            Task(checkpointed(), merges_at(3)),
+            LoraProbe(every_n_steps=1, verbose=False),
+            logger=logger,
+            log_every_n_steps=5,
+        )
     rows = logged_csv(Path(logger.log_dir))
     assert [rows[step]["lora_probe/healthy"] for step in sorted(rows)] == [1.0, 1.0, 1.0, 0.0]
 
@@ -476,7 +501,11 @@ def test_single_purpose_callback(callback, family):
 
 
 def test_all_three_together():
-    probes = [AdapterActivationCallback(verbose=False), WrapperIdentityCallback(verbose=False), GradientReachabilityCallback(verbose=False)]
+    probes = [
+        AdapterActivationCallback(verbose=False),
+        WrapperIdentityCallback(verbose=False),
+        GradientReachabilityCallback(verbose=False),
+    ]
     fit(Task(peft_llama()), None, token_batches(5), callbacks=probes)
     assert all(probe.report.healthy for probe in probes)
 

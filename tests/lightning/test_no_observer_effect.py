@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
