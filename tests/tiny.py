@@ -64,6 +64,7 @@ def quantised_llama(path: Path, kind: str = "nf4", **prepare: Any) -> nn.Module:
         else BitsAndBytesConfig(load_in_8bit=True)
     )
     base = LlamaForCausalLM.from_pretrained(path, quantization_config=config, device_map={"": "cpu"})
+    prepare = {"gradient_checkpointing_kwargs": {"use_reentrant": True}} | prepare  # torch wants it said
     return prepare_model_for_kbit_training(base, **prepare).train()
 
 
