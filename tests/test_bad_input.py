@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import Task, fit, language_loss, llama, lora, peft_llama, token_batches
 from torch import nn
 
 from lora_probe_callbacks import (
@@ -12,7 +13,6 @@ from lora_probe_callbacks import (
     LoraProbe,
     WrapperIdentityCallback,
 )
-from tests.tiny import Task, fit, language_loss, llama, lora, peft_llama, token_batches
 
 
 @pytest.mark.parametrize(

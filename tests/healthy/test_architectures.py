@@ -8,8 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-
-from tests.tiny import VOCABULARY, Task, assert_healthy, judged, lora
+from tiny import VOCABULARY, Task, assert_healthy, judged, lora
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 

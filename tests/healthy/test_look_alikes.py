@@ -14,10 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from peft import get_peft_model
-from torch import nn
-
-from lora_probe_callbacks import LoraProbe
-from tests.tiny import (
+from tiny import (
     VOCABULARY,
     Batches,
     Task,
@@ -30,6 +27,9 @@ from tests.tiny import (
     peft_llama,
     token_batches,
 )
+from torch import nn
+
+from lora_probe_callbacks import LoraProbe
 
 
 def log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,7 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
-
-from tests.tiny import (
+from tiny import (
     VOCABULARY,
     Batches,
     Task,

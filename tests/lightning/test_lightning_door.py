@@ -15,6 +15,19 @@ import torch
 import torch._dynamo
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from peft import get_peft_model
+from tiny import (
+    CORE,
+    Batches,
+    Task,
+    adamw,
+    assert_healthy,
+    fit,
+    language_loss,
+    llama,
+    lora,
+    peft_llama,
+    token_batches,
+)
 from torch import nn
 
 from lora_probe_callbacks import (
@@ -29,19 +42,6 @@ from lora_probe_callbacks.checks import catalogue
 from lora_probe_callbacks.checks.base import Check
 from lora_probe_callbacks.observe.facts import Facts
 from lora_probe_callbacks.report.record import read_record
-from tests.tiny import (
-    CORE,
-    Batches,
-    Task,
-    adamw,
-    assert_healthy,
-    fit,
-    language_loss,
-    llama,
-    lora,
-    peft_llama,
-    token_batches,
-)
 
 
 def checkpointed() -> nn.Module:
