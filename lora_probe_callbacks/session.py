@@ -123,6 +123,7 @@ class ProbeSession:
             frozen=config.frozen,
         )
         self._reader = DeviceReader(self._scene)
+        self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step(index)))
@@ -136,13 +137,7 @@ class ProbeSession:
     def _watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
         self._history = [SlotHistory() for _ in self._scene.slots]
-        self._observer = ForwardObserver(
-            self._scene.inventory,
-            self._scene.units,
-            before=self._before_forward,
-            after=self._after_forward,
-            on_error=self._break,
-        )
+        self._observer.watch(self._scene.inventory, self._scene.units)
 
     @property
     def running(self) -> bool:
@@ -330,9 +325,9 @@ class ProbeSession:
 
     def _settle_expected(self) -> None:
         """The module's own hooks may have activated another adapter since the session began."""
-        names = self._scene.active_names()
-        if names != self._scene.expected:
-            self._observer.disarm()
+        names, former = self._scene.active_names(), self._scene.expected
+        # ... or this is the forward of a reference, which no optimizer owns.
+        if names != former and (self._scene.owned(names) or not self._scene.owned(former)):
             self._scene.expect(names)
             self._watch()
             self._begin_step()
@@ -380,10 +375,8 @@ class ProbeSession:
 
     def _collect(self, moment: Moment, optimizer: int | None, *, final: bool) -> Facts:
         if self._scene.refresh():
-            history, candidates = self._history, self._observer.candidates
-            self._observer.disarm()
+            history = self._history
             self._watch()
-            self._observer.candidates = candidates
             if len(history) == len(self._history):
                 self._history = history
         probed = optimizer is not None and self._probed
@@ -396,14 +389,14 @@ class ProbeSession:
         scene, observer = self._scene, self._observer
         slots = scene.slot_facts()
         forwards = observer.facts(scene.slot_of())
-        self._history = advance(self._history, slots, readings.gradients, readings.update)
+        self._history = advance(self._history, slots, readings.gradients, readings.update, self.step)
         scaler = self._scaler is not None or any(grad_scale(o) is not None for o in scene.optimizers)
         overflow = scaler and any(g is not None and not g.finite for g in readings.gradients)
         if readings.skipped_inside:
             self._skipped_in_a_row += 1
         skipped = self._skipped_in_a_row + (moment == "skipped" or overflow)
         replaced, foreign = scene.replaced()
-        used = observer.witness.used if observer.witness is not None else set()
+        used = observer.witness.seen if observer.witness is not None else {}
         facts = Facts(
             moment=moment,
             optimizer=optimizer,
@@ -462,7 +455,8 @@ class ProbeSession:
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)
-                verdicts[check.code] = Verdict("skipped", f"could not judge: {type(error).__name__} inside the check")
+                reason = f"could not judge: {type(error).__name__} inside the check"
+                self._ledger.not_judged(reason, facts.step, facts.framework_step, [check])
         return explain(verdicts)
 
     # --- telling and acting -----------------------------------------------------------------

@@ -62,7 +62,8 @@ class UnitFact:
     # when it is something larger (a tower, an expert), "sibling" when the layer stands in a
     # list whose other members ran. None when the layer was called, or calls are not observable.
     idle_part: Literal["layer", "branch", "sibling"] | None = None
-    base_weight_used: bool = False  # its base weight was read in a forward that left the layer out
+    # Its base weight was used in a forward that left the layer out; None where nobody watched.
+    base_weight_used: bool | None = None
     lora: bool = True
 
 
@@ -161,6 +162,7 @@ class SlotHistory:
     read: int = 0
     missing: int = 0  # gradient None, in a row up to now
     zero: int = 0  # gradient exactly zero, in a row up to now
+    zero_since: int = 0  # the step in which that row began
     rate_zero: int = 0  # learning rate exactly zero, in a row up to now
     rate: float | None = None  # the last learning rate read
     rate_rising: bool = False  # it was above the one before
