@@ -123,9 +123,7 @@ class ProbeSession:
             frozen=config.frozen,
         )
         self._reader = DeviceReader(self._scene)
-        self._observer = ForwardObserver(
-            before=self._before_forward, after=self._after_forward, on_error=self._break
-        )
+        self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step(index)))
@@ -221,7 +219,7 @@ class ProbeSession:
         return wanted and (1 <= self.step < ALWAYS or rarely)
 
     def _end_step(self) -> None:
-        if self._now.stepped:
+        if self._now.stepped & self._scene.owners():
             self._ever_stepped = True
             self._skipped_in_a_row = 0
         else:
@@ -429,6 +427,7 @@ class ProbeSession:
             nested=tuple(scene.inventory.nested),
             rewrapped=tuple(scene.inventory.rewrapped),
             unloaded=tuple(scene.inventory.unloaded),
+            vanished=() if scene.inventory.unloaded else scene.vanished(),
             skipped_in_a_row=skipped,
             ever_stepped=self._ever_stepped,
             scaler=scaler,
@@ -456,7 +455,8 @@ class ProbeSession:
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)
-                verdicts[check.code] = Verdict("skipped", f"could not judge: {type(error).__name__} inside the check")
+                reason = f"could not judge: {type(error).__name__} inside the check"
+                self._ledger.not_judged(reason, facts.step, facts.framework_step, [check])
         return explain(verdicts)
 
     # --- telling and acting -----------------------------------------------------------------
