@@ -9,6 +9,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, Self
 
 from torch import nn
@@ -138,11 +139,12 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
         # Not in on_train_begin: other callbacks may still change the model there.
         if self._session is not None:
             return
-        session = ProbeSession(self._config, log=self._keep, main_rank=state.is_world_process_zero)
+        self._rows = {}
+        # Without a reference to this object: the session is closed when nobody holds it any more.
+        session = ProbeSession(self._config, log=partial(_keep, self._rows), main_rank=state.is_world_process_zero)
         if state.global_step:  # resumed; else what is stored is this callback's own state of a moment ago
             session.load_state_dict(_stored(state, type(self).__name__))
         self._session = session
-        self._rows = {}
         weakref.finalize(self, session.close)
         trainer = _trainer_of(state)
         callbacks = [] if trainer is None else trainer.callback_handler.callbacks
@@ -201,10 +203,6 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
 
     # --- metrics ----------------------------------------------------------------------------
 
-    def _keep(self, metrics: dict[str, float], framework_step: int) -> None:
-        # The Trainer logs the loss of a step after it has counted that step.
-        self._rows.setdefault(framework_step + 1, {}).update(metrics)
-
     def _flush(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, before: int | None = None
     ) -> None:
@@ -219,6 +217,11 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
             then.global_step = step
             for reporter in self._reporters:
                 reporter.on_log(args, then, control, logs=dict(metrics), model=None)
+
+
+def _keep(rows: dict[int, dict[str, float]], metrics: dict[str, float], framework_step: int) -> None:
+    # The Trainer logs the loss of a step after it has counted that step.
+    rows.setdefault(framework_step + 1, {}).update(metrics)
 
 
 def _trainer_of(state: TrainerState) -> _Trainer | None:

@@ -79,7 +79,8 @@ class RunTrainer(Trainer):
             self.accelerator.scaler = scaler
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader([{"ids": b} for b in batches(self.args.max_steps * self.run.accumulate)], batch_size=None)
+        rows = [{"ids": b} for b in batches(self.args.max_steps * self.run.accumulate)]
+        return DataLoader(rows, batch_size=1, collate_fn=lambda one: one[0])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self.run.between_steps(self.run, self.number)
