@@ -1,15 +1,17 @@
-"""Run a training forward again and leave no trace: does the forward see the parameters?
+"""Run a training forward again and leave no trace.
 
-One autocast block around several steps keeps its cache of cast weights, keyed by tensor and not by
-version, so the forward goes on with the weights of the first step. A repeat in a nested region
-without that cache tells (https://github.com/X-GenGroup/Flow-Factory/issues/186).
+Two questions need it. *Does the forward see the parameters?* (here) One autocast block around several
+steps keeps its cache of cast weights, keyed by tensor and not by version, so the forward goes on with
+the weights of the first step; a repeat in a nested region without that cache tells
+(https://github.com/X-GenGroup/Flow-Factory/issues/186). *Is the gradient right?* (``response.py``)
 """
 
 from __future__ import annotations
 
 import random
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +19,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._pytree import tree_map_only
 
 from lora_probe_callbacks.observe.forwards import tensors_in
 from lora_probe_callbacks.observe.wrappers import is_compiled
 
-__all__ = ["ForwardRepeat"]
+__all__ = [
+    "MOST_BYTES",
+    "ForwardRepeat",
+    "KeptForward",
+    "RandomState",
+    "holding",
+    "module_state_restored",
+    "random_state",
+]
 
-_MOST_BYTES = 256 * 2**20
+MOST_BYTES = 256 * 2**20  # of outputs, and of buffers
 
 
 class ForwardRepeat:
-    """Runs the first candidate of one step a second time.
+    """Runs the first candidate of one step a second time, without autocast's cache.
 
     Args:
         device: Where the adapter is.
@@ -35,86 +47,135 @@ class ForwardRepeat:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._random: _Random | None = None
         self.stale: tuple[bool, str] | None = None
         self.why_not: str | None = None
 
-    def before(self) -> None:
-        """Keep the random state with which a candidate begins."""
-        if self.stale is None and self.why_not is None:
-            self._random = _random_state(self._device)
+    def after(self, kept: KeptForward, output: Any) -> None:
+        """Repeat the candidate and compare, once.
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Repeat the candidate and compare, once."""
-        if self._random is None or self.stale is not None or self.why_not is not None:
+        Args:
+            kept: The candidate.
+            output: What it returned.
+        """
+        if self.stale is not None or self.why_not is not None:
             return
-        self.why_not = _why_not(module, args, kwargs, self._device)
+        if not torch.is_autocast_enabled(self._device.type):
+            self.why_not = "the forward was called outside autocast, so no cast weight can be cached around it"
+        elif not torch.is_autocast_cache_enabled():
+            self.why_not = "autocast runs without its cache, so no cast weight can be stale"
+        else:
+            self.why_not = kept.why_not()
         if self.why_not is None:
-            result = _compare(module, args, kwargs, output, self._random, self._device)
+            result: tuple[bool, str] | str
+            try:
+                result = _compare(kept, output)
+            except Exception as error:  # the user's own code: it may count its calls, or need more memory
+                result = f"run again, the forward raised {type(error).__name__}: {error}"
             if isinstance(result, str):
                 self.why_not = result
             else:
                 self.stale = result
 
 
-@dataclass(frozen=True, slots=True)
-class _Random:
-    """The generators that a forward may draw from."""
-
-    python: object
-    numpy: dict[str, Any]
-    cpu: torch.Tensor
-    cuda: torch.Tensor | None
-
-
-def _random_state(device: torch.device) -> _Random:
-    return _Random(
-        python=random.getstate(),
-        numpy=dict(np.random.get_state(legacy=False)),
-        cpu=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    )
-
-
-def _set_random_state(state: _Random, device: torch.device) -> None:
-    random.setstate(state.python)  # type: ignore[arg-type]
-    np.random.set_state(state.numpy)
-    torch.set_rng_state(state.cpu)
-    if state.cuda is not None:
-        torch.cuda.set_rng_state(state.cuda, device)
-
-
-def _why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> str | None:
-    """Say why a forward need not or must not be repeated.
+class KeptForward:
+    """A candidate for a training forward, and what it takes to run it again.
 
     Args:
-        module: The outermost module.
-        args: Its arguments.
+        module: The outermost module that was called.
+        args: Its arguments; their tensors are kept without their graphs.
         kwargs: Its keyword arguments.
+        before: The random state when it began.
         device: Where its parameters are.
-
-    Returns:
-        A reason, or None if it may be repeated.
     """
-    if not torch.is_autocast_enabled(device.type):
-        return "the forward was called outside autocast, so no cast weight can be cached around it"
-    if not torch.is_autocast_cache_enabled():
-        return "autocast runs without its cache, so no cast weight can be stale"
-    if is_compiled(module) or any(is_compiled(m) for m in module.modules()):
-        return "a compiled module is not bit-equal to its eager repeat"
-    if any(type(m).__name__ == "Linear4bit" and not m.training for m in module.modules()):
-        # bitsandbytes 0.50 repacks the weights for inference at a forward in eval mode without input
-        # gradients (CPUs with AVX512-BF16), and training forwards then go through a kernel without backward.
-        return "a 4-bit model in eval mode is changed by a forward without gradients"
-    foreign = next((h for m in module.modules() for h in _hooks(m) if not _of_a_library(h)), None)
-    if foreign is not None:
-        return f"a forward hook ({getattr(foreign, '__qualname__', type(foreign).__name__)}) would be called twice"
-    for value in (*args, *kwargs.values()):
-        if hasattr(value, "get_seq_length") or (value is not None and "Cache" in type(value).__name__):
-            return "a cache among the arguments would be written twice"
-    if sum(b.numel() * b.element_size() for b in module.buffers()) > _MOST_BYTES:
-        return "the buffers are too large to be saved and restored"
-    return None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: RandomState,
+        device: torch.device,
+    ) -> None:
+        self.module = module
+        self._device = device
+        self._before = before
+        self._args, self._kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        self._inputs = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+
+    def why_not(self) -> str | None:
+        """Say why this forward must not be repeated, or None."""
+        module = self.module
+        if is_compiled(module) or any(is_compiled(m) for m in module.modules()):
+            return "a compiled module is not bit-equal to its eager repeat"
+        if any(type(m).__name__ == "Linear4bit" and not m.training for m in module.modules()):
+            # bitsandbytes 0.50 repacks the weights for inference at a forward in eval mode without input
+            # gradients (CPUs with AVX512-BF16), and training forwards then go through a kernel without backward.
+            return "a 4-bit model in eval mode is changed by a forward without gradients"
+        foreign = next((h for m in module.modules() for h in _hooks(m) if not _of_a_library(h)), None)
+        if foreign is not None:
+            return f"a forward hook ({getattr(foreign, '__qualname__', type(foreign).__name__)}) would be called twice"
+        for value in (*self._args, *self._kwargs.values()):
+            if hasattr(value, "get_seq_length") or (value is not None and "Cache" in type(value).__name__):
+                return "a cache among the arguments would be written twice"
+        if sum(b.numel() * b.element_size() for b in module.buffers()) > MOST_BYTES:
+            return "the buffers are too large to be saved and restored"
+        if any(tensor._version != version for tensor, version in self._inputs):
+            return "an argument of the forward was changed in place after it"
+        return None
+
+    def run(self) -> list[torch.Tensor]:
+        """Run it again without gradients; returns its floating outputs."""
+        with self.again(), torch.no_grad():
+            return self.call()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, random numbers and precision are those of the forward; all state comes back on exit.
+
+        Without autocast's cache, which may hold the parameters of another time. What there is to warn of,
+        the forward itself has said.
+        """
+        enabled, dtype = self._autocast
+        with (
+            _restored(self.module, self._before, self._device),
+            torch.autocast(self._device.type, dtype, enabled=enabled, cache_enabled=False),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+
+    def call(self) -> list[torch.Tensor]:
+        """The call itself; returns its floating outputs."""
+        return [t for t in tensors_in(self.module(*self._args, **self._kwargs)) if t.is_floating_point()]
+
+
+@contextmanager
+def holding(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, parameters hold other values; on exit they hold their own again, bit by bit.
+
+    Their version counters stay as well, as the contents do: a graph that was built before stays valid.
+
+    Args:
+        tensors: Parameters.
+        values: What each of them holds inside.
+
+    Yields:
+        Nothing.
+    """
+    own = [tensor.detach().clone() for tensor in tensors]
+    with _unsafe_preserve_version_counter(tuple(tensors)):
+        try:
+            _write(tensors, values)
+            yield
+        finally:
+            _write(tensors, own)
+
+
+@torch.no_grad()
+def _write(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def _hooks(module: nn.Module) -> Iterator[object]:
@@ -135,23 +196,12 @@ def _of_a_library(hook: object) -> bool:
     )
 
 
-def _compare(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Any,
-    before: _Random,
-    device: torch.device,
-) -> tuple[bool, str] | str:
+def _compare(kept: KeptForward, output: Any) -> tuple[bool, str] | str:
     """Repeat a forward without autocast's cache and compare the outputs bit by bit.
 
     Args:
-        module: The outermost module of the training forward.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
+        kept: The training forward.
         output: What it returned.
-        before: The random state when it began.
-        device: Where its parameters are.
 
     Returns:
         (stale, what was compared), or the reason why nothing can be said.
@@ -159,29 +209,17 @@ def _compare(
     expected = [t.detach() for t in tensors_in(output) if t.is_floating_point()]
     if not expected:
         return "the forward returned no floating tensor"
-    if sum(t.numel() * t.element_size() for t in expected) > _MOST_BYTES:
+    if sum(t.numel() * t.element_size() for t in expected) > MOST_BYTES:
         return "the outputs are larger than 256 MiB"
-    first = _repeat(module, args, kwargs, before, device)
+    first = kept.run()
     if _equal(first, expected):
         return False, f"{len(expected)} outputs bit-equal"
-    if not _equal(first, _repeat(module, args, kwargs, before, device)):
+    if not _equal(first, kept.run()):
         return "two repeats of the forward differ from each other: the model is not deterministic"
     largest = max(
         (float((a - b).abs().max()) for a, b in zip(first, expected, strict=False) if a.shape == b.shape), default=0.0
     )
     return True, f"outputs differ by up to {largest:.2e}"
-
-
-def _repeat(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    before: _Random,
-    device: torch.device,
-) -> list[torch.Tensor]:
-    dtype = torch.get_autocast_dtype(device.type)
-    with _restored(module, before, device), torch.no_grad(), torch.autocast(device.type, dtype, cache_enabled=False):
-        return [t for t in tensors_in(module(*args, **kwargs)) if t.is_floating_point()]
 
 
 def _equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
@@ -191,17 +229,74 @@ def _equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     )
 
 
-@contextmanager
-def _restored(module: nn.Module, before: _Random, device: torch.device) -> Iterator[None]:
-    """Begin with the random state of the first run, and end with all state that it left.
+# --- state --------------------------------------------------------------------------------------
 
-    That is the random state, the buffers, and what the modules keep in their attributes: a router's
-    auxiliary loss, a counter, a list of features.
+
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """The generators that a forward may draw from."""
+
+    python: object
+    numpy: dict[str, Any]
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+    own: Mapping[torch.Generator, torch.Tensor]  # those that modules keep in their attributes
+
+
+def random_state(module: nn.Module, device: torch.device) -> RandomState:
+    """The random state of this moment.
+
+    Args:
+        module: A module whose own generators count too.
+        device: Where its parameters are.
+
+    Returns:
+        Copies.
     """
-    after = _random_state(device)
+    own = {g for m in module.modules() for g in m.__dict__.values() if isinstance(g, torch.Generator)}
+    return RandomState(
+        python=random.getstate(),
+        numpy=dict(np.random.get_state(legacy=False)),
+        cpu=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        own={generator: generator.get_state() for generator in own},
+    )
+
+
+def _set_random_state(state: RandomState, device: torch.device) -> None:
+    random.setstate(state.python)  # type: ignore[arg-type]
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(state.cuda, device)
+    for generator, own in state.own.items():
+        generator.set_state(own)
+
+
+@contextmanager
+def _restored(module: nn.Module, before: RandomState, device: torch.device) -> Iterator[None]:
+    """Begin with the random state of the first run, and end with all state that it left."""
+    with module_state_restored(module, device):
+        _set_random_state(before, device)
+        yield
+
+
+@contextmanager
+def module_state_restored(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """End with all state that was there: random numbers, buffers, and what the modules keep in their attributes.
+
+    The last are a router's auxiliary loss, a counter, a list of features.
+
+    Args:
+        module: What is run inside.
+        device: Where its parameters are.
+
+    Yields:
+        Nothing.
+    """
+    after = random_state(module, device)
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
     attributes = [(m.__dict__, {k: (v, _contents(v)) for k, v in m.__dict__.items()}) for m in module.modules()]
-    _set_random_state(before, device)
     try:
         yield
     finally:
