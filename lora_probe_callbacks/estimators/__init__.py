@@ -12,10 +12,12 @@ from typing import Any
 _PUBLIC: dict[str, str] = {
     "ConditionalMoments": "lora_probe_callbacks.estimators.variance",
     "ConditionalVariance": "lora_probe_callbacks.estimators.variance",
+    "Estimate": "lora_probe_callbacks.estimators.probe",
     "ProjectionComparison": "lora_probe_callbacks.estimators.projections",
     "PromptBatch": "lora_probe_callbacks.estimators.batches",
     "TwoWayVariance": "lora_probe_callbacks.estimators.variance",
     "UpdateDirection": "lora_probe_callbacks.estimators.directions",
+    "VarianceProbe": "lora_probe_callbacks.estimators.probe",
     "conditional_variance": "lora_probe_callbacks.estimators.variance",
     "entropy_surrogate": "lora_probe_callbacks.estimators.surrogates",
     "first_order_change": "lora_probe_callbacks.estimators.variance",

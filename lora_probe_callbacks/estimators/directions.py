@@ -141,7 +141,9 @@ class UpdateDirection:
         return cls(mean, scale=lr, source="from_loss", model=model)
 
     @classmethod
-    def adam_preconditioned(cls, direction: UpdateDirection, model: nn.Module, optimizer: Optimizer) -> UpdateDirection:
+    def adam_preconditioned(
+        cls, direction: UpdateDirection, model: nn.Module, optimizer: Optimizer, *, stepped: bool = False
+    ) -> UpdateDirection:
         """A gradient in Adam's metric: mu_i = g_i / (sqrt(v_hat_i) + eps), without momentum.
 
         v_hat is the second moment that the coming step will use, the gradient g included:
@@ -152,6 +154,7 @@ class UpdateDirection:
             direction: g, by `from_loss` or `from_gradients`.
             model: the module that `direction` was made on.
             optimizer: torch's Adam or AdamW, with its state as of now.
+            stepped: the step of g is taken already, and g is in the second moments.
 
         Returns:
             The direction; its scale has the sign of `direction.scale` and the largest
@@ -181,7 +184,7 @@ class UpdateDirection:
         for name, g in direction.tensors.items():
             group = groups[name]
             rate = float(group["lr"]) / lr if lr else 1.0
-            mu[name] = rate * _adam_step(g, optimizer.state.get(owners[name], {}), group)
+            mu[name] = rate * _adam_step(g, optimizer.state.get(owners[name], {}), group, stepped=stepped)
         return cls(mu, scale=math.copysign(lr, direction.scale), source="adam_preconditioned", model=model)
 
     @classmethod
@@ -249,6 +252,11 @@ class UpdateDirection:
                 raise ValueError(f"before[{name!r}] is the parameter itself; expected a copy: clone() it")
             mu[names[id(named[name])]] = _difference(named[name], old)
         return cls(mu, scale=1.0, source="from_last_step", model=model)
+
+    @property
+    def owners(self) -> dict[str, nn.Parameter | None]:
+        """The parameters that this direction was made on, by name; None for one that is gone."""
+        return {name: reference() for name, reference in self._owners.items()}
 
     @property
     def stale(self) -> bool:
@@ -384,12 +392,16 @@ def _difference(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     return after.detach().to(dtype) - before.to(after.device, dtype)
 
 
-def _adam_step(g: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> torch.Tensor:
+def _adam_step(g: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any], *, stepped: bool) -> torch.Tensor:
     beta_2 = float(group["betas"][1])
-    t = float(state.get("step", 0)) + 1
-    v = (1 - beta_2) * g * g
-    if "exp_avg_sq" in state:
-        v = v + beta_2 * state["exp_avg_sq"]
+    t = float(state.get("step", 0))
+    if stepped:
+        v = state["exp_avg_sq"]
+    else:
+        t += 1
+        v = (1 - beta_2) * g * g
+        if "exp_avg_sq" in state:
+            v = v + beta_2 * state["exp_avg_sq"]
     if group["amsgrad"] and "max_exp_avg_sq" in state:
         v = torch.maximum(v, state["max_exp_avg_sq"])
     v_hat: torch.Tensor = v / (1 - beta_2**t)
