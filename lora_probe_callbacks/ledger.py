@@ -85,6 +85,8 @@ class Ledger:
         step, framework_step = facts.step, facts.framework_step
         if verdict.of_update and facts.update is not None:
             step, framework_step = facts.update.step, facts.update.framework_step
+        if verdict.seen is not None:
+            step, framework_step = verdict.seen
         if known is None or known.status not in ("warn", "fail"):
             evidence = {**verdict.evidence, **_what_changed(self.baseline, state, verdict)}
             return self._finding(check, verdict, step, framework_step, evidence=evidence)

@@ -42,6 +42,7 @@ class Verdict:
         cause: Tells apart findings of one check that have different causes.
         fix: Replaces the check's general advice where the facts allow better.
         of_update: The verdict is about the last update, not about the step being decided.
+        seen: Step and framework step in which it was observed, if that is neither.
     """
 
     status: Status
@@ -51,6 +52,7 @@ class Verdict:
     cause: str = ""
     fix: str = ""
     of_update: bool = False
+    seen: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending
+from lora_probe_callbacks.checks.estimators import also_at_estimators
 from lora_probe_callbacks.observe.facts import Facts
 
 
@@ -35,5 +36,5 @@ CHECK = Check(
     "prefer the context manager `with model.disable_adapter():`, which switches them on again by itself.",
     quiet="`with model.disable_adapter():` around a reference forward, under no_grad or detached.",
     threads=("huggingface/peft#912", "huggingface/peft#493", "unslothai/unsloth#3068"),
-    judge=judge,
+    judge=also_at_estimators(judge),
 )

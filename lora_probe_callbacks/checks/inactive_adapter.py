@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, warn
+from lora_probe_callbacks.checks.estimators import also_at_estimators
 from lora_probe_callbacks.observe.facts import Facts
 
 
@@ -62,5 +63,5 @@ CHECK = Check(
     "no_grad or one whose output is detached.",
     threads=("huggingface/peft#1444", "unslothai/unsloth#1592", "huggingface/peft#3580"),
     explained_by=("LP207",),
-    judge=judge,
+    judge=also_at_estimators(judge),
 )

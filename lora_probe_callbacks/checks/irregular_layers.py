@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending, some
+from lora_probe_callbacks.checks.estimators import also_at_estimators
 from lora_probe_callbacks.observe.facts import Facts
 
 
@@ -38,5 +39,5 @@ CHECK = Check(
     "and look for an exception in the middle of a merge.",
     quiet="Layers that do not have the adapter at all; modules_to_save, which stay as they are in a merge (LP103).",
     explained_by=("LP103",),
-    judge=judge,
+    judge=also_at_estimators(judge),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending
+from lora_probe_callbacks.checks.estimators import also_at_estimators
 from lora_probe_callbacks.observe.facts import Facts
 
 
@@ -61,5 +62,5 @@ CHECK = Check(
     fix="Activate the adapter before the forward: set_adapter(), enable_adapter_layers() first, then the forward, "
     "then backward().",
     quiet="Switching for a reference forward or a generation in between, where the gradients arrive all the same.",
-    judge=judge,
+    judge=also_at_estimators(judge),
 )

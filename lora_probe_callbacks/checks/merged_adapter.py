@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending, some
+from lora_probe_callbacks.checks.estimators import also_at_estimators
 from lora_probe_callbacks.observe.facts import Facts
 
 
@@ -47,5 +48,5 @@ CHECK = Check(
     quiet="merge, generate, unmerge between training forwards; MultiheadAttention, which merges inside "
     "its own forward.",
     threads=("huggingface/trl#2873", "huggingface/trl#6688", "huggingface/peft#2437", "huggingface/trl#4713"),
-    judge=judge,
+    judge=also_at_estimators(judge),
 )

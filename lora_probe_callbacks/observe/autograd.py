@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["in_backward", "reachable_leaves"]
+__all__ = ["Walk", "in_backward", "mark", "walk"]
+
+_MARK = "lora_probe_callbacks"
 
 # Nodes that hide a graph (reentrant checkpointing re-runs its part inside the backward) or that
 # pretend to one (a compiled region is one node that leads to every parameter it was given).
@@ -18,20 +21,41 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def reachable_leaves(outputs: Iterable[torch.Tensor]) -> tuple[set[int], str | None]:
+@dataclass(eq=False, slots=True)
+class Walk:
+    """What a graph leads to.
+
+    Attributes:
+        leaves: The leaf tensors reached, by id.
+        marks: What :func:`mark` has left on the way, each once.
+        blind: Why the walk is not to be relied on, or None if it is.
+    """
+
+    leaves: dict[int, torch.Tensor] = field(default_factory=dict)
+    marks: list[object] = field(default_factory=list)
+    blind: str | None = None
+
+
+def mark(tensor: torch.Tensor, what: object) -> None:
+    """Leave a mark in the graph of a tensor, for those who later walk there; it goes with the graph."""
+    if tensor.grad_fn is not None:
+        _metadata(tensor.grad_fn)[_MARK] = what
+
+
+def walk(outputs: Iterable[torch.Tensor], *, marks: bool = False) -> Walk:
     """Walk the autograd graph from ``outputs`` down to its leaves.
 
     Args:
         outputs: Tensors that carry a graph; others are passed over.
+        marks: Look for marks as well, which costs each node on the way a dictionary.
 
     Returns:
-        The ids of the leaf tensors reached, and the reason why the walk is not to be relied on,
-        or None if it is.
+        What was met.
     """
+    outputs = list(outputs)
     stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    leaves = {id(t) for t in outputs if t.grad_fn is None and t.requires_grad}
+    found = Walk({id(t): t for t in outputs if t.grad_fn is None and t.requires_grad})
     seen = set(stack)
-    blind = None
     kinds: dict[type, str] = {}  # asking every node for its name would take half of the time
     while stack:
         node = stack.pop()
@@ -39,18 +63,26 @@ def reachable_leaves(outputs: Iterable[torch.Tensor]) -> tuple[set[int], str | N
         if kind is None:
             kind = kinds[type(node)] = _kind(node)
         if kind == "leaf":
-            leaves.add(id(node.variable))  # type: ignore[attr-defined]
+            found.leaves[id(node.variable)] = node.variable  # type: ignore[attr-defined]
             continue
         if kind == "blind":
-            blind = f"the graph holds {node.name()}, which does not show what it leads to"
+            found.blind = f"the graph holds {node.name()}, which does not show what it leads to"
+        left = _metadata(node).get(_MARK) if marks else None
+        if left is not None and left not in found.marks:
+            found.marks.append(left)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return leaves, blind
+    return found
 
 
 def _kind(node: torch.autograd.graph.Node) -> str:
     if hasattr(node, "variable"):
         return "leaf"
     return "blind" if any(part in node.name() for part in _BLIND) else "plain"
+
+
+def _metadata(node: torch.autograd.graph.Node) -> dict[str, object]:
+    found: dict[str, object] = node.metadata  # type: ignore[assignment]  # torch 2.13 declares a method
+    return found

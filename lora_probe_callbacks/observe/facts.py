@@ -95,6 +95,7 @@ class ForwardFact:
     why_unknown: str | None
     with_grad: frozenset[int] | None = None  # units whose layer ran with gradients enabled
     holds_expected: bool = True  # some expected unit lies below the called module
+    carries_graph: bool = True  # some output requires gradients
 
     def mode(self, unit: int) -> Mode:
         """State of a unit in this forward: what its own calls saw, else the state at the beginning."""
@@ -211,6 +212,76 @@ class BaseDrift:
 
 
 @dataclass(frozen=True, slots=True)
+class EstimatorFact:
+    """One look at an estimator: what it was made of, and where it leads.
+
+    Attributes:
+        name: As it was given.
+        step: The step in which it was looked at.
+        framework_step: Its number in the framework.
+        forwards: The forwards of the watched model that made it, as far as they were observed.
+        modes: State of every unit after it was made.
+        active: The active adapters after it was made.
+        graph: What was differentiated carries a graph; None if only gradients or a direction were given.
+        reached: Slots that its graph leads to, or None where that is unknown.
+        why_unknown: Why ``reached`` is None.
+        foreign: Trainable parameters that its graph leads to and that the watched model does not hold.
+        without_grad: Calls of the watched model without gradients that may have made it.
+        inference: It was made under ``inference_mode``.
+        elsewhere: Other models with adapters that are alive; looked for only where no forward explains it.
+        direction: Slots that the update direction was built on, or None if there is none.
+        direction_foreign: Entries of the direction that are no parameter of the watched model.
+        missing: Slots whose gradient of the estimator's loss is None; None if no gradient was seen.
+        zero: Looks in a row, this one included, at which all its gradients were exactly zero.
+        why_not: Why it could not be computed.
+    """
+
+    name: str
+    step: int
+    framework_step: int
+    forwards: tuple[ForwardFact, ...]
+    modes: tuple[Mode, ...]
+    active: tuple[str, ...]
+    graph: bool | None = None
+    reached: frozenset[int] | None = None
+    why_unknown: str | None = None
+    foreign: int = 0
+    without_grad: int = 0
+    inference: bool = False
+    elsewhere: tuple[str, ...] = ()
+    direction: frozenset[int] | None = None
+    direction_foreign: tuple[str, ...] = ()
+    missing: frozenset[int] | None = None
+    zero: int = 0
+    why_not: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResponse:
+    """What the update of one step did to the loss, and what its gradient had said.
+
+    Attributes:
+        step: The step.
+        framework_step: Its number in the framework.
+        predicted: Sum of gradient times update.
+        measured: Change of the outputs by the update, times the gradient that had arrived at them.
+        central: A central difference along the gradient over what the gradient says: 1 if it is right.
+        again: The same at twice the distance; taken only where ``central`` is in doubt.
+        own: The same for a gradient made anew from the outputs alone, likewise.
+        why_not: Why nothing was measured.
+    """
+
+    step: int
+    framework_step: int
+    predicted: float | None = None
+    measured: float | None = None
+    central: float | None = None
+    again: float | None = None
+    own: float | None = None
+    why_not: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """All that is known at one decision.
 
@@ -253,6 +324,8 @@ class Facts:
     all_non_finite: bool = False  # nothing that arrived was finite
     stale_forward: tuple[bool, str] | None = None  # (stale, what was compared)
     why_not_repeated: str | None = None
+    estimators: tuple[EstimatorFact, ...] = ()  # looked at since the last decision
+    responses: tuple[StepResponse, ...] = ()  # of the steps in which it was looked for, the last ones
 
     @property
     def training_forwards(self) -> tuple[ForwardFact, ...]:

@@ -12,6 +12,7 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.observe.adapters import Inventory, Unit
-from lora_probe_callbacks.observe.autograd import in_backward, reachable_leaves
+from lora_probe_callbacks.observe.autograd import in_backward, mark, walk
 from lora_probe_callbacks.observe.facts import ForwardFact, Mode
 from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.observe.wrappers import describe, hooks_fire
@@ -39,6 +40,7 @@ class Candidate:
     with_grad: set[int]  # units whose layer ran with gradients enabled
     holds_expected: bool
     received: bool = False
+    carries_graph: bool = True  # some output requires gradients
     modes_at_backward: tuple[Mode, ...] | None = None
     active_at_backward: tuple[str, ...] | None = None
     leaves: set[int] | None = None
@@ -60,6 +62,7 @@ class Candidate:
             active_at_backward=self.active_at_backward,
             calls=None if self.calls is None else tuple(self.calls),
             holds_expected=self.holds_expected,
+            carries_graph=self.carries_graph,
             with_grad=None if self.calls is None else frozenset(self.with_grad),
             reached=reached,
             why_unknown=self.why_unknown,
@@ -75,15 +78,15 @@ class _Hook:
 
     __torch_unserializable__ = True  # torch warns of other hooks when a tensor that has one is saved
 
-    def __init__(self, observer: ForwardObserver, method: Callable[..., None], first: object) -> None:
+    def __init__(self, observer: ForwardObserver, method: Callable[..., Any], first: object) -> None:
         self._observer, self._method, self._first = observer, method, first
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             # A function that was compiled somewhere else calls the model: dynamo must find nothing here to trace.
             self._observer.traced = True
-        else:
-            self._method(self._first, *args)
+            return None
+        return self._method(self._first, *args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _inert, ()
@@ -105,14 +108,15 @@ class ForwardObserver:
 
     Args:
         before: Called when a candidate is about to run. What it raises ends the forward.
+        after: Called when a candidate has run; returns the output to hand on.
         on_error: Called with an exception of the observer's own, which must not reach the user.
     """
 
     def __init__(
         self,
         *,
-        before: Callable[[], None],
-        after: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None] | None,
+        before: Callable[[nn.Module], None],
+        after: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any] | None,
         on_error: Callable[[BaseException], None],
     ) -> None:
         self.candidates: list[Candidate] = []
@@ -157,6 +161,19 @@ class ForwardObserver:
     def armed(self) -> bool:
         """Hooks are installed."""
         return bool(self._handles)
+
+    def hook(self, method: Callable[..., None], first: object) -> Callable[..., None]:
+        """A hook for a tensor, as copyable and as blind to compilers as those on the modules."""
+        return _Hook(self, method, first)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """See nothing of what the probe itself runs inside."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
 
     def reset(self) -> None:
         """Forget what the last step showed."""
@@ -236,7 +253,7 @@ class ForwardObserver:
             self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
             return
         try:
-            self._before()
+            self._before(module)
         except BaseException:
             self.disarm()
             raise
@@ -252,28 +269,29 @@ class ForwardObserver:
             self.witness.paused = False
             self.witness.open()
 
-    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.paused or in_backward():
-            return
+            return None
         stack = self._frames()
         while stack and stack[-1][0] is not module:
             stack.pop()  # frames of a forward that ended in a BaseException, whose hooks did not run
         if not stack:
-            return
+            return None
         _, candidate, outer_error = stack.pop()
         if stack:
-            return
+            return None
         error = sys.exc_info()[1]
         if error is not None and error is not outer_error:
             self.disarm(inside=module)
-            return
+            return None
         if candidate is not None:
             try:
                 self._finish(candidate, output)
                 if self._after is not None:
-                    self._after(module, args, kwargs, output)
+                    return self._after(module, args, kwargs, output)
             except Exception as failure:
                 self._on_error(failure)
+        return None
 
     def _frames(self) -> list[tuple[nn.Module, Candidate | None, BaseException | None]]:
         frames = getattr(self._stack, "frames", None)
@@ -314,10 +332,11 @@ class ForwardObserver:
         key = (candidate.module, candidate.modes)
         if key not in self._walked:  # one walk serves all micro-batches of the same kind
             self._walked.add(key)
-            candidate.leaves, candidate.why_unknown = reachable_leaves(outputs)
-            if not candidate.leaves and not outputs:
-                candidate.why_unknown = None
+            found = walk(outputs)
+            candidate.leaves, candidate.why_unknown = set(found.leaves), found.blind
+        candidate.carries_graph = bool(outputs)
         for tensor in outputs:
+            mark(tensor, candidate)
             handle = tensor.register_hook(_Hook(self, self._receive, candidate))  # type: ignore[no-untyped-call]
             self._output_handles.append(handle)
 

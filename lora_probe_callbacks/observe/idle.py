@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_probe_callbacks.observe.adapters import Inventory, Unit
 
-__all__ = ["AdaptersElsewhere", "idle_part"]
+__all__ = ["AdaptersElsewhere", "adapters_alive", "idle_part"]
 
 
 def idle_part(unit: Unit, called: set[int], inventory: Inventory) -> Literal["layer", "branch", "sibling"] | None:
@@ -92,3 +92,20 @@ class AdaptersElsewhere:
                         found[kind] = found.get(kind, 0) + 1
         self._last = now
         return tuple(f"{kind} ({count} adapter tensors with new gradients)" for kind, count in found.items())
+
+
+def adapters_alive(known: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Find adapted layers outside the watched modules. As slow as the walk above.
+
+    Args:
+        known: The layers that are watched.
+
+    Returns:
+        A description for each kind of layer.
+    """
+    ids = {id(module) for module in known}
+    found: dict[str, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), BaseTunerLayer) and id(thing) not in ids:
+            found[type(thing).__name__] = found.get(type(thing).__name__, 0) + 1
+    return tuple(f"another model's {count} {kind} layers" for kind, count in found.items())

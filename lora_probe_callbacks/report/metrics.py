@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from lora_probe_callbacks.observe.facts import Facts, Role
+from lora_probe_callbacks.observe.facts import Facts, Role, StepResponse
 
-__all__ = ["metrics_of_step", "metrics_of_update"]
+__all__ = ["metrics_of_response", "metrics_of_step", "metrics_of_update"]
 
 
 def metrics_of_step(facts: Facts) -> dict[str, float]:
@@ -37,6 +37,9 @@ def metrics_of_step(facts: Facts) -> dict[str, float]:
         for role in ("A", "B"):
             norms = [g.norm for i, g in read if facts.slots[i].role == role]
             values[f"gradient/norm_{role}"] = math.sqrt(sum(n * n for n in norms))
+    led = [e.reached for e in facts.estimators if e.reached is not None]
+    if led and intended:
+        values["reachability/estimator_fraction"] = len(led[-1] & intended) / len(intended)
     return {f"lora_probe/{name}": value for name, value in values.items()}
 
 
@@ -67,6 +70,23 @@ def metrics_of_update(facts: Facts) -> dict[str, float]:
             values[f"gradient/norm_{role}"] = _root(norms)
         values[f"update/moved_fraction_{role}"] = sum(n * m for n, m in mine) / elements if elements else 0.0
     return {f"lora_probe/{name}": value for name, value in values.items()}
+
+
+def metrics_of_response(response: StepResponse) -> dict[str, float]:
+    """What a step did to the loss.
+
+    Args:
+        response: What was measured.
+
+    Returns:
+        Metric name to value; nothing where nothing was measured.
+    """
+    if response.predicted is None or response.measured is None:
+        return {}
+    values = {"predicted": response.predicted, "measured": response.measured}
+    if response.predicted:
+        values["ratio"] = response.measured / response.predicted
+    return {f"lora_probe/step_response/{name}": value for name, value in values.items()}
 
 
 def _root(values: Iterable[float]) -> float:
