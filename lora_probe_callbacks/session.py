@@ -27,19 +27,21 @@ from torch.utils.hooks import RemovableHandle
 from lora_probe_callbacks.checks.base import Check, Verdict
 from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
+from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
-from lora_probe_callbacks.observe.facts import Facts, Moment, SlotHistory
+from lora_probe_callbacks.observe.facts import EstimatorFact, Facts, Moment, SlotHistory, StepResponse
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.history import advance
 from lora_probe_callbacks.observe.idle import AdaptersElsewhere
 from lora_probe_callbacks.observe.optimizers import grad_scale, tensors_of, unwrap_optimizer
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
-from lora_probe_callbacks.observe.repeat import ForwardRepeat
+from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, RandomState, random_state
+from lora_probe_callbacks.observe.response import ResponseObserver
 from lora_probe_callbacks.observe.scene import Scene
 from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.report.console import finding_panel, health_table
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError, LoraProbeWarning, ProbeReport
-from lora_probe_callbacks.report.metrics import metrics_of_step, metrics_of_update
+from lora_probe_callbacks.report.metrics import metrics_of_response, metrics_of_step, metrics_of_update
 from lora_probe_callbacks.report.record import Record
 from lora_probe_callbacks.steps import StepTracker
 
@@ -86,6 +88,9 @@ class ProbeSession:
         self._merges = 0
         self._was_active: set[str] = set()
         self._elsewhere = AdaptersElsewhere()
+        self._responses: tuple[StepResponse, ...] = ()
+        self._estimates: list[EstimatorFact] = []
+        self._zero_estimates: dict[str, int] = {}  # looks in a row at which all gradients of one were exactly zero
         self._overhead_ms = 0.0
         self._probed_steps = 0
         self._handles: list[RemovableHandle] = []
@@ -123,6 +128,7 @@ class ProbeSession:
             frozen=config.frozen,
         )
         self._reader = DeviceReader(self._scene)
+        self._estimation = None if config.estimator is None else Estimation(config.estimator, self._scene)
         self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
@@ -178,7 +184,7 @@ class ProbeSession:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._reader.forget()
+        self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
         """What a later session should know: the last healthy state."""
@@ -196,11 +202,14 @@ class ProbeSession:
 
     @property
     def _probed(self) -> bool:
-        return self.step < ALWAYS or self.step % self.config.every_n_steps == 0
+        borrows = self._estimation is not None and self._estimation.borrows
+        return self.step < ALWAYS or self.step % self.config.every_n_steps == 0 or borrows
 
     def _begin_step(self) -> None:
         self._now = StepTracker()
         self._repeat: ForwardRepeat | None = None
+        self._response: ResponseObserver | None = None
+        self._began_with: RandomState | None = None
         self._observer.reset()
         if not self._probed or self._broken:
             self._observer.disarm()
@@ -208,17 +217,19 @@ class ProbeSession:
         suspected = self._scene.suspected_weights()
         if suspected and not self._scene.inventory.compiled:
             self._observer.witness = WeightWitness(suspected)
-        if self._repeat_due():
+        if self._repeat_due("LP405") and self.step:  # a forward can be stale only after a first update
             self._repeat = ForwardRepeat(self._scene.device)
+        if self._repeat_due("LP307"):
+            tensors = [t for slot in self._scene.slots if (t := slot.tensor) is not None]
+            self._response = ResponseObserver(tensors, self._observer.hook)
         self._observer.arm()
 
-    def _repeat_due(self) -> bool:
-        """A forward can be stale only after a first update."""
-        wanted = any(check.code == "LP405" for check in self._checks)
-        rarely = self._probed_steps % REPEATS_EVERY == REPEATS_EVERY - 1
-        return wanted and (1 <= self.step < ALWAYS or rarely)
+    def _repeat_due(self, code: str) -> bool:
+        wanted = any(check.code == code for check in self._checks)
+        return wanted and (self.step < ALWAYS or self._probed_steps % REPEATS_EVERY == REPEATS_EVERY - 1)
 
     def _end_step(self) -> None:
+        self._let_go()
         if self._now.stepped & self._scene.owners():
             self._ever_stepped = True
             self._skipped_in_a_row = 0
@@ -228,6 +239,14 @@ class ProbeSession:
         self._merges += self._observer.merged_seen
         self.step += 1
         self._begin_step()
+
+    def _let_go(self) -> None:
+        """Of all tensors and of the hooks on them."""
+        self._reader.forget()
+        if self._response is not None:
+            self._response.forget()
+        if self._estimation is not None and (not self._running or self._broken):
+            self._estimation.forget()
 
     def _end_step_if_done(self) -> None:
         if self._now.done(self._scene.owners()):
@@ -277,7 +296,10 @@ class ProbeSession:
             self._now.has_stepped(index)
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
-            self._end_step_if_done()
+            if self._now.done(self._scene.owners()):
+                self._measure_response()
+                self._estimate()
+                self._end_step()
 
         return hook
 
@@ -293,19 +315,24 @@ class ProbeSession:
         self._raise_again()
         if not self._now.decided:
             self._now.decided = True
-            if self._probed or self._reader.waiting:
+            if self._probed or self._reader.waiting or self._estimates:
                 self._decide("step", index, final=final)
         elif first and self._probed:  # a further optimizer of a step that is decided already
             self._guarded(lambda: self._reader.read_gradients(index, unowned=False))
+        estimation = self._estimation
+        if estimation is not None and not self._broken:
+            self._guarded(lambda: estimation.stepping(self.step))
         if self._probed and not self._broken:
             self._guarded(lambda: self._reader.copy(index))
             self._guarded(self._reader.read_others_before)
+            if self._response is not None:
+                self._guarded(self._response.stepping)
 
     def _begins_again(self, index: int) -> None:
         self._now.begins_again(index, self._scene.owners(), self._scene.has_gradients)
         self._end_step_if_done()
 
-    def _before_forward(self) -> None:
+    def _before_forward(self, module: nn.Module) -> None:
         """A candidate for a training forward is about to run."""
         if not self._decided_start:
             self._decided_start = True
@@ -320,8 +347,10 @@ class ProbeSession:
                 self._decide("skipped", None)
             self._end_step()
         self._raise_again()
-        if self._repeat is not None:
-            self._repeat.before()
+        if self._estimation is not None:
+            self._estimation.forward_begins(self._scene.device)
+        if self._repeat is not None or self._response is not None:
+            self._began_with = random_state(module, self._scene.device)
 
     def _settle_expected(self) -> None:
         """The module's own hooks may have activated another adapter since the session began."""
@@ -332,14 +361,79 @@ class ProbeSession:
             self._watch()
             self._begin_step()
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Directly after a candidate, before its backward: run it again where that is due."""
+        if self._estimation is not None:
+            self._estimation.forward_ends(args, kwargs)
+        if self._began_with is None:
+            return output
+        kept = KeptForward(module, args, kwargs, self._began_with, self._scene.device)
         if self._repeat is not None:
-            self._observer.paused = True
-            try:
-                self._repeat.after(module, args, kwargs, output)
-            finally:
-                self._observer.paused = False
+            with self._observer.aside():
+                self._repeat.after(kept, output)
+        return output if self._response is None else self._response.after(kept, output)
+
+    def _measure_response(self) -> None:
+        """Directly after the update: what did it do to the loss?"""
+        response = self._response
+        if response is None or self._broken:
+            return
+        scales = [s for o in self._scene.optimizers if (s := grad_scale(o)) is not None]
+        scale = float(scales[0]) if scales else 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+        def measure() -> None:
+            with self._observer.aside():
+                found = response.measure(self.step, self._framework_step(), scale)
+            self._responses = (*self._responses, found)[-ALWAYS:]
+            self._log_row(metrics_of_response(found), found.framework_step)
+
+        self._guarded(measure)
+
+    def _estimate(self) -> None:
+        """Directly after a step: the estimator, where it is due. Never inside a closure or a forward."""
+        estimation = self._estimation
+        if estimation is None or self._broken:
+            return
+
+        def estimate() -> None:
+            with self._observer.aside():
+                done = estimation.stepped(self.step, self._framework_step())
+            for fact, row in done:
+                self._keep(fact)
+                if row:
+                    self._log_row(row, fact.framework_step)
+
+        self._guarded(estimate)
+
+    def watch(self, value: object, *, name: str = "S", direction: object = None) -> None:
+        """Look at an estimator of the user's own; it is judged by the next decision, and nothing of it is kept.
+
+        Args:
+            value: What it differentiates, a tensor with a graph; or the gradients of its loss, by parameter,
+                id or name.
+            name: What messages call it.
+            direction: The update direction mu_Y that it is projected on, if there is one: an
+                ``UpdateDirection``, or a mapping by parameter, id or name.
+        """
+        if not self._running or self._broken:
+            return
+
+        def watch() -> None:
+            step, framework_step = self.step, self._framework_step()
+            self._keep(
+                look(value, direction, self._scene, self._observer, name=name, step=step, framework_step=framework_step)
+            )
+
+        self._guarded(watch)
+
+    def _keep(self, fact: EstimatorFact) -> None:
+        if fact.missing is not None:
+            row = self._zero_estimates.get(fact.name, 0) + 1 if fact.zero else 0
+            self._zero_estimates[fact.name] = row
+            fact = dataclasses.replace(fact, zero=row)
+        self._estimates.append(fact)
+        if fact.why_not is not None and self._console is not None:
+            self._console.print(f"LoRA probe, estimator {fact.name!r}: {fact.why_not}")
 
     def rehearse(self, stepped: Callable[[Optimizer], AbstractContextManager[None]]) -> None:
         """Judge one step that is taken back at once.
@@ -351,6 +445,7 @@ class ProbeSession:
             self._optimizer_event(index, final=True)
             with stepped(optimizer):
                 self._guarded(partial(self._reader.read_after, index, self.step, self._framework_step()))
+                self._measure_response()
             self._ever_stepped = True
 
     # --- deciding ---------------------------------------------------------------------------
@@ -436,7 +531,10 @@ class ProbeSession:
             all_non_finite=readings.all_non_finite,
             stale_forward=None if self._repeat is None else self._repeat.stale,
             why_not_repeated=None if self._repeat is None else self._repeat.why_not,
+            responses=self._responses,
+            estimators=tuple(self._estimates),
         )
+        self._estimates.clear()
         if facts.nobody_called:
             elsewhere = self._elsewhere.look([layer.module for layer in scene.inventory.layers])
             facts = dataclasses.replace(facts, elsewhere=elsewhere)
@@ -495,6 +593,7 @@ class ProbeSession:
                 self._on_stop()
         if raising:
             self._observer.disarm()  # nobody may tell us that the loop is left; the step hooks stay to raise again
+            self._let_go()
             self._error = LoraProbeError(failing)
             raise self._error
 
@@ -551,7 +650,7 @@ class ProbeSession:
         self._broken = True
         self._internal(error)
         self._observer.disarm()
-        self._reader.forget()
+        self._let_go()
         reason = f"could not judge: {type(error).__name__} inside the probe: {error}"
         self._ledger.not_judged(reason, self.step, self._framework_step())
         self.report.findings = self._ledger.findings
