@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_probe_callbacks.checks.catalogue import selected
+
+if TYPE_CHECKING:
+    from lora_probe_callbacks.estimators.probe import VarianceProbe
 
 __all__ = ["ProbeConfig"]
 
@@ -29,7 +32,8 @@ class ProbeConfig:
         on_failure: ``"raise"``, ``"stop"`` (graceful) or ``"warn"``.
         select: Codes or prefixes of the checks to run; default: all.
         ignore: Codes or prefixes to leave out.
-        estimator: An estimator to watch and log.
+        estimator: An estimator to run, watch and log: a
+            :class:`~lora_probe_callbacks.estimators.VarianceProbe`.
         record: Path of the append-only record.
         verbose: Print findings and the health table (rank 0 only).
 
@@ -49,7 +53,7 @@ class ProbeConfig:
     on_failure: Literal["raise", "stop", "warn"] = "raise"
     select: Sequence[str] | None = None
     ignore: Sequence[str] = ()
-    estimator: object = None
+    estimator: VarianceProbe | None = None
     record: str | Path | None = None
     verbose: bool = True
 
@@ -73,6 +77,8 @@ class ProbeConfig:
             raise ValueError(
                 f"adapter {sorted(both)} is expected to train and declared as reference or lagged: choose one"
             )
+        if self.estimator is not None and not hasattr(self.estimator, "next_batch"):
+            raise ValueError(f"estimator got {type(self.estimator).__name__}, expected a VarianceProbe")
         selected(self.select, self.ignore)
 
     @property

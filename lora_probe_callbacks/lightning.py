@@ -6,19 +6,28 @@ Translates Lightning's callback methods into session calls and its loggers into 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lora_probe_callbacks.estimators.probe import DirectionName, VarianceProbe
+from lora_probe_callbacks.estimators.projections import Backend
 from lora_probe_callbacks.report.findings import ProbeReport
 from lora_probe_callbacks.session import ProbeConfig, ProbeSession
 
-__all__ = ["AdapterActivationCallback", "GradientReachabilityCallback", "LoraProbe", "WrapperIdentityCallback"]
+__all__ = [
+    "AdapterActivationCallback",
+    "GradientReachabilityCallback",
+    "LoraProbe",
+    "VarianceEstimatorCallback",
+    "WrapperIdentityCallback",
+]
 
 
 class LoraProbe(Callback):
@@ -53,6 +62,17 @@ class LoraProbe(Callback):
     def report(self) -> ProbeReport:
         """What was found so far."""
         return ProbeReport() if self._session is None else self._session.report
+
+    def watch(self, value: object, *, name: str = "S", direction: object = None) -> None:
+        """Look at an estimator of your own in this step, see :meth:`ProbeSession.watch`.
+
+        Args:
+            value: What it differentiates, a tensor with a graph; or the gradients of its loss.
+            name: What messages call it.
+            direction: The update direction that it is projected on.
+        """
+        if self._session is not None:
+            self._session.watch(value, name=name, direction=direction)
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -173,3 +193,39 @@ class GradientReachabilityCallback(LoraProbe):
 
     def __init__(self, **intent: Any) -> None:
         super().__init__(**_only("LP3", intent))
+
+
+class VarianceEstimatorCallback(LoraProbe):
+    """``LoraProbe(estimator=VarianceProbe(...))``, with the checks that concern an estimator.
+
+    Args:
+        batches: As for :class:`~lora_probe_callbacks.estimators.VarianceProbe`.
+        loss: Likewise.
+        direction: Likewise.
+        estimate_every_n_steps: Likewise, its ``every_n_steps``.
+        example_of_row: Likewise.
+        backend: Likewise.
+        **intent: As for :class:`LoraProbe`.
+    """
+
+    def __init__(
+        self,
+        batches: Any,
+        loss: Callable[[nn.Module, Any], torch.Tensor],
+        direction: DirectionName = "from_last_step",
+        *,
+        estimate_every_n_steps: int = 50,
+        example_of_row: Callable[[Any], torch.Tensor] | None = None,
+        backend: Backend = "doubled_rank",
+        **intent: Any,
+    ) -> None:
+        estimator = VarianceProbe(
+            batches,
+            loss,
+            direction,
+            every_n_steps=estimate_every_n_steps,
+            example_of_row=example_of_row,
+            backend=backend,
+        )
+        codes = ("LP1", "LP20", "LP304", "LP305", "LP306")
+        super().__init__(**{"select": codes, **intent, "estimator": estimator})

@@ -79,6 +79,16 @@ class LoraProbeMonitor:
         """Something failed under ``on_failure="stop"``: leave the loop."""
         return self._session.should_stop
 
+    def watch(self, value: object, *, name: str = "S", direction: object = None) -> None:
+        """Look at an estimator of your own in this step, see :meth:`ProbeSession.watch`.
+
+        Args:
+            value: What it differentiates, a tensor with a graph; or the gradients of its loss.
+            name: What messages call it.
+            direction: The update direction that it is projected on.
+        """
+        self._session.watch(value, name=name, direction=direction)
+
     def __enter__(self) -> LoraProbeMonitor:
         if self._entered:
             raise RuntimeError("got a monitor that was entered before, expected a new one: make one for each run")

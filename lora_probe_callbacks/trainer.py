@@ -94,6 +94,17 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
         """What was found so far."""
         return ProbeReport() if self._session is None else self._session.report
 
+    def watch(self, value: object, *, name: str = "S", direction: object = None) -> None:
+        """Look at an estimator of your own in this step, see :meth:`ProbeSession.watch`.
+
+        Args:
+            value: What it differentiates, a tensor with a graph; or the gradients of its loss.
+            name: What messages call it.
+            direction: The update direction that it is projected on.
+        """
+        if self._session is not None:
+            self._session.watch(value, name=name, direction=direction)
+
     def attach(self, trainer: Any) -> LoraProbeTrainerCallback:
         """Join a trainer: adds the callback if it is missing, and hears of exceptions.
 
