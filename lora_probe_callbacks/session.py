@@ -32,7 +32,7 @@ from lora_probe_callbacks.observe.facts import Facts, Moment, SlotHistory
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.history import advance
 from lora_probe_callbacks.observe.idle import AdaptersElsewhere
-from lora_probe_callbacks.observe.optimizers import grad_scale, tensors_of, unwrap_optimizer
+from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of, unwrap_optimizer
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
 from lora_probe_callbacks.observe.repeat import ForwardRepeat
 from lora_probe_callbacks.observe.scene import Scene
@@ -112,6 +112,7 @@ class ProbeSession:
             ValueError: If there is no adapter, a name that does not exist, or no way to choose.
         """
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._scaler_round = None if self._scaler is None else self._scaler._per_optimizer_states
         self._framework_step = framework_step or (lambda: self.step)
         config = self.config
         self._scene = Scene(
@@ -123,9 +124,7 @@ class ProbeSession:
             frozen=config.frozen,
         )
         self._reader = DeviceReader(self._scene)
-        self._observer = ForwardObserver(
-            before=self._before_forward, after=self._after_forward, on_error=self._break
-        )
+        self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step(index)))
@@ -221,15 +220,18 @@ class ProbeSession:
         return wanted and (1 <= self.step < ALWAYS or rarely)
 
     def _end_step(self) -> None:
-        if self._now.stepped:
-            self._ever_stepped = True
-            self._skipped_in_a_row = 0
-        else:
+        if not self._now.stepped:
             self._skipped_in_a_row += 1
+        elif not self._now.left_to_it:  # else the next decision reads what it did
+            self._has_stepped()
         self._was_active |= self._observer.active_seen
         self._merges += self._observer.merged_seen
         self.step += 1
         self._begin_step()
+
+    def _has_stepped(self) -> None:
+        self._ever_stepped = True
+        self._skipped_in_a_row = 0
 
     def _end_step_if_done(self) -> None:
         if self._now.done(self._scene.owners()):
@@ -261,6 +263,8 @@ class ProbeSession:
             closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
             if closure is None:
                 self._optimizer_event(index, final=True)
+                if self._probed and not self._broken:
+                    self._guarded(lambda: self._reader.read_scaled(index))
             else:  # the gradients of this step are made inside: only the tensors can be looked at
                 if index in self._now.stepped:
                     self._begins_again(index)
@@ -276,7 +280,7 @@ class ProbeSession:
                 return
             if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
-            self._now.has_stepped(index)
+            self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
             self._end_step_if_done()
@@ -315,7 +319,8 @@ class ProbeSession:
             self._decide("start", None)
         owners = self._scene.owners()
         received = any(c.received for c in self._observer.candidates)
-        self._now.next_forward(received, owners, self._scene.has_gradients)
+        discarded = self._scaler_went_on()  # zeros in place of gradients do not tell
+        self._now.next_forward(received, owners, lambda o: not discarded and self._scene.has_gradients(o))
         if self._now.done(owners):  # the update never came
             if not self._now.decided:
                 self._now.decided = True
@@ -324,6 +329,14 @@ class ProbeSession:
         self._raise_again()
         if self._repeat is not None:
             self._repeat.before()
+
+    def _scaler_went_on(self) -> bool:
+        """The scaler was updated since the last training forward: what it had to step is stepped or skipped."""
+        if self._scaler is None:
+            return False
+        # torch 2.13: update() begins a new table of what every optimizer has been through.
+        before, self._scaler_round = self._scaler_round, self._scaler._per_optimizer_states
+        return before is not self._scaler_round
 
     def _settle_expected(self) -> None:
         """The module's own hooks may have activated another adapter since the session began."""
@@ -396,6 +409,8 @@ class ProbeSession:
         overflow = scaler and any(g is not None and not g.finite for g in readings.gradients)
         if readings.skipped_inside:
             self._skipped_in_a_row += 1
+        elif readings.skipped_inside is not None:
+            self._has_stepped()
         skipped = self._skipped_in_a_row + (moment == "skipped" or overflow)
         replaced, foreign = scene.replaced()
         used = observer.witness.seen if observer.witness is not None else {}
