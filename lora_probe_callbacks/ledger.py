@@ -64,13 +64,20 @@ class Ledger:
             self.baseline = state
         return changed
 
-    def not_judged(self, reason: str, step: int, framework_step: int) -> None:
-        """Say of every check without a result that it could not be judged."""
-        for check in self._checks.values():
+    def not_judged(self, reason: str, step: int, framework_step: int, checks: Sequence[Check] | None = None) -> None:
+        """Say of checks that from here on they cannot be judged; what they passed before is no pass of the run.
+
+        Args:
+            reason: Why.
+            step: The present step.
+            framework_step: Its number in the framework.
+            checks: Those concerned; default: all.
+        """
+        for check in self._checks.values() if checks is None else checks:
             known = self._results.get((check.code, ""))
-            if known is None or known.status in ("pending", "skipped"):
-                verdict = Verdict("skipped", reason)
-                self._results[check.code, ""] = self._finding(check, verdict, step, framework_step)
+            passed = f" (passed up to step {known.last_step})" if known is not None and known.status == "pass" else ""
+            verdict = Verdict("skipped", reason + passed)
+            self._results[check.code, ""] = self._finding(check, verdict, step, framework_step)
 
     def _bad(
         self, check: Check, verdict: Verdict, facts: Facts, state: Mapping[str, Any], known: Finding | None

@@ -110,7 +110,7 @@ class LoraProbe(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._session is None else self._session.state_dict()
+        return dict(self._restored or {}) if self._session is None else self._session.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -220,7 +220,7 @@ class ProbeSession:
         return wanted and (1 <= self.step < ALWAYS or rarely)
 
     def _end_step(self) -> None:
-        if not self._now.stepped:
+        if not self._now.stepped & self._scene.owners():
             self._skipped_in_a_row += 1
         elif not self._now.left_to_it:  # else the next decision reads what it did
             self._has_stepped()
@@ -444,6 +444,7 @@ class ProbeSession:
             nested=tuple(scene.inventory.nested),
             rewrapped=tuple(scene.inventory.rewrapped),
             unloaded=tuple(scene.inventory.unloaded),
+            vanished=() if scene.inventory.unloaded else scene.vanished(),
             skipped_in_a_row=skipped,
             ever_stepped=self._ever_stepped,
             scaler=scaler,
@@ -471,7 +472,8 @@ class ProbeSession:
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)
-                verdicts[check.code] = Verdict("skipped", f"could not judge: {type(error).__name__} inside the check")
+                reason = f"could not judge: {type(error).__name__} inside the check"
+                self._ledger.not_judged(reason, facts.step, facts.framework_step, [check])
         return explain(verdicts)
 
     # --- telling and acting -----------------------------------------------------------------

@@ -31,6 +31,7 @@ class Recipe:
         intent: Keyword arguments of the probe.
         evidence: Parts of the evidence.
         warnings: What torch or PEFT say about it themselves, as filters.
+        steps: How long the run is.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Recipe:
     intent: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    steps: int = 8
 
 
 RECIPES: list[Recipe] = []
@@ -55,10 +57,12 @@ def recipe(
     status: str = "fail",
     evidence: dict[str, object] | None = None,
     warnings: tuple[str, ...] = (),
+    steps: int = 8,
+    into: list[Recipe] = RECIPES,
     **intent: Any,
 ) -> Callable[[Callable[[], Training]], Callable[[], Training]]:
     def enter(build: Callable[[], Training]) -> Callable[[], Training]:
-        RECIPES.append(Recipe(name, build, code, step, words, status, intent, evidence or {}, warnings))
+        into.append(Recipe(name, build, code, step, words, status, intent, evidence or {}, warnings, steps))
         return build
 
     return enter
@@ -178,7 +182,7 @@ def unloaded_wrapper() -> Training:
     return Training(model)
 
 
-@recipe("B03", "LP202", 0, "8 adapter tensors were replaced", "no longer holds", warnings=TWICE)
+@recipe("B03", "LP202", 0, "8 tensors that the model does not hold", "replaced", warnings=TWICE)
 def wrapped_twice() -> Training:
     model = lora()
     optimizer = adamw(model)
@@ -441,12 +445,12 @@ def switched_at_3() -> Training:
     )
 
 
-@recipe("C04-at-3", "LP203", 3, "frozen", evidence=regression("trainable_tensors 8 -> 0"))
+@recipe("C04-at-3", "LP203", 3, "frozen", evidence=regression("trainable tensors 8 -> 0"))
 def frozen_at_3() -> Training:
     return Training(lora(hook=True), between_steps=from_step(3, lambda run: faults.frozen_after_wrapping(run.model)))
 
 
-@recipe("B03-at-3", "LP202", 3, "8 adapter tensors were replaced", evidence=regression("tensors_in_optimizer 8 -> 0"))
+@recipe("B03-at-3", "LP202", 3, "8 tensors that the model does not hold", evidence=regression("8 -> 0"))
 def replaced_at_3() -> Training:
     def change(run: Training) -> None:
         run.model.delete_adapter("default")
@@ -456,9 +460,7 @@ def replaced_at_3() -> Training:
     return Training(lora(), between_steps=from_step(3, change))
 
 
-@recipe(
-    "B03-assign-at-3", "LP202", 3, "8 adapter tensors were replaced", evidence=regression("tensors_in_optimizer 8 -> 0")
-)
+@recipe("B03-assign-at-3", "LP202", 3, "8 tensors that the model does not hold", evidence=regression("8 -> 0"))
 def assigned_at_3() -> Training:
     def change(run: Training) -> None:
         state = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}

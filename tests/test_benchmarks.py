@@ -43,17 +43,14 @@ def test_results_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert rows["eager", backend]["gib"] > 0
     assert "fused attention" in rows["sdpa", "alpha"]["failed"]
 
-    table: Any = loaded("table")
-    lines = table.table(result).splitlines()
-    assert sum(line.startswith("| tiny") for line in lines) == 10
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    table.main(["--results", str(tmp_path), "--readme", str(readme)])
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert "training step" in text
-    readme.write_text("no markers")
+    lines = loaded("readme").projection_table(result).splitlines()
+    assert sum(line.startswith("| tiny") for line in lines) == 2
+    assert any("training step" in line for line in lines)
+
+
+def test_the_readme_is_made_of_the_results() -> None:
+    readme: Any = loaded("readme")
+    text = (BENCHMARKS.parent / "README.md").read_text()
+    assert readme.filled(text, BENCHMARKS / "results") == text, "run: python benchmarks/readme.py --readme README.md"
     with pytest.raises(SystemExit, match="lacks the markers"):
-        table.main(["--results", str(tmp_path), "--readme", str(readme)])
+        readme.filled("no markers", BENCHMARKS / "results")

@@ -28,10 +28,8 @@ QUIET = {
 }
 # What every healthy run of plain LoRA can be judged on. Others need a declaration (LP207), 16-bit
 # adapters (LP403) or autocast around the forward (LP405).
-CORE = frozenset(
-    "LP101 LP102 LP103 LP104 LP105 LP106 LP107 LP108 LP201 LP202 LP203 LP206 LP208 LP209 "
-    "LP301 LP302 LP303 LP401 LP402 LP404 LP406 LP501".split()
-)
+CORE = {f"LP1{n:02}" for n in range(1, 9)} | {f"LP{n}" for n in (201, 202, 203, 206, 208, 209)}
+CORE |= {f"LP{n}" for n in (301, 302, 303, 401, 402, 404, 406, 501)}
 
 
 def llama(layers: int = 2, **config: Any) -> LlamaForCausalLM:
@@ -66,7 +64,8 @@ def quantised_llama(path: Path, kind: str = "nf4", **prepare: Any) -> nn.Module:
         else BitsAndBytesConfig(load_in_8bit=True)
     )
     base = LlamaForCausalLM.from_pretrained(path, quantization_config=config, device_map={"": "cpu"})
-    return prepare_model_for_kbit_training(base, **prepare)
+    prepare = {"gradient_checkpointing_kwargs": {"use_reentrant": True}} | prepare  # torch wants it said
+    return prepare_model_for_kbit_training(base, **prepare).train()
 
 
 class Batches:
@@ -143,7 +142,9 @@ def fit(
     return run
 
 
-def judged(task: pl.LightningModule, batches: Batches | None = None, *, intent: dict[str, Any] | None = None, **trainer: Any) -> ProbeReport:
+def judged(
+    task: pl.LightningModule, batches: Batches | None = None, *, intent: dict[str, Any] | None = None, **trainer: Any
+) -> ProbeReport:
     """Train with a probe at every step and return what it found."""
     probe = LoraProbe(**({"every_n_steps": 1, "verbose": False} | (intent or {})))
     fit(task, probe, batches, **trainer)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, some
+from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, some, warn
 from lora_probe_callbacks.observe.facts import Facts
+
+# A part of the model may have no input for long: no image, no token for the expert. Judged over this many
+# probed steps and this many steps.
+LONG, LONG_STEPS = 4 * PERSISTENT, 100
 
 
 def judge(facts: Facts) -> Verdict:
@@ -14,7 +18,10 @@ def judge(facts: Facts) -> Verdict:
     uncalled = [
         u
         for u in range(len(facts.units))
-        if u not in called and u not in facts.bad_units() and _without_signal(facts, u)
+        if u not in called
+        and u not in facts.bad_units()
+        and _without_signal(facts, u)
+        and facts.intended.intersection(facts.units[u].slots)
     ]
     if not uncalled:
         return ok()
@@ -31,6 +38,17 @@ def judge(facts: Facts) -> Verdict:
     never = [u for u in uncalled if not any(facts.history[s].had_signal for s in facts.units[u].slots)]
     if not never:
         return ok()  # they learned in other batches and had nothing to do in this one
+    absent = [u for u in never if all(facts.history[s].read >= LONG for s in facts.units[u].slots)]
+    if absent and facts.step >= LONG_STEPS:
+        return warn(
+            f"{some([facts.units[u].name for u in absent])}: never called in {facts.step} steps",
+            facts.slots_of_units(absent),
+            cause="absent",
+            got="0 calls",
+            expected="called in some batch",
+            fix="if the data has no input for this part (no image, no audio, no token for the expert), leave it out of target_modules or pass "
+            "frozen=(a part of its name,); else look for outputs of it that are cached, or computed from its weight",
+        )
     return pending(
         f"{len(never)} adapted layers have not run yet ({some([facts.units[u].name for u in never])}): "
         "not judged before they do"
@@ -47,6 +65,13 @@ def _in_the_graph(facts: Facts, unit: int) -> bool:
 
     A gradient of exactly zero came from there, or stands for None (``set_to_none=False``). Which of the two
     shows when the other layers learn and this one goes on without.
+
+    Args:
+        facts: What is known.
+        unit: A unit whose layer was not called.
+
+    Returns:
+        True if its gradient, or the graph, shows a use.
     """
     slots = facts.units[unit].slots
     if any(s in f.reached for f in facts.training_forwards if f.reached is not None for s in slots):
@@ -61,7 +86,7 @@ CHECK = Check(
     code="LP104",
     name="uncalled-layer",
     what="An adapted layer is never called in the training forward, its base weight is used there all the "
-    "same, and its adapter's gradient is None or zero.",
+    "same, and its adapter's gradient is None or zero. It warns if a layer was not called once in a hundred steps.",
     why="Fused losses multiply with lm_head.weight and fused kernels take out_proj.weight; on an adapted layer "
     "that is the frozen base weight. All other layers learn, so the loss falls.",
     fix="Take the layer out of target_modules, or switch off the fused loss or kernel that reads its weight.",

@@ -75,11 +75,15 @@ class _Hook:
 
     __torch_unserializable__ = True  # torch warns of other hooks when a tensor that has one is saved
 
-    def __init__(self, method: Callable[..., None], first: object) -> None:
-        self._method, self._first = method, first
+    def __init__(self, observer: ForwardObserver, method: Callable[..., None], first: object) -> None:
+        self._observer, self._method, self._first = observer, method, first
 
     def __call__(self, *args: Any) -> None:
-        self._method(self._first, *args)
+        if torch.compiler.is_compiling():
+            # A function that was compiled somewhere else calls the model: dynamo must find nothing here to trace.
+            self._observer.traced = True
+        else:
+            self._method(self._first, *args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _inert, ()
@@ -117,6 +121,7 @@ class ForwardObserver:
         self.merged_seen = False
         self.witness: WeightWitness | None = None
         self.paused = False  # while the probe itself runs the model
+        self.traced = False  # hooks ended up inside a compiled region
         self._before = before
         self._after = after
         self._on_error = on_error
@@ -164,6 +169,8 @@ class ForwardObserver:
     def arm(self) -> None:
         """Install the hooks of one step."""
         self.disarm()
+        if self.traced:
+            return
         hooked: set[int] = set()
         for name, module, inside in self.inventory.ancestors:
             if inside or not hooks_fire(module):
@@ -178,8 +185,8 @@ class ForwardObserver:
                 self._hook(layer.called, layer.name)
 
     def _hook(self, module: nn.Module, name: str) -> None:
-        enter = module.register_forward_pre_hook(_Hook(self._enter, name), with_kwargs=True)
-        leave = module.register_forward_hook(_Hook(self._leave, name), with_kwargs=True, always_call=True)
+        enter = module.register_forward_pre_hook(_Hook(self, self._enter, name), with_kwargs=True)
+        leave = module.register_forward_hook(_Hook(self, self._leave, name), with_kwargs=True, always_call=True)
         self._handles += [(module, enter), (module, leave)]
 
     def disarm(self, inside: nn.Module | None = None) -> None:
@@ -311,7 +318,7 @@ class ForwardObserver:
             if not candidate.leaves and not outputs:
                 candidate.why_unknown = None
         for tensor in outputs:
-            handle = tensor.register_hook(_Hook(self._receive, candidate))  # type: ignore[no-untyped-call]
+            handle = tensor.register_hook(_Hook(self, self._receive, candidate))  # type: ignore[no-untyped-call]
             self._output_handles.append(handle)
 
     def _receive(self, candidate: Candidate, grad: torch.Tensor | None) -> None:
@@ -343,6 +350,8 @@ class ForwardObserver:
     @property
     def unobservable(self) -> str | None:
         """Why no forward can be seen, or None."""
+        if self.traced:
+            return "the model is called from compiled code: its forwards cannot be watched, the gradients decide"
         if self.units and all(unit.layer.compiled for unit in self.units) and not self.candidates:
             return "the model is compiled as a whole: its forwards cannot be watched, the gradients decide"
         return None

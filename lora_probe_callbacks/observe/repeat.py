@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ class _Random:
     """The generators that a forward may draw from."""
 
     python: object
-    numpy: Mapping[str, Any]
+    numpy: dict[str, Any]
     cpu: torch.Tensor
     cuda: torch.Tensor | None
 
@@ -70,7 +70,7 @@ class _Random:
 def _random_state(device: torch.device) -> _Random:
     return _Random(
         python=random.getstate(),
-        numpy=np.random.get_state(legacy=False),
+        numpy=dict(np.random.get_state(legacy=False)),
         cpu=torch.get_rng_state(),
         cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     )
@@ -125,7 +125,14 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 def _of_a_library(hook: object) -> bool:
     """Hooks of these keep nothing; one of the user's may collect what it sees."""
     where = getattr(hook, "__module__", None) or type(hook).__module__
-    return where.split(".")[0] in ("lora_probe_callbacks", "transformers", "peft", "accelerate", "bitsandbytes", "torch")
+    return where.split(".")[0] in (
+        "lora_probe_callbacks",
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "torch",
+    )
 
 
 def _compare(
@@ -231,6 +238,7 @@ def _same(some: list[Any], others: list[Any]) -> bool:
     if len(some) != len(others):
         return False
     return all(
-        a is b or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2 and a[0] == b[0] and a[1] is b[1])
+        a is b
+        or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2 and a[0] == b[0] and a[1] is b[1])
         for a, b in zip(some, others, strict=True)
     )

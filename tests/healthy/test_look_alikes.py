@@ -14,17 +14,12 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from peft import get_peft_model
-from torch import nn
-from torch.nn import functional as F
-
-from lora_probe_callbacks import LoraProbe
-from tests.tiny import (
+from tiny import (
     VOCABULARY,
     Batches,
     Task,
     adamw,
     assert_healthy,
-    fit,
     judged,
     language_loss,
     llama,
@@ -32,6 +27,9 @@ from tests.tiny import (
     peft_llama,
     token_batches,
 )
+from torch import nn
+
+from lora_probe_callbacks import LoraProbe
 
 
 def log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -42,7 +40,7 @@ def log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def preference_loss(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """DPO's loss of a batch whose first half is preferred to its second."""
     margin = policy - reference
-    return -F.logsigmoid(0.5 * (margin[:1] - margin[1:])).mean()
+    return -nn.functional.logsigmoid(0.5 * (margin[:1] - margin[1:])).mean()
 
 
 def checkpointed_llama(*, reentrant: bool) -> nn.Module:
@@ -328,8 +326,12 @@ class Fused(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, layer = self.inside(x), self.proj
-        low = F.linear(F.linear(h, layer.lora_A["default"].weight), layer.lora_B["default"].weight)
-        return self.out(F.linear(h, layer.base_layer.weight, layer.base_layer.bias) + layer.scaling["default"] * low)
+        low = nn.functional.linear(
+            nn.functional.linear(h, layer.lora_A["default"].weight), layer.lora_B["default"].weight
+        )
+        return self.out(
+            nn.functional.linear(h, layer.base_layer.weight, layer.base_layer.bias) + layer.scaling["default"] * low
+        )
 
 
 @pytest.mark.parametrize("empty", [set(), {0, 1, 2}, {7, 8, 9, 13, 14}])
@@ -544,16 +546,22 @@ def test_value_head_is_warmed_up_on_detached_states():
 @pytest.mark.parametrize("ratio", [1, 5])
 def test_alternating_generator_and_discriminator(ratio):
     torch.manual_seed(0)
-    generator = get_peft_model(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)), lora(target_modules=["0", "2"]))
-    critic = get_peft_model(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), lora(target_modules=["0", "2"]))
+    generator = get_peft_model(
+        nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)), lora(target_modules=["0", "2"])
+    )
+    critic = get_peft_model(
+        nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), lora(target_modules=["0", "2"])
+    )
 
     def step(task: Task, x: torch.Tensor, index: int) -> None:
         g, d = task.optimizers()
         if index % (ratio + 1) == ratio:
-            step_optimizer(task, g, F.softplus(-task.critic(task.model(x))).mean())
+            step_optimizer(task, g, nn.functional.softplus(-task.critic(task.model(x))).mean())
         else:
             fake = task.model(x).detach()
-            step_optimizer(task, d, (F.softplus(task.critic(fake)) + F.softplus(-task.critic(x))).mean())
+            step_optimizer(
+                task, d, (nn.functional.softplus(task.critic(fake)) + nn.functional.softplus(-task.critic(x))).mean()
+            )
 
     task = Task(generator, step, two_optimizers, automatic=False, critic=critic)
     assert_healthy(judged(task, vectors(40)))

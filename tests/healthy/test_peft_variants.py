@@ -9,14 +9,10 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
-from torch import nn
-from torch.nn import functional as F
-
-from tests.tiny import (
+from tiny import (
     VOCABULARY,
     Batches,
     Task,
-    adamw,
     assert_healthy,
     judged,
     language_loss,
@@ -42,13 +38,16 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
         {"target_modules": ["embed_tokens", "q_proj"]},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
         {"layers_to_transform": [1]},
-        {"lora_bias": True},
+        pytest.param(
+            {"lora_bias": True},
+            marks=pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),  # on layers without a bias
+        ),
         {"bias": "lora_only"},
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ALL_LINEAR},
         {"target_parameters": ["mlp.gate_proj.weight"], "target_modules": ["q_proj"]},
     ],
-    ids=lambda config: "-".join(f"{key}={value}" for key, value in config.items())[:60],
+    ids=str,
 )
 def test_lora_variant(config):
     assert_healthy(judged(Task(peft_llama(**config))))
@@ -64,6 +63,7 @@ def test_trainable_token_rows_that_never_occur():
     assert "trainable_tokens_delta" in waiting.message
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # is what is tested
 def test_tied_embeddings():
     assert_healthy(judged(Task(peft_llama(llama(tie_word_embeddings=True), target_modules=["q_proj", "embed_tokens"]))))
 
@@ -118,12 +118,18 @@ def test_qlora(tmp_path: Path, quantised, reentrant):
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
-        peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
         peft.LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
         peft.LoKrConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
         peft.OFTConfig(task_type="CAUSAL_LM", oft_block_size=8, target_modules=["q_proj", "v_proj"]),
         peft.VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "o_proj"]),
-        peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
+        pytest.param(
+            peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
+            # peft 0.21 knows nn.LayerNorm alone, and trains the others all the same
+            marks=pytest.mark.filterwarnings("ignore:Unsupported layer type"),
+        ),
         peft.TrainableTokensConfig(token_indices=[1, 2]),
     ],
     ids=lambda config: type(config).__name__,
@@ -139,7 +145,13 @@ def test_other_tuner_neither_crashes_nor_alarms(config):
 
 def test_adalora():
     config = peft.AdaLoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_r=4, target_r=2, tinit=2, tfinal=4, total_step=20
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj"],
+        init_r=4,
+        target_r=2,
+        tinit=2,
+        tfinal=4,
+        total_step=20,
     )
 
     class Allocate(pl.Callback):

@@ -1,0 +1,126 @@
+"""Make the README's tables: from the catalogue of checks and from benchmarks/results/*.json.
+
+python benchmarks/readme.py                       print them
+python benchmarks/readme.py --readme README.md    put them between the file's markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_probe_callbacks.checks.catalogue import all_checks
+
+SETTING = ("shape", "base", "attention", "checkpointing", "prompts", "responses", "tokens")
+
+
+BACKENDS = ("doubled_rank", "loop", "alpha", "jvp")
+
+
+def projection_table(result: dict[str, Any]) -> str:
+    """Return the Markdown of one result file: a line for each setting, a column for each backend."""
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    lines = [
+        f"{result['device']}, {result['date']} ({versions}); times and peak memory beside the plain training step:",
+        "",
+        f"| setting | training step | {' | '.join(BACKENDS)} |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for _, block in itertools.groupby(result["rows"], key=lambda row: [row[key] for key in SETTING]):
+        rows = {row["backend"]: row for row in block}
+        step = rows["step"]
+        setting = (
+            f"{step['shape']}, {step['base']}, {step['attention']}, "
+            f"{'checkpointing, ' if step['checkpointing'] else ''}"
+            f"{step['prompts']} x {step['responses']} x {step['tokens']} tokens"
+        )
+        cells = [cell(rows.get(backend), step) for backend in BACKENDS]
+        lines.append(f"| {setting} | {step['ms']:.0f} ms, {step['gib']:.1f} GiB | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(row: dict[str, Any] | None, step: dict[str, Any]) -> str:
+    """Return one backend's time and memory relative to the step, or why it has none."""
+    if row is None:
+        return ""
+    if "failed" in row:
+        return textwrap.shorten(row["failed"].replace("|", "/"), 60, placeholder=" ...")
+    memory = f", x {row['gib'] / step['gib']:.2f} memory" if step["gib"] else ""
+    return f"{row['ms']:.0f} ms, x {row['ms'] / step['ms']:.2f}{memory}"
+
+
+def projections(results: Path) -> str:
+    """Return the tables of the projection benchmarks that ran on a GPU."""
+    files = sorted(path for path in results.glob("projection-*.json") if "cpu" not in path.name)
+    return "\n\n".join(projection_table(json.loads(path.read_text())) for path in files)
+
+
+def checks(_results: Path) -> str:
+    """Return one row a check."""
+    rows = [f"| {check.code} | {check.name} | {check.what} |" for check in all_checks()]
+    return "\n".join(["| code | name | what it reports |", "| --- | --- | --- |", *rows])
+
+
+def latency(results: Path) -> str:
+    """Return how late a fault is found, by cadence."""
+    result = json.loads((results / "latency.json").read_text())
+    first = result["first_bad_step"]
+    rows = [f"| {r['every_n_steps']} | {r['found_at']} | {r['steps_late']} |" for r in result["rows"]]
+    header = [f"| every_n_steps | merged from step {first} on, found at step | steps late |", "| --- | --- | --- |"]
+    return "\n".join([*header, *rows])
+
+
+def overhead(results: Path) -> str:
+    """Return what the probe takes."""
+    lines = [
+        "| shape | device | adapter tensors | plain step | a probed step | between probes | default cadence |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for path in sorted(results.glob("overhead-*.json")):
+        result = json.loads(path.read_text())
+        rows = result["rows"]
+        lines.append(
+            f"| {result['shape']} | {result['device']} | {result['adapter_tensors']} | {rows['plain']['ms']:.0f} ms "
+            f"| x {rows['every step']['ratio']:.2f} | x {rows['between probes']['ratio']:.3f} "
+            f"| x {result['default_cadence']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "checks": checks,
+    "latency": latency,
+    "overhead": overhead,
+    "projection benchmark": projections,
+}
+
+
+def filled(text: str, results: Path) -> str:
+    """Return a README with every section made anew between its markers."""
+    for name, make in SECTIONS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"the README lacks the markers {begin} and {end}")
+        text = f"{text.split(begin)[0]}{begin}\n{make(results)}\n{end}{text.split(end)[1]}"
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, or write them between the markers of a file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--readme", type=Path)
+    options = parser.parse_args(arguments)
+    if options.readme is None:
+        print("\n\n".join(make(options.results) for make in SECTIONS.values()))
+    else:
+        options.readme.write_text(filled(options.readme.read_text(), options.results))
+
+
+if __name__ == "__main__":
+    main()
