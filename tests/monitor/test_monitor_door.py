@@ -440,7 +440,7 @@ def test_error_that_was_swallowed_is_raised_again() -> None:
 # --- leaving the loop ----------------------------------------------------------------------------
 
 
-class Trouble(RuntimeError):
+class TroubleError(RuntimeError):
     """What the user's own code raises."""
 
 
@@ -451,7 +451,7 @@ class TroubledBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        raise Trouble("backward")
+        raise TroubleError("backward")
 
 
 @pytest.mark.parametrize("where", ["loop", "backward", "forward", "interrupt", "generator"])
@@ -478,7 +478,9 @@ def test_nothing_is_left_after_an_exception(where: str, step: int) -> None:
                 optimizer.zero_grad()
                 yield number
 
-    expected = {"interrupt": KeyboardInterrupt, "forward": ValueError, "generator": GeneratorExit}.get(where, Trouble)
+    expected = {"interrupt": KeyboardInterrupt, "forward": ValueError, "generator": GeneratorExit}.get(
+        where, TroubleError
+    )
     running = steps()
     if where == "generator":  # a loop that its consumer leaves
         next(running)
