@@ -280,9 +280,9 @@ def test_fault_under_a_scaler_is_found(fused: bool) -> None:
         return loss
 
     # Without a single gradient an unfused step is loud ("No inf checks were recorded"), and comes before ours.
-    with pytest.raises(LoraProbeError if fused else AssertionError) as caught:
-        with monitor(model, optimizer, scaler=grad_scaler) as probe:
-            scaled_loop(model, optimizer, grad_scaler, change=change)
+    expected = LoraProbeError if fused else AssertionError
+    with pytest.raises(expected) as caught, monitor(model, optimizer, scaler=grad_scaler) as probe:
+        scaled_loop(model, optimizer, grad_scaler, change=change)
     assert [(f.code, f.step) for f in probe.report.failures] == [("LP103", 3)]
     assert fused or ["LP103" in note for note in caught.value.__notes__] == [True]
 
@@ -468,7 +468,7 @@ def test_nothing_is_left_after_an_exception(where: str, step: int) -> None:
                 if number == step and where == "interrupt":
                     raise KeyboardInterrupt
                 if number == step and where == "loop":
-                    raise Trouble
+                    raise TroubleError
                 if number == step and where == "forward":
                     model(input_ids=batch, labels=batch[:, :3])
                 if number == step and where == "backward":
