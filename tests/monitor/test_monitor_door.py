@@ -191,8 +191,8 @@ def test_policy_and_value_model(shared: bool) -> None:
         actor_critic(policy, value, optimizers)
     assert_healthy(probe.report, 6)
     assert not list(hooks_of_the_probe(value))
+    value.trunk.merge_adapter()
     with pytest.raises(LoraProbeError) as caught, monitor([policy, value], optimizers):
-        value.trunk.merge_adapter()
         actor_critic(policy, value, optimizers)
     assert caught.value.findings[0].code in ("LP103", "LP106")
     assert caught.value.findings[0].step == 0
@@ -367,11 +367,15 @@ def test_scaler_of_the_accelerator_is_used(accelerators: Any) -> None:
     model = lora()
     optimizer = adamw(model)
     prepared, wrapped = accelerator.prepare(model, optimizer)
-    with pytest.raises(LoraProbeError) as caught, monitor(prepared, wrapped, accelerator=accelerator) as probe:
+
+    def overflow_for_ever() -> None:
         for number, batch in enumerate(batches(20)):
             accelerator.backward(faults.overflowing(next_token_loss(prepared, batch, number)))
             wrapped.step()
             wrapped.zero_grad()
+
+    with pytest.raises(LoraProbeError) as caught, monitor(prepared, wrapped, accelerator=accelerator) as probe:
+        overflow_for_ever()
     assert [(f.code, f.step) for f in caught.value.findings] == [("LP406", 3)]
     assert probe.report.judged_steps == 4
 
@@ -424,16 +428,20 @@ def test_warn_warns_once_and_goes_on() -> None:
 
 def test_error_that_was_swallowed_is_raised_again() -> None:
     model = lora(hook=True)
-    optimizer, swallowed = adamw(model), 0
+    optimizer, swallowed = adamw(model), []
     faults.left_merged(model)
-    with pytest.raises(LoraProbeError), monitor(model, optimizer, on_failure="raise"):
+
+    def swallow() -> None:
         for number, batch in enumerate(batches(3)):
             try:
                 next_token_loss(model, batch, number).backward()
                 optimizer.step()
-            except Exception:
-                swallowed += 1
-    assert swallowed == 3
+            except Exception as error:
+                swallowed.append(type(error))
+
+    with pytest.raises(LoraProbeError), monitor(model, optimizer, on_failure="raise"):
+        swallow()
+    assert swallowed == [LoraProbeError] * 3
     assert_no_trace(model, optimizer)
 
 

@@ -17,7 +17,25 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 from lora_probe_callbacks import LoraProbeError, LoraProbeTrainerCallback, faults
 
-WORDS = "the quick brown fox jumps over a lazy dog and cat sleeps on red mat in sun".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "cat",
+    "sleeps",
+    "on",
+    "red",
+    "mat",
+    "in",
+    "sun",
+]
 SENTENCES = [" ".join(WORDS[(i * k) % len(WORDS)] for i in range(6)) for k in range(1, 17)]
 STEPS = 6
 
