@@ -219,7 +219,7 @@ class ProbeSession:
         return wanted and (1 <= self.step < ALWAYS or rarely)
 
     def _end_step(self) -> None:
-        if self._now.stepped:
+        if self._now.stepped & self._scene.owners():
             self._ever_stepped = True
             self._skipped_in_a_row = 0
         else:
@@ -427,6 +427,7 @@ class ProbeSession:
             nested=tuple(scene.inventory.nested),
             rewrapped=tuple(scene.inventory.rewrapped),
             unloaded=tuple(scene.inventory.unloaded),
+            vanished=() if scene.inventory.unloaded else scene.vanished(),
             skipped_in_a_row=skipped,
             ever_stepped=self._ever_stepped,
             scaler=scaler,

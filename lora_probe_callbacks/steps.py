@@ -65,7 +65,7 @@ class StepTracker:
         if self.inside:
             return  # a closure that is evaluated several times, as LBFGS does
         self.discarded |= self.ready - self.stepped
-        if not self.ready and backward_seen:
-            # Gradients were made, no optimizer came, and they are gone: skipped by a scaler, or thrown away.
-            # As long as they are there, the loop accumulates.
+        if not self.ready & owners and backward_seen:
+            # Gradients were made, no owner came, and they are gone: skipped by a scaler, thrown away, or cleared
+            # with those of an optimizer that does step. As long as they are there, the loop accumulates.
             self.discarded |= {o for o in owners if not has_gradients(o)}

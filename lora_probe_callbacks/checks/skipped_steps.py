@@ -20,7 +20,11 @@ def judge(facts: Facts) -> Verdict:
         f"{row} steps skipped in a row{scale}",
         "a step that is applied",
     )
-    why = " because the gradients are not finite" if facts.scaler else ": gradients were made and no optimizer stepped"
+    why = (
+        " because the gradients are not finite"
+        if facts.scaler
+        else ": gradients were made, and the optimizer that owns the adapter did not step"
+    )
     # Halving the scale cures an overflow that the scale has caused, and only that one.
     hopeless = facts.loss_scale is not None and facts.loss_scale < 1.0
     if hopeless or row >= LONG or (not facts.ever_stepped and facts.all_non_finite):

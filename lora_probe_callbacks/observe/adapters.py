@@ -194,7 +194,7 @@ def _adapted_layer(name: str, module: nn.Module, modules: Mapping[str, nn.Module
 def _units(layer: AdaptedLayer) -> Iterator[Unit]:
     module = layer.module
     if isinstance(module, BaseTunerLayer):
-        parts = tuple(module.adapter_layer_names)
+        parts = tuple(dict.fromkeys(module.adapter_layer_names))  # DoRA's magnitude stands there twice (peft 0.21)
         frozen_names = module.frozen_peft_weight_names
     else:
         parts = ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ("prompt_encoder",)

@@ -131,12 +131,14 @@ class UpdateFact:
     """What one step did to one slot.
 
     Attributes:
+        start: Euclidean norm of the tensor before the step.
         moved: Elements whose bits changed, as a fraction of all.
         size: Euclidean norm of the change.
         norm: Euclidean norm of the tensor after the step.
         finite: Every element was finite after the step.
     """
 
+    start: float
     moved: float
     size: float
     norm: float
@@ -166,6 +168,9 @@ class SlotHistory:
     rate_rising: bool = False  # it was above the one before
     unmoved: int = 0  # not moved although it had a gradient and a rate, in a row up to now
     lost: int = 0  # fewer than half of its elements moved, likewise
+    put_back: int = 0  # a step began with the very values of the one before, which had moved it, in a row up to now
+    start: float | None = None  # Euclidean norm before the last probed step
+    end: float | None = None  # and after it
     had_gradient: bool = False  # a gradient other than None was seen
     had_signal: bool = False  # a gradient other than zero was seen
     had_rate: bool = False  # a learning rate other than zero was seen
@@ -239,6 +244,7 @@ class Facts:
     nested: tuple[str, ...] = ()  # adapted layers inside adapted layers
     rewrapped: tuple[str, ...] = ()  # PeftModels inside PeftModels
     unloaded: tuple[str, ...] = ()  # PeftModels whose adapter layers are gone
+    vanished: tuple[str, ...] = ()  # tensors that an optimizer steps and whose layer has left the model
     elsewhere: tuple[str, ...] = ()  # other models with adapters that received gradients
     skipped_in_a_row: int = 0
     ever_stepped: bool = False
@@ -296,6 +302,11 @@ class Facts:
     def units_of(self, adapter: str) -> frozenset[int]:
         """The units of one expected adapter."""
         return frozenset(i for i, u in enumerate(self.units) if u.adapter == adapter)
+
+    def low_rank_units_of(self, adapter: str) -> frozenset[int]:
+        """Those of them that merging concerns: a ``modules_to_save`` copy cannot be merged."""
+        units = self.units_of(adapter)
+        return frozenset(u for u in units if self.units[u].lora) or units
 
     def slots_of_units(self, units: Collection[int]) -> frozenset[int]:
         """The slots that the given units own."""

@@ -41,10 +41,15 @@ def _with_update(old: SlotHistory, slot: SlotFact, update: StepUpdate | None, in
         return old
     # Judged against the gradient and the rate that were read before this update.
     could_move = old.had_gradient and old.zero == 0 and old.missing == 0 and old.rate_zero == 0
+    # Only where the last step changed the norm do equal norms mean equal values.
+    put_back = change.start == old.start and old.start != old.end
     return dataclasses.replace(
         old,
         unmoved=old.unmoved + 1 if could_move and change.moved == 0 else 0,
         lost=old.lost + 1 if could_move and slot.half and change.moved < 0.5 else 0,
+        put_back=old.put_back + 1 if could_move and put_back else 0,
+        start=change.start,
+        end=change.norm,
         had_move=old.had_move or change.moved > 0,
     )
 

@@ -57,6 +57,7 @@ class Scene:
         self.ever_changed: set[str] = set()
         self.base_used: dict[int, bool] = {}  # of units that were left out: was their base weight used?
         self.suspects: set[int] = set()  # units to be watched for that
+        self._left: dict[str, torch.Tensor] = {}  # what layers held that are no longer there
         self.expect(self.active_names())
 
     # --- what is meant ----------------------------------------------------------------------
@@ -134,9 +135,21 @@ class Scene:
         """Take the inventory again if a layer was exchanged; returns whether it was."""
         if self.inventory.in_place:
             return False
+        former = {slot.name: t for slot, t in zip(self.slots, self._start_tensors, strict=True) if t is not None}
         self.inventory = take_inventory(self.roots)
         self.expect(self.expected)
+        self._left.update(former)
+        for slot in self.slots:
+            self._left.pop(slot.name, None)
         return True
+
+    def vanished(self) -> tuple[str, ...]:
+        """Names of tensors that an optimizer steps although their layer has left the model."""
+        if not self._left:
+            return ()
+        owners = ownership(self.optimizers)
+        held = {id(p) for _, root in self.roots for p in root.parameters()}
+        return tuple(name for name, t in self._left.items() if id(t) in owners and id(t) not in held)
 
     # --- what is there ----------------------------------------------------------------------
 
