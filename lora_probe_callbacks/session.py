@@ -454,7 +454,8 @@ class ProbeSession:
             stale_forward=None if self._repeat is None else self._repeat.stale,
             why_not_repeated=None if self._repeat is None else self._repeat.why_not,
         )
-        if facts.nobody_called:
+        others_train = any(scene.has_gradients(i) for i in range(len(scene.optimizers)))
+        if facts.nobody_called and not others_train:  # else something beside the adapter is trained first
             elsewhere = self._elsewhere.look([layer.module for layer in scene.inventory.layers])
             facts = dataclasses.replace(facts, elsewhere=elsewhere)
         return facts

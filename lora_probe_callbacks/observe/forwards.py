@@ -27,6 +27,8 @@ from lora_probe_callbacks.observe.wrappers import describe, hooks_fire
 
 __all__ = ["Candidate", "ForwardObserver", "tensors_in"]
 
+_WALKS = 4  # of the graphs of one kind of forward in one step
+
 
 @dataclass(eq=False, slots=True)
 class Candidate:
@@ -128,7 +130,7 @@ class ForwardObserver:
         self._handles: list[tuple[nn.Module, RemovableHandle]] = []
         self._output_handles: list[RemovableHandle] = []
         self._stack = threading.local()
-        self._walked: set[tuple[str, tuple[Mode, ...]]] = set()
+        self._walked: dict[tuple[str, tuple[Mode, ...]], list[Candidate]] = {}
 
     def watch(self, inventory: Inventory, units: list[Unit]) -> None:
         """Say what to observe. May be called in the middle of a step, hooks move with it.
@@ -160,7 +162,7 @@ class ForwardObserver:
 
     def reset(self) -> None:
         """Forget what the last step showed."""
-        self.candidates, self.without_grad, self._walked = [], 0, set()
+        self.candidates, self.without_grad, self._walked = [], 0, {}
         self.active_seen, self.merged_seen = set(), False
         self._stack = threading.local()
         self.close_witness()
@@ -312,8 +314,10 @@ class ForwardObserver:
     def _finish(self, candidate: Candidate, output: Any) -> None:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
         key = (candidate.module, candidate.modes)
-        if key not in self._walked:  # one walk serves all micro-batches of the same kind
-            self._walked.add(key)
+        alike = self._walked.setdefault(key, [])
+        # One walk serves all micro-batches of the same kind, but none serves that was not for training.
+        if len(alike) < _WALKS and not any(c.received for c in alike):
+            alike.append(candidate)
             candidate.leaves, candidate.why_unknown = reachable_leaves(outputs)
             if not candidate.leaves and not outputs:
                 candidate.why_unknown = None
