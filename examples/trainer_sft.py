@@ -55,8 +55,8 @@ def main() -> int:
 
     print(f"held-out loss {before:.2f} -> {loss_on(model, held_out):.2f}")
     last = [row for row in trainer.state.log_history if "lora_probe/healthy" in row][-1]
-    update = last["lora_probe/update/relative_norm"]
-    print(f"step {last['step']}: relative update {update:.1e}, beside the loss in the log")
+    moved = last["lora_probe/update/relative_norm"]
+    print(f"step {last['step']} of the log: loss and, among others, a relative update of {moved:.1e}")
     print(probe.report)
     return probe.report.exit_code
 
