@@ -82,7 +82,7 @@ def load(source: Source) -> PeftModel:
     base = _base(source, device)
     with _quiet():
         if folder is None:
-            model = _fitted(lambda: get_peft_model(base, config), source)  # type: ignore[arg-type]
+            model = _fitted(lambda: get_peft_model(base, config), source)
         else:
             model = _fitted(
                 lambda: PeftModel.from_pretrained(
@@ -139,13 +139,17 @@ def _adapter_folder(name: str) -> Path:
             wanted = ["adapter_config.json", "adapter_model.safetensors"]
             path = Path(snapshot_download(name, allow_patterns=wanted))
         except Exception as error:
-            raise CannotLoadError(f"got --adapter {name}: no such folder, and from the hub: {one_line(error)}") from error
+            raise CannotLoadError(
+                f"got --adapter {name}: no such folder, and from the hub: {one_line(error)}"
+            ) from error
     if not path.is_dir():
         raise CannotLoadError(f"got --adapter {name}, which is no folder: expected what save_pretrained has written")
     if not (path / "adapter_config.json").is_file():
         raise CannotLoadError(f"got --adapter {name} without adapter_config.json: expected a folder of save_pretrained")
     if not (path / "adapter_model.safetensors").is_file():
-        pickled = " (adapter_model.bin is a pickle, which is not loaded)" if (path / "adapter_model.bin").exists() else ""
+        pickled = (
+            " (adapter_model.bin is a pickle, which is not loaded)" if (path / "adapter_model.bin").exists() else ""
+        )
         raise CannotLoadError(
             f"got --adapter {name} without adapter_model.safetensors{pickled}: save it with safe_serialization=True"
         )
@@ -190,7 +194,7 @@ def _base(source: Source, device: torch.device) -> nn.Module:
     if source.attn is not None:
         options["attn_implementation"] = source.attn
     if source.four_bit:
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -209,10 +213,9 @@ def _base(source: Source, device: torch.device) -> nn.Module:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50 repacks a layer for inference at its first forward in eval mode, and
             # what it repacked has no backward.
-            module.support_avx512bf16_for_cpu = False
-    checkpointing = {"use_gradient_checkpointing": False}
+            vars(module)["support_avx512bf16_for_cpu"] = False
     if source.four_bit:
-        base = prepare_model_for_kbit_training(base, **checkpointing)
+        base = prepare_model_for_kbit_training(base, False)  # type: ignore[no-untyped-call]
     if source.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         base.enable_input_require_grads()  # type: ignore[operator]
@@ -272,8 +275,8 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -281,5 +284,4 @@ def _quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         if shown:
-            logging.enable_progress_bar()
-
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from lora_probe_callbacks.checks.base import Check, Verdict
 from lora_probe_callbacks.observe.facts import Facts, GradientFact, UpdateFact
 from lora_probe_callbacks.report.findings import Finding, ProbeReport
 
-__all__ = ["SCHEMA", "Record", "RecordError", "read_record"]
+__all__ = ["SCHEMA", "Record", "RecordError", "Row", "plain", "read_record"]
 
 SCHEMA = 1
 
@@ -125,7 +125,7 @@ class Record:
         self._write("end", step=step, healthy=report.healthy, judged_steps=report.judged_steps, findings=findings)
 
     def _write(self, kind: str, **content: object) -> None:
-        line = json.dumps(_plain({"schema": SCHEMA, "kind": kind, **content}), allow_nan=False, separators=(",", ":"))
+        line = json.dumps(plain({"schema": SCHEMA, "kind": kind, **content}), allow_nan=False, separators=(",", ":"))
         # Opened and closed for each line: what is written outlives this process, whatever ends it.
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -170,6 +170,26 @@ def read_record(path: str | Path) -> Iterator[dict[str, Any]]:
     raise RecordError(f"got a line {cut} that is no JSON, expected a record of lora_probe (one JSON object a line)")
 
 
+def plain(value: object) -> Any:
+    """What JSON can hold.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The same in mappings, lists, numbers and strings; numbers that are not finite become None.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    return str(value)
+
+
 def _cut_off(path: Path) -> bool:
     """The file ends in the middle of a line."""
     if not path.is_file() or not path.stat().st_size:
@@ -211,15 +231,3 @@ def _without_folders(trace: str) -> str:
     home = str(Path.home())
     named = re.sub(r'File "(?:.*[\\/])?([^\\/"]+)"', r'File "\1"', trace)
     return named.replace(home, "~") if len(home) > 1 else named
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
-    return str(value)
