@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 import sys
 import textwrap
 import traceback
@@ -202,6 +203,8 @@ class _UsageError(Exception):
 @contextmanager
 def _reported(show_traceback: bool) -> Iterator[None]:
     """Every error is one line on stderr and exit code 2; its traceback only if it is asked for."""
+    # At its import bitsandbytes (0.50) tells of an optional kernel for inference; nothing here needs it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         yield
     except Exception as error:

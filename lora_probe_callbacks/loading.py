@@ -217,7 +217,8 @@ def _base(source: Source, device: torch.device) -> nn.Module:
     if source.four_bit:
         base = prepare_model_for_kbit_training(base, False)  # type: ignore[no-untyped-call]
     if source.checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        with _quiet():  # transformers 5.23 has a new name for it, 5.17 has not
+            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         base.enable_input_require_grads()  # type: ignore[operator]
     return base
 

@@ -78,8 +78,8 @@ def _on_off(diagnosis: Diagnosis) -> str:
 def _variants(diagnosis: Diagnosis) -> Table:
     table = Table(title="Gradients that S gives the adapter tensors", **_STYLE)
     table.add_column("variant", no_wrap=True)
-    for title in ("S has grad", "none", "zero", "non-zero", "not finite"):
-        table.add_column(title, justify="right")
+    for title in ("S grad", "none", "zero", "non-zero", "inf/nan"):
+        table.add_column(title, justify="right", no_wrap=True)
     for v in diagnosis.variants:
         counts = (str(v.count(state)) for state in ("none", "zero", "non-zero", "not-finite"))
         table.add_row(f"{v.variant}  {v.what}", "yes" if v.requires_grad else "no", *counts)
@@ -101,7 +101,7 @@ def _gradients(diagnosis: Diagnosis, *, per_layer: bool) -> Table:
 
 
 def _projections(diagnosis: Diagnosis) -> Table:
-    table = Table(title="Projections s_n of the entropy surrogate on a policy-gradient direction", **_STYLE)
+    table = Table(title="Projections s_n, one for each prompt", **_STYLE)
     table.add_column("backend")
     table.add_column("s_n", overflow="fold")
     table.add_column("error to the loop", justify="right")
