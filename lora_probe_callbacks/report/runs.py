@@ -161,8 +161,8 @@ def _enter(found: dict[tuple[str, str], Finding], line: Mapping[str, Any], check
     names = {check["code"]: (check["name"], check["family"]) for check in checks}
     for code, verdict in line["verdicts"].items():
         status, known = verdict["status"], found.get((code, ""))
-        stays = known is not None and status != "pass" and known.status in ("pass", "fail", "warn")
-        if status in ("fail", "warn") or stays or (known is not None and known.status in ("fail", "warn")):
+        replaces = known is None or status == "pass" or known.status == "pending" or known.status == status
+        if status in ("fail", "warn") or not replaces or (known is not None and known.status in ("fail", "warn")):
             continue
         name, family = names.get(code, (code, ""))
         found[code, ""] = Finding(
