@@ -60,7 +60,11 @@ class ProbeConfig:
             raise ValueError(f"on_failure got {self.on_failure!r}, expected 'raise', 'stop' or 'warn'")
         if self.reference not in (None, "disabled"):
             raise ValueError(f"reference got {self.reference!r}, expected None or 'disabled'")
-        for name in ("reference_adapters", "lagged_adapters", "frozen", "expect_targets"):
+        if self.adapter is not None and not self.adapter:
+            raise ValueError(
+                f"adapter got {self.adapter!r}, expected a name, several, or None for those that are active"
+            )
+        for name in ("reference_adapters", "lagged_adapters", "frozen", "expect_targets", "new_token_ids"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"{name} got the string {value!r}, expected a sequence: ({value!r},)")

@@ -84,7 +84,7 @@ class LoraProbe(Callback):
         if trainer._logger_connector.should_update_logs:
             self._flush(trainer)
         healthy = self._session.report.metrics.get("lora_probe/healthy")
-        if healthy is not None:
+        if healthy is not None and not trainer.barebones:
             pl_module.log("lora_probe/healthy", healthy, prog_bar=True, logger=False, rank_zero_only=True)
         if trainer.strategy.reduce_boolean_decision(self._session.should_stop, all=False):
             trainer.should_stop = True
@@ -110,7 +110,7 @@ class LoraProbe(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._session is None else self._session.state_dict()
+        return dict(self._restored or {}) if self._session is None else self._session.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from lora_probe_callbacks.observe.facts import Facts, Moment, SlotHistory
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.history import advance
 from lora_probe_callbacks.observe.idle import AdaptersElsewhere
-from lora_probe_callbacks.observe.optimizers import grad_scale, tensors_of, unwrap_optimizer
+from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of, unwrap_optimizer
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
 from lora_probe_callbacks.observe.repeat import ForwardRepeat
 from lora_probe_callbacks.observe.scene import Scene
@@ -113,6 +113,7 @@ class ProbeSession:
             ValueError: If there is no adapter, a name that does not exist, or no way to choose.
         """
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._scaler_round = None if self._scaler is None else self._scaler._per_optimizer_states
         self._framework_step = framework_step or (lambda: self.step)
         config = self.config
         self._scene = Scene(
@@ -124,6 +125,7 @@ class ProbeSession:
             frozen=config.frozen,
         )
         self._reader = DeviceReader(self._scene)
+        self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step(index)))
@@ -135,13 +137,7 @@ class ProbeSession:
     def _watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
         self._history = [SlotHistory() for _ in self._scene.slots]
-        self._observer = ForwardObserver(
-            self._scene.inventory,
-            self._scene.units,
-            before=self._before_forward,
-            after=self._after_forward,
-            on_error=self._break,
-        )
+        self._observer.watch(self._scene.inventory, self._scene.units)
 
     @property
     def running(self) -> bool:
@@ -223,15 +219,18 @@ class ProbeSession:
         return wanted and (1 <= self.step < ALWAYS or rarely)
 
     def _end_step(self) -> None:
-        if self._now.stepped:
-            self._ever_stepped = True
-            self._skipped_in_a_row = 0
-        else:
+        if not self._now.stepped & self._scene.owners():
             self._skipped_in_a_row += 1
+        elif not self._now.left_to_it:  # else the next decision reads what it did
+            self._has_stepped()
         self._was_active |= self._observer.active_seen
         self._merges += self._observer.merged_seen
         self.step += 1
         self._begin_step()
+
+    def _has_stepped(self) -> None:
+        self._ever_stepped = True
+        self._skipped_in_a_row = 0
 
     def _end_step_if_done(self) -> None:
         if self._now.done(self._scene.owners()):
@@ -263,6 +262,8 @@ class ProbeSession:
             closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
             if closure is None:
                 self._optimizer_event(index, final=True)
+                if self._probed and not self._broken:
+                    self._guarded(lambda: self._reader.read_scaled(index))
             else:  # the gradients of this step are made inside: only the tensors can be looked at
                 if index in self._now.stepped:
                     self._begins_again(index)
@@ -278,7 +279,7 @@ class ProbeSession:
                 return
             if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
-            self._now.has_stepped(index)
+            self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
             self._end_step_if_done()
@@ -317,7 +318,8 @@ class ProbeSession:
             self._decide("start", None)
         owners = self._scene.owners()
         received = any(c.received for c in self._observer.candidates)
-        self._now.next_forward(received, owners, self._scene.has_gradients)
+        discarded = self._scaler_went_on()  # zeros in place of gradients do not tell
+        self._now.next_forward(received, owners, lambda o: not discarded and self._scene.has_gradients(o))
         if self._now.done(owners):  # the update never came
             if not self._now.decided:
                 self._now.decided = True
@@ -327,11 +329,19 @@ class ProbeSession:
         if self._repeat is not None:
             self._repeat.before()
 
+    def _scaler_went_on(self) -> bool:
+        """The scaler was updated since the last training forward: what it had to step is stepped or skipped."""
+        if self._scaler is None:
+            return False
+        # torch 2.13: update() begins a new table of what every optimizer has been through.
+        before, self._scaler_round = self._scaler_round, self._scaler._per_optimizer_states
+        return before is not self._scaler_round
+
     def _settle_expected(self) -> None:
         """The module's own hooks may have activated another adapter since the session began."""
-        names = self._scene.active_names()
-        if names != self._scene.expected:
-            self._observer.disarm()
+        names, former = self._scene.active_names(), self._scene.expected
+        # ... or this is the forward of a reference, which no optimizer owns.
+        if names != former and (self._scene.owned(names) or not self._scene.owned(former)):
             self._scene.expect(names)
             self._watch()
             self._begin_step()
@@ -379,10 +389,8 @@ class ProbeSession:
 
     def _collect(self, moment: Moment, optimizer: int | None, *, final: bool) -> Facts:
         if self._scene.refresh():
-            history, candidates = self._history, self._observer.candidates
-            self._observer.disarm()
+            history = self._history
             self._watch()
-            self._observer.candidates = candidates
             if len(history) == len(self._history):
                 self._history = history
         probed = optimizer is not None and self._probed
@@ -395,14 +403,16 @@ class ProbeSession:
         scene, observer = self._scene, self._observer
         slots = scene.slot_facts()
         forwards = observer.facts(scene.slot_of())
-        self._history = advance(self._history, slots, readings.gradients, readings.update)
+        self._history = advance(self._history, slots, readings.gradients, readings.update, self.step)
         scaler = self._scaler is not None or any(grad_scale(o) is not None for o in scene.optimizers)
         overflow = scaler and any(g is not None and not g.finite for g in readings.gradients)
         if readings.skipped_inside:
             self._skipped_in_a_row += 1
+        elif readings.skipped_inside is not None:
+            self._has_stepped()
         skipped = self._skipped_in_a_row + (moment == "skipped" or overflow)
         replaced, foreign = scene.replaced()
-        used = observer.witness.used if observer.witness is not None else set()
+        used = observer.witness.seen if observer.witness is not None else {}
         facts = Facts(
             moment=moment,
             optimizer=optimizer,
@@ -433,6 +443,7 @@ class ProbeSession:
             nested=tuple(scene.inventory.nested),
             rewrapped=tuple(scene.inventory.rewrapped),
             unloaded=tuple(scene.inventory.unloaded),
+            vanished=() if scene.inventory.unloaded else scene.vanished(),
             skipped_in_a_row=skipped,
             ever_stepped=self._ever_stepped,
             scaler=scaler,
@@ -442,7 +453,8 @@ class ProbeSession:
             stale_forward=None if self._repeat is None else self._repeat.stale,
             why_not_repeated=None if self._repeat is None else self._repeat.why_not,
         )
-        if facts.nobody_called:
+        others_train = any(scene.has_gradients(i) for i in range(len(scene.optimizers)))
+        if facts.nobody_called and not others_train:  # else something beside the adapter is trained first
             elsewhere = self._elsewhere.look([layer.module for layer in scene.inventory.layers])
             facts = dataclasses.replace(facts, elsewhere=elsewhere)
         return facts
@@ -460,7 +472,8 @@ class ProbeSession:
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)
-                verdicts[check.code] = Verdict("skipped", f"could not judge: {type(error).__name__} inside the check")
+                reason = f"could not judge: {type(error).__name__} inside the check"
+                self._ledger.not_judged(reason, facts.step, facts.framework_step, [check])
         return explain(verdicts)
 
     # --- telling and acting -----------------------------------------------------------------

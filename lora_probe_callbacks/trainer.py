@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol, Self
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -37,6 +38,9 @@ class _Trainer(Protocol):
 class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
     """Proves, while the Trainer runs, that the LoRA adapter is active, reached, owned, moved and seen.
 
+    Metrics go to ``state.log_history`` and to the Trainer's reporters, which write ``train/`` before
+    every name; their step is the one under which the Trainer logs the loss of that step.
+
     The Trainer has no event for an exception. If user code raises in a backward, what the probe has
     installed stays until the next ``train()`` or until the callback is gone; :meth:`attach` closes
     that gap, and puts what the probe knows on the exception.
@@ -57,12 +61,33 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
         print(probe.report)
     """
 
+    def __new__(cls, **intent: Any) -> Self:
+        """Make a callback that a Trainer cannot exchange for another.
+
+        With ``restore_callback_states_from_checkpoint`` the Trainer takes ``type(callback)(**saved)`` in
+        place of the object that it was given (transformers 5.23), and the report in the user's hands would
+        stay empty. So every callback has a type of its own, which has this one instance; what the user
+        says now counts, not what was said when the checkpoint was written.
+        """
+        own = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        self: Self = super().__new__(own)
+        instance = weakref.ref(self)
+        own.__new__ = lambda _, **saved: instance()  # type: ignore[assignment, method-assign]
+        return self
+
     def __init__(self, **intent: Any) -> None:
+        if hasattr(self, "_config"):
+            return
         self._config = ProbeConfig(**intent)
         self._intent = intent
         self._session: ProbeSession | None = None
-        self._trainer: weakref.ref[Any] | None = None
-        self._restored: Mapping[str, Any] | None = None
+        self._attached: weakref.ref[Any] | None = None
+        self._rows: dict[int, dict[str, float]] = {}
+        self._reporters: list[Any] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins anew: hooks and optimizers cannot be copied."""
+        return _again, (type(self).__bases__[0], self._intent)
 
     @property
     def report(self) -> ProbeReport:
@@ -81,7 +106,9 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
         joined: _Trainer = trainer
         if self not in joined.callback_handler.callbacks:
             joined.add_callback(self)
-        self._trainer = weakref.ref(trainer)
+        if self._attached is not None and self._attached() is trainer:
+            return self
+        self._attached = weakref.ref(trainer)
         train = joined.train
 
         def watched_train(*args: Any, **kwargs: Any) -> Any:
@@ -112,17 +139,22 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
         # Not in on_train_begin: other callbacks may still change the model there.
         if self._session is not None:
             return
-        session = ProbeSession(
-            self._config, log=self._sink(args, state, control), main_rank=state.is_world_process_zero
-        )
-        session.load_state_dict(self._restored or _stored(state, type(self).__name__))
+        self._rows = {}
+        # Without a reference to this object: the session is closed when nobody holds it any more.
+        session = ProbeSession(self._config, log=partial(_keep, self._rows), main_rank=state.is_world_process_zero)
+        if state.global_step:  # resumed; else what is stored is this callback's own state of a moment ago
+            session.load_state_dict(_stored(state, type(self).__name__))
         self._session = session
         weakref.finalize(self, session.close)
+        trainer = _trainer_of(state)
+        callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+        self._reporters = [c for c in callbacks if isinstance(c, tuple(INTEGRATION_TO_CALLBACK.values()))]
+        # Callbacks are given the model without its wrappers; the forward goes through them.
         # The inner optimizer has the step hooks; the session opens Accelerate's wrapper.
         session.start(
-            [("", _outermost(kwargs["model"], self._trainer))],
+            [("", kwargs["model"] if trainer is None else trainer.model_wrapped)],
             [kwargs["optimizer"]],
-            scaler=_scaler(kwargs["optimizer"]),
+            scaler=getattr(kwargs["optimizer"], "scaler", None),
             framework_step=lambda: state.global_step,
         )
 
@@ -134,14 +166,28 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._flush(args, state, control, before=state.global_step)
         self._pass_on_stop(control)
+
+    @override
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_training_stop:  # in on_train_end the reporters have closed their files already
+            self._end(args, state, control)
 
     @override
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._end(args, state, control)
+
+    def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         if self._session is not None:
-            self._session.end()
+            try:
+                self._session.end()
+            finally:
+                self._flush(args, state, control)
 
     def _pass_on_stop(self, control: TrainerControl) -> None:
         if self._session is not None and self._session.should_stop:
@@ -157,74 +203,51 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
 
     # --- metrics ----------------------------------------------------------------------------
 
-    def _sink(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> Callable[[dict[str, float], int], None]:
-        reporters = list(_reporters(self, self._trainer))
-
-        def log(metrics: dict[str, float], framework_step: int) -> None:
+    def _flush(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, before: int | None = None
+    ) -> None:
+        """Write the rows that are complete: the update of a step is known when the next one is decided."""
+        complete = sorted(step for step in self._rows if before is None or step < before)
+        for step in complete:
+            metrics = self._rows.pop(step)
             # The history is written before on_log, and reporters stand before user callbacks: both are
             # past when an event reaches this callback, so both are addressed themselves.
-            state.log_history.append({**metrics, "epoch": state.epoch, "step": framework_step})
+            state.log_history.append({**metrics, "epoch": state.epoch, "step": step})
             then = copy.copy(state)
-            then.global_step = framework_step
-            for reporter in reporters:
+            then.global_step = step
+            for reporter in self._reporters:
                 reporter.on_log(args, then, control, logs=dict(metrics), model=None)
 
-        return log
+
+def _keep(rows: dict[int, dict[str, float]], metrics: dict[str, float], framework_step: int) -> None:
+    # The Trainer logs the loss of a step after it has counted that step.
+    rows.setdefault(framework_step + 1, {}).update(metrics)
 
 
-def _reporters(callback: TrainerCallback, trainer: weakref.ref[Any] | None) -> Iterator[TrainerCallback]:
-    """The Trainer's own writers (TensorBoard, W&B and so on), which stand in one list with the callback."""
-    kinds = tuple(INTEGRATION_TO_CALLBACK.values())
-    joined = None if trainer is None else trainer()
-    if joined is not None:
-        lists = [joined.callback_handler.callbacks]
-    else:
-        lists = [r for r in gc.get_referrers(callback) if isinstance(r, list)]
-    seen: set[int] = set()
-    for one in lists:
-        for other in one:
-            if isinstance(other, kinds) and id(other) not in seen:
-                seen.add(id(other))
-                yield other  # type: ignore[misc]
+def _trainer_of(state: TrainerState) -> _Trainer | None:
+    """The Trainer that a state belongs to: no event hands it to a callback."""
+    from transformers import Trainer
 
-
-def _outermost(model: nn.Module, trainer: weakref.ref[Any] | None) -> nn.Module:
-    """The module that is really called: callbacks are given the model without its wrappers."""
-    joined = None if trainer is None else trainer()
-    if joined is not None:
-        wrapped: nn.Module = joined.model_wrapped
-        return wrapped
-    for _ in range(8):
-        holders = [m for m in _holders(model) if type(m).__module__.startswith(("torch.", "accelerate.", "deepspeed."))]
-        if len(holders) != 1:
-            return model
-        model = holders[0]
-    return model
-
-
-def _holders(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that hold ``model`` as a child."""
-    for children in gc.get_referrers(model):
-        if isinstance(children, dict):
-            for attributes in gc.get_referrers(children):
-                for owner in gc.get_referrers(attributes) if isinstance(attributes, dict) else (attributes,):
-                    if isinstance(owner, nn.Module) and owner._modules is children:
-                        yield owner
-
-
-def _scaler(optimizer: object) -> Any:
-    return getattr(optimizer, "scaler", None)
+    for holder in gc.get_referrers(state):
+        # Attributes are held by a dictionary of the object (Python 3.11) or by the object itself (3.13).
+        for thing in gc.get_referrers(holder) if type(holder) is dict else [holder]:
+            if issubclass(type(thing), Trainer) and thing.state is state:
+                found: _Trainer = thing
+                return found
+    return None
 
 
 def _stored(state: TrainerState, name: str) -> Mapping[str, Any]:
-    """What a checkpoint holds of this callback, also where the Trainer does not restore callbacks."""
-    callbacks: Any = state.stateful_callbacks  # a mapping once it was read from a checkpoint
+    """What a checkpoint holds of this callback, whether or not the Trainer restores callbacks."""
+    callbacks: Any = state.stateful_callbacks
     stored = callbacks.get(name, {}) if isinstance(callbacks, dict) else {}
     stored = stored[0] if isinstance(stored, list) else stored
     restored: Mapping[str, Any] = stored.get("attributes", {}).get("_restored") or {}
     return restored
+
+
+def _again(kind: type[LoraProbeTrainerCallback], intent: Mapping[str, Any]) -> LoraProbeTrainerCallback:
+    return kind(**intent)
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,6 @@ def judge(facts: Facts) -> Verdict:
     return fail(
         f"the adapter moves by weight decay alone: its gradients are exactly zero since the first step, {row} probed steps now",
         moved + [i for i in facts.intended if facts.history[i].zero],
-        of_update=True,
         got=f"relative change {shrink:.2e} per step; learning rate times weight decay is {(slot.learning_rate or 0) * (slot.weight_decay or 0):.2e}",
         expected="a change that follows a gradient",
     )

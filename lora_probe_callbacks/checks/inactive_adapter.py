@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending
+from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, warn
 from lora_probe_callbacks.observe.facts import Facts
 
 
@@ -19,8 +19,8 @@ def judge(facts: Facts) -> Verdict:
     slots = facts.slots_of_units(units)
     names = [name for name in facts.expected if facts.units_of(name) in bad]
     others_active = len(names) < len(facts.expected)
-    if others_active and any(facts.history[s].missing < PERSISTENT for s in slots):
-        return pending(f"{names} not active yet, others of {list(facts.expected)} are: they may take turns")
+    if others_active:
+        return _others_train(facts, names, slots)
     now_active = all(facts.modes[u] == "active" for u in units)
     if now_active:
         return ok()  # LP105: it was activated after the forward
@@ -31,6 +31,23 @@ def judge(facts: Facts) -> Verdict:
         expected=f"active adapters {names}",
         fix=f"call model.set_adapter({names[0]!r}) before the forward that makes the loss, and after "
         "anything that switches adapters; add_adapter() and load_adapter() do not activate what they add",
+    )
+
+
+def _others_train(facts: Facts, names: list[str], slots: frozenset[int]) -> Verdict:
+    """Some expected adapters are active, others are not: they may take turns."""
+    if all(facts.history[s].had_gradient for s in slots if facts.slots[s].role != "A"):
+        return ok()
+    if any(facts.history[s].missing < PERSISTENT for s in slots):
+        return pending(f"{names} not active yet, others of {list(facts.expected)} are: they may take turns")
+    return warn(
+        f"adapter {', '.join(map(repr, names))} was not active in any of {PERSISTENT} probed steps, while others that "
+        "are expected to train were",
+        slots,
+        got=f"active adapters {list(facts.training_forwards[0].active)}",
+        expected=f"each of {list(facts.expected)} in its turn",
+        fix=f"if the turn of {names[0]!r} is still to come nothing is wrong; else call model.set_adapter({names[0]!r}) before "
+        "its training forward",
     )
 
 

@@ -36,6 +36,7 @@ CHECK = Check(
     why="Enough layers learn for the loss to fall; the others do nothing or stay as they are.",
     fix="Set the state through the model (set_adapter, enable_adapter_layers, unmerge_adapter), not layer by layer, "
     "and look for an exception in the middle of a merge.",
-    quiet="Layers that do not have the adapter at all.",
+    quiet="Layers that do not have the adapter at all; modules_to_save, which stay as they are in a merge (LP103).",
+    explained_by=("LP103",),
     judge=judge,
 )

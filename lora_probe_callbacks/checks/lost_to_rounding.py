@@ -38,12 +38,13 @@ def judge(facts: Facts) -> Verdict:
             f"{moved:.1%} of the elements of lora_{role} moved",
             "nearly all of them",
         )
+        concerned = [i for i in facts.intended if facts.history[i].lost]
         text = f"the update of lora_{role} is lost to rounding: a step moves {moved:.1%} of its elements, the rest is smaller than 16 bits can hold"
         if least == LOST:
-            return fail(text, lost, cause=role, of_update=True, got=got, expected=expected)
+            return fail(text, concerned, cause=role, of_update=True, got=got, expected=expected)
         return warn(
             text,
-            lost,
+            concerned,
             cause=role,
             of_update=True,
             fix="keep the adapter in float32 (autocast_adapter_dtype=True, PEFT's default); more elements moving at a higher learning rate settles it",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks.base import Check, Verdict, ok, pending
+from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, ok, pending, warn
 from lora_probe_callbacks.checks.missing import judge_missing, unreached
 from lora_probe_callbacks.observe.facts import Facts
+
+LONG = 4 * PERSISTENT  # a head may be warmed up alone, on outputs of the model
 
 
 def judge(facts: Facts) -> Verdict:
@@ -13,7 +15,9 @@ def judge(facts: Facts) -> Verdict:
     if not read:
         return pending("no gradient was read at this decision")
     if facts.unobservable is None and not any(f.holds_expected for f in facts.training_forwards):
-        return pending("the model was not called in this step")  # LP209 finds out who was
+        return _only_without_grad(facts, read) or pending(
+            "the model was not called in this step"
+        )  # LP209 finds out who was
     called = facts.called_units
     ungraded_units = facts.ungraded_units
     lost = unreached(facts) or frozenset()
@@ -49,6 +53,26 @@ def judge(facts: Facts) -> Verdict:
         got=f"{len(missing)} of {len(read)} gradients None" + (f"; {checkpointed[0]}" if checkpointed else ""),
         expected="0",
         fix=fix,
+    )
+
+
+def _only_without_grad(facts: Facts, read: list[int]) -> Verdict | None:
+    """Every call of the model was under no_grad, and the loss is made of something else."""
+    missing = [i for i in read if facts.slots[i].requires_grad and not facts.gradients[i].present]  # type: ignore[union-attr]
+    if not facts.forwards_without_grad or facts.forwards or facts.elsewhere or not missing:
+        return None
+    row = min(facts.history[i].missing for i in missing)
+    if row < LONG:
+        return pending(f"the model was called without gradients only, in {row} probed step(s): they may warm up a head")
+    return warn(
+        f"all {len(missing)} adapter tensors got no gradient (None) in {row} probed steps: every call of the model was under no_grad or "
+        "inference_mode, and the loss trains something else",
+        missing,
+        cause="without gradients",
+        got=f"{facts.forwards_without_grad} calls without gradients in this step, 0 with",
+        expected="a call with gradients in every step",
+        fix="if these steps are a warm-up of something else nothing is wrong; else take no_grad, inference_mode and "
+        "set_grad_enabled(False) away from the forward that makes the loss",
     )
 
 

@@ -14,14 +14,14 @@ def judge(facts: Facts) -> Verdict:
             return fail(
                 f"{len(broken)} adapter tensors hold inf or nan after the step: {some([facts.slots[i].name for i in broken])}",
                 broken,
-                cause="parameter",
                 of_update=True,
                 got=f"{len(broken)} tensors not finite",
                 expected="0",
             )
     bad = [i for i, g in enumerate(facts.gradients) if g is not None and not g.finite]
     if not bad:
-        return ok()
+        seen = facts.update is not None or any(g is not None for g in facts.gradients)
+        return ok() if seen else pending("no gradient was read at this decision")
     names = some([facts.slots[i].name for i in bad])
     if facts.scaler:
         return pending(f"{len(bad)} gradients are not finite ({names}); the gradient scaler skips such a step")
@@ -30,7 +30,6 @@ def judge(facts: Facts) -> Verdict:
     return fail(
         f"{len(bad)} adapter gradients are inf or nan and are about to be applied: {names}",
         bad,
-        cause="gradient",
         got=f"{len(bad)} gradients not finite",
         expected="0",
     )

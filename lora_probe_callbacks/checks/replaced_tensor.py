@@ -10,6 +10,14 @@ def judge(facts: Facts) -> Verdict:
     """Look for adapter tensors whose predecessors are still in an optimizer."""
     if facts.optimizers == 0:
         return pending("no optimizer is known yet")
+    if facts.vanished:
+        return fail(
+            f"{len(facts.vanished)} adapter tensors that the optimizer steps have left the model with their layers: {some(facts.vanished)}",
+            cause="vanished",
+            got=f"{len(facts.vanished)} tensors in the optimizer whose layers the model no longer holds",
+            expected="the layers that the model had when training began",
+            fix="find what exchanges modules while training runs (a quantiser, an unload, a patch), and do it before the optimizer is built",
+        )
     if not facts.replaced:
         return ok()
     names = [facts.slots[i].name for i in facts.replaced]

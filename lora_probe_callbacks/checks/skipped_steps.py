@@ -12,7 +12,9 @@ def judge(facts: Facts) -> Verdict:
     """Count the steps in a row that were skipped for overflow."""
     row = facts.skipped_in_a_row
     if not row:
-        return ok()
+        return ok() if facts.ever_stepped or facts.moment == "step" else pending("no step was seen yet")
+    if not facts.scaler and not facts.ever_stepped:
+        return pending(f"{row} step(s) made gradients and no optimizer has stepped yet")  # LP401
     if row < PERSISTENT:
         return pending(f"{row} step(s) skipped in a row: the first steps of mixed precision may overflow")
     scale = "" if facts.loss_scale is None else f", loss scale now {facts.loss_scale:g}"
@@ -20,7 +22,11 @@ def judge(facts: Facts) -> Verdict:
         f"{row} steps skipped in a row{scale}",
         "a step that is applied",
     )
-    why = " because the gradients are not finite" if facts.scaler else ": gradients were made and no optimizer stepped"
+    why = (
+        " because the gradients are not finite"
+        if facts.scaler
+        else ": gradients were made, and the optimizer that owns the adapter did not step"
+    )
     # Halving the scale cures an overflow that the scale has caused, and only that one.
     hopeless = facts.loss_scale is not None and facts.loss_scale < 1.0
     if hopeless or row >= LONG or (not facts.ever_stepped and facts.all_non_finite):

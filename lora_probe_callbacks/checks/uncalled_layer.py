@@ -5,6 +5,10 @@ from __future__ import annotations
 from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, some, warn
 from lora_probe_callbacks.observe.facts import Facts
 
+# A part of the model may have no input for long: no image, no token for the expert. Judged over this many
+# probed steps and this many steps.
+LONG, LONG_STEPS = 4 * PERSISTENT, 100
+
 
 def judge(facts: Facts) -> Verdict:
     """Look for layers that no training forward called although their base weight took part."""
@@ -14,11 +18,14 @@ def judge(facts: Facts) -> Verdict:
     uncalled = [
         u
         for u in range(len(facts.units))
-        if u not in called and u not in facts.bad_units() and _without_signal(facts, u)
+        if u not in called
+        and u not in facts.bad_units()
+        and _without_signal(facts, u)
+        and facts.intended.intersection(facts.units[u].slots)
     ]
     if not uncalled:
         return ok()
-    bypassed = [u for u in uncalled if facts.units[u].base_weight_used]
+    bypassed = [u for u in uncalled if facts.units[u].base_weight_used and not _in_the_graph(facts, u)]
     if bypassed:
         names = [facts.units[u].name for u in bypassed]
         return fail(
@@ -28,24 +35,22 @@ def judge(facts: Facts) -> Verdict:
             got="0 calls, and the weight read by another operation",
             expected="the layer called in the training forward",
         )
-    left_out = [
-        u
-        for u in uncalled
-        if facts.units[u].idle_part == "layer"
-        and all(facts.history[s].read >= PERSISTENT for s in facts.units[u].slots)
-    ]
-    if left_out:
-        names = [facts.units[u].name for u in left_out]
+    never = [u for u in uncalled if not any(facts.history[s].had_signal for s in facts.units[u].slots)]
+    if not never:
+        return ok()  # they learned in other batches and had nothing to do in this one
+    absent = [u for u in never if all(facts.history[s].read >= LONG for s in facts.units[u].slots)]
+    if absent and facts.step >= LONG_STEPS:
         return warn(
-            f"{some(names)}: never called in {PERSISTENT} probed steps, while the module around it was",
-            facts.slots_of_units(left_out),
+            f"{some([facts.units[u].name for u in absent])}: never called in {facts.step} steps",
+            facts.slots_of_units(absent),
+            cause="absent",
             got="0 calls",
-            expected="called, unless its input was absent from every batch",
-            fix="if its input was absent so far (no image, no token routed here) nothing is wrong; else the "
-            "module around it reads the weight instead of calling the layer: call the layer",
+            expected="called in some batch",
+            fix="if the data has no input for this part (no image, no audio, no token for the expert), leave it out of target_modules or pass "
+            "frozen=(a part of its name,); else look for outputs of it that are cached, or computed from its weight",
         )
     return pending(
-        f"{len(uncalled)} adapted layers have not run yet ({some([facts.units[u].name for u in uncalled])}): "
+        f"{len(never)} adapted layers have not run yet ({some([facts.units[u].name for u in never])}): "
         "not judged before they do"
     )
 
@@ -55,11 +60,33 @@ def _without_signal(facts: Facts, unit: int) -> bool:
     return bool(read) and all(not g.present or g.zero for g in read)
 
 
+def _in_the_graph(facts: Facts, unit: int) -> bool:
+    """Whether autograd came to the adapter without a call: a kernel that reads its tensors itself.
+
+    A gradient of exactly zero came from there, or stands for None (``set_to_none=False``). Which of the two
+    shows when the other layers learn and this one goes on without.
+
+    Args:
+        facts: What is known.
+        unit: A unit whose layer was not called.
+
+    Returns:
+        True if its gradient, or the graph, shows a use.
+    """
+    slots = facts.units[unit].slots
+    if any(s in f.reached for f in facts.training_forwards if f.reached is not None for s in slots):
+        return True
+    if not any((g := facts.gradients[s]) is not None and g.present for s in slots):
+        return False
+    others_learn = any(g is not None and g.present and not g.zero for g in facts.gradients)
+    return not others_learn or min(facts.history[s].zero for s in slots) < PERSISTENT
+
+
 CHECK = Check(
     code="LP104",
     name="uncalled-layer",
     what="An adapted layer is never called in the training forward, its base weight is used there all the "
-    "same, and its adapter's gradient is None or zero.",
+    "same, and its adapter's gradient is None or zero. It warns if a layer was not called once in a hundred steps.",
     why="Fused losses multiply with lm_head.weight and fused kernels take out_proj.weight; on an adapted layer "
     "that is the frozen base weight. All other layers learn, so the loss falls.",
     fix="Take the layer out of target_modules, or switch off the fused loss or kernel that reads its weight.",

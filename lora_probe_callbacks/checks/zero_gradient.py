@@ -5,8 +5,9 @@ from __future__ import annotations
 from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, some, warn
 from lora_probe_callbacks.observe.facts import Facts
 
-# A part of an adapter may stand at exactly zero for long (an expert that the router avoids).
-LONG = 4 * PERSISTENT
+# A part of an adapter may stand at exactly zero for long (an expert that the router avoids, a rare token):
+# judged over this many probed steps and this many steps.
+LONG, LONG_STEPS = 4 * PERSISTENT, 100
 
 
 def judge(facts: Facts) -> Verdict:
@@ -19,7 +20,7 @@ def judge(facts: Facts) -> Verdict:
     judged = [i for i in present if facts.slots[i].role != "A"] or present
     zero = [i for i in judged if facts.history[i].zero]
     if not zero:
-        stuck = [i for i in present if facts.history[i].zero >= LONG]
+        stuck = [i for i in present if _long(facts, i)]
         return _part(facts, stuck) if stuck else ok()
     row = min(facts.history[i].zero for i in zero)
     if len(zero) == len(judged):
@@ -45,7 +46,7 @@ def judge(facts: Facts) -> Verdict:
             got=got,
             expected=expected,
         )
-    long = [i for i in zero if facts.history[i].zero >= LONG]
+    long = [i for i in zero if _long(facts, i)]
     return (
         _part(facts, long)
         if long
@@ -53,9 +54,15 @@ def judge(facts: Facts) -> Verdict:
     )
 
 
+def _long(facts: Facts, slot: int) -> bool:
+    history = facts.history[slot]
+    return history.zero >= LONG and facts.step - history.zero_since >= LONG_STEPS
+
+
 def _part(facts: Facts, slots: list[int]) -> Verdict:
+    since = max(facts.history[i].zero_since for i in slots)
     return warn(
-        f"the gradients of {len(slots)} adapter tensors are exactly zero in {LONG} probed steps in a row: "
+        f"the gradients of {len(slots)} adapter tensors are exactly zero in every probed step since step {since}: "
         f"{some([facts.slots[i].name for i in slots])}",
         slots,
         got="exactly 0",

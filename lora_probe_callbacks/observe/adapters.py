@@ -166,6 +166,7 @@ def take_inventory(roots: Iterable[tuple[str, nn.Module]]) -> Inventory:
                 # A prompt-learning model is bypassed by calling the base model inside it.
                 base = module.get_base_model()
                 base_name = next((n for n, m in modules.items() if m is base), name)
+                above.setdefault(id(module), (name, module, any(is_compiled(m) for _, m in chain)))
                 above.setdefault(id(base), (base_name, base, is_compiled(module)))
             for ancestor_name, ancestor in chain:
                 above.setdefault(id(ancestor), (ancestor_name, ancestor, inside))
@@ -193,7 +194,7 @@ def _adapted_layer(name: str, module: nn.Module, modules: Mapping[str, nn.Module
 def _units(layer: AdaptedLayer) -> Iterator[Unit]:
     module = layer.module
     if isinstance(module, BaseTunerLayer):
-        parts = tuple(module.adapter_layer_names)
+        parts = tuple(dict.fromkeys(module.adapter_layer_names))  # DoRA's magnitude stands there twice (peft 0.21)
         frozen_names = module.frozen_peft_weight_names
     else:
         parts = ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ("prompt_encoder",)

@@ -62,7 +62,8 @@ class UnitFact:
     # when it is something larger (a tower, an expert), "sibling" when the layer stands in a
     # list whose other members ran. None when the layer was called, or calls are not observable.
     idle_part: Literal["layer", "branch", "sibling"] | None = None
-    base_weight_used: bool = False  # its base weight was read in a forward that left the layer out
+    # Its base weight was used in a forward that left the layer out; None where nobody watched.
+    base_weight_used: bool | None = None
     lora: bool = True
 
 
@@ -130,12 +131,14 @@ class UpdateFact:
     """What one step did to one slot.
 
     Attributes:
+        start: Euclidean norm of the tensor before the step.
         moved: Elements whose bits changed, as a fraction of all.
         size: Euclidean norm of the change.
         norm: Euclidean norm of the tensor after the step.
         finite: Every element was finite after the step.
     """
 
+    start: float
     moved: float
     size: float
     norm: float
@@ -159,11 +162,15 @@ class SlotHistory:
     read: int = 0
     missing: int = 0  # gradient None, in a row up to now
     zero: int = 0  # gradient exactly zero, in a row up to now
+    zero_since: int = 0  # the step in which that row began
     rate_zero: int = 0  # learning rate exactly zero, in a row up to now
     rate: float | None = None  # the last learning rate read
     rate_rising: bool = False  # it was above the one before
     unmoved: int = 0  # not moved although it had a gradient and a rate, in a row up to now
     lost: int = 0  # fewer than half of its elements moved, likewise
+    put_back: int = 0  # a step began with the very values of the one before, which had moved it, in a row up to now
+    start: float | None = None  # Euclidean norm before the last probed step
+    end: float | None = None  # and after it
     had_gradient: bool = False  # a gradient other than None was seen
     had_signal: bool = False  # a gradient other than zero was seen
     had_rate: bool = False  # a learning rate other than zero was seen
@@ -237,6 +244,7 @@ class Facts:
     nested: tuple[str, ...] = ()  # adapted layers inside adapted layers
     rewrapped: tuple[str, ...] = ()  # PeftModels inside PeftModels
     unloaded: tuple[str, ...] = ()  # PeftModels whose adapter layers are gone
+    vanished: tuple[str, ...] = ()  # tensors that an optimizer steps and whose layer has left the model
     elsewhere: tuple[str, ...] = ()  # other models with adapters that received gradients
     skipped_in_a_row: int = 0
     ever_stepped: bool = False
@@ -294,6 +302,11 @@ class Facts:
     def units_of(self, adapter: str) -> frozenset[int]:
         """The units of one expected adapter."""
         return frozenset(i for i, u in enumerate(self.units) if u.adapter == adapter)
+
+    def low_rank_units_of(self, adapter: str) -> frozenset[int]:
+        """Those of them that merging concerns: a ``modules_to_save`` copy cannot be merged."""
+        units = self.units_of(adapter)
+        return frozenset(u for u in units if self.units[u].lora) or units
 
     def slots_of_units(self, units: Collection[int]) -> frozenset[int]:
         """The slots that the given units own."""

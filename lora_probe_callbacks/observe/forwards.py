@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.observe.wrappers import describe, hooks_fire
 
 __all__ = ["Candidate", "ForwardObserver", "tensors_in"]
+
+_WALKS = 4  # of the graphs of one kind of forward in one step
 
 
 @dataclass(eq=False, slots=True)
@@ -67,40 +68,81 @@ class Candidate:
         )
 
 
+class _Hook:
+    """A method of an observer as a hook that copies and pickles as one that does nothing.
+
+    ``copy.deepcopy(model)`` and ``torch.save(model)`` in the middle of a step take the hooks along:
+    the copy must neither drag the observer with it nor report to it.
+    """
+
+    __torch_unserializable__ = True  # torch warns of other hooks when a tensor that has one is saved
+
+    def __init__(self, observer: ForwardObserver, method: Callable[..., None], first: object) -> None:
+        self._observer, self._method, self._first = observer, method, first
+
+    def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            # A function that was compiled somewhere else calls the model: dynamo must find nothing here to trace.
+            self._observer.traced = True
+        else:
+            self._method(self._first, *args)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _inert, ()
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*args: Any) -> None:
+    """Stand where a hook of the probe was when the module was copied."""
+
+
+def _inert() -> Callable[..., None]:
+    return _nothing
+
+
 class ForwardObserver:
     """The hooks of one probed step on the modules above and around the adapters.
 
     Args:
-        inventory: The adapted layers and the modules above them.
-        units: The units that are expected to train.
         before: Called when a candidate is about to run. What it raises ends the forward.
         on_error: Called with an exception of the observer's own, which must not reach the user.
     """
 
     def __init__(
         self,
-        inventory: Inventory,
-        units: list[Unit],
         *,
         before: Callable[[], None],
         after: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None] | None,
         on_error: Callable[[BaseException], None],
     ) -> None:
-        self.inventory = inventory
-        self.units = units
         self.candidates: list[Candidate] = []
         self.without_grad = 0
         self.active_seen: set[str] = set()
         self.merged_seen = False
         self.witness: WeightWitness | None = None
         self.paused = False  # while the probe itself runs the model
+        self.traced = False  # hooks ended up inside a compiled region
         self._before = before
         self._after = after
         self._on_error = on_error
         self._handles: list[tuple[nn.Module, RemovableHandle]] = []
         self._output_handles: list[RemovableHandle] = []
         self._stack = threading.local()
-        self._walked: set[tuple[str, tuple[Mode, ...]]] = set()
+        self._walked: dict[tuple[str, tuple[Mode, ...]], list[Candidate]] = {}
+
+    def watch(self, inventory: Inventory, units: list[Unit]) -> None:
+        """Say what to observe. May be called in the middle of a step, hooks move with it.
+
+        Args:
+            inventory: The adapted layers and the modules above them.
+            units: The units that are expected to train.
+        """
+        armed = self.armed
+        self.disarm()
+        self.inventory = inventory
+        self.units = units
         self._units_of: dict[int, list[int]] = {}
         for index, unit in enumerate(units):
             self._units_of.setdefault(id(unit.layer.called), []).append(index)
@@ -110,6 +152,8 @@ class ForwardObserver:
             for name, module, _ in inventory.ancestors
             if any(n == name or n.startswith(f"{name}." if name else "") for n in names)
         } | {id(unit.layer.module) for unit in units}
+        if armed:
+            self.arm()
 
     @property
     def armed(self) -> bool:
@@ -118,7 +162,7 @@ class ForwardObserver:
 
     def reset(self) -> None:
         """Forget what the last step showed."""
-        self.candidates, self.without_grad, self._walked = [], 0, set()
+        self.candidates, self.without_grad, self._walked = [], 0, {}
         self.active_seen, self.merged_seen = set(), False
         self._stack = threading.local()
         self.close_witness()
@@ -127,22 +171,25 @@ class ForwardObserver:
     def arm(self) -> None:
         """Install the hooks of one step."""
         self.disarm()
+        if self.traced:
+            return
         hooked: set[int] = set()
         for name, module, inside in self.inventory.ancestors:
             if inside or not hooks_fire(module):
                 continue
             hooked.add(id(module))
-            enter = module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
-            leave = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
-            self._handles += [(module, enter), (module, leave)]
+            self._hook(module, name)
         for layer in self.inventory.layers:
             if layer.compiled:
                 continue
             if id(layer.called) not in hooked:
                 hooked.add(id(layer.called))
-                enter = layer.called.register_forward_pre_hook(partial(self._enter, layer.name), with_kwargs=True)
-                leave = layer.called.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
-                self._handles += [(layer.called, enter), (layer.called, leave)]
+                self._hook(layer.called, layer.name)
+
+    def _hook(self, module: nn.Module, name: str) -> None:
+        enter = module.register_forward_pre_hook(_Hook(self, self._enter, name), with_kwargs=True)
+        leave = module.register_forward_hook(_Hook(self, self._leave, name), with_kwargs=True, always_call=True)
+        self._handles += [(module, enter), (module, leave)]
 
     def disarm(self, inside: nn.Module | None = None) -> None:
         """Remove every hook.
@@ -183,23 +230,31 @@ class ForwardObserver:
                 except Exception as error:
                     self._on_error(error)
             return
-        stack.append((module, None, sys.exc_info()[1]))
+        outer_error = sys.exc_info()[1]
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            stack.append((module, None, outer_error))
             self.without_grad += 1
             self.active_seen.update(self.inventory.active)
             self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
             return
-        self._before()
+        try:
+            self._before()
+        except BaseException:
+            self.disarm()
+            raise
+        if not self.armed:
+            return
+        candidate = None
         try:
             candidate = self._new_candidate(name, module)
         except Exception as error:
             self._on_error(error)
-            return
-        stack[-1] = (module, candidate, stack[-1][2])
+        self._frames().append((module, candidate, outer_error))  # the frames anew: a step may have begun
         if self.witness is not None:
+            self.witness.paused = False
             self.witness.open()
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.paused or in_backward():
             return
         stack = self._frames()
@@ -259,21 +314,27 @@ class ForwardObserver:
     def _finish(self, candidate: Candidate, output: Any) -> None:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
         key = (candidate.module, candidate.modes)
-        if key not in self._walked:  # one walk serves all micro-batches of the same kind
-            self._walked.add(key)
+        alike = self._walked.setdefault(key, [])
+        # One walk serves all micro-batches of the same kind, but none serves that was not for training.
+        if len(alike) < _WALKS and not any(c.received for c in alike):
+            alike.append(candidate)
             candidate.leaves, candidate.why_unknown = reachable_leaves(outputs)
             if not candidate.leaves and not outputs:
                 candidate.why_unknown = None
         for tensor in outputs:
-            handle = tensor.register_hook(partial(self._receive, candidate))  # type: ignore[no-untyped-call]
+            handle = tensor.register_hook(_Hook(self, self._receive, candidate))  # type: ignore[no-untyped-call]
             self._output_handles.append(handle)
 
-    def _receive(self, candidate: Candidate, grad: torch.Tensor) -> None:
+    def _receive(self, candidate: Candidate, grad: torch.Tensor | None) -> None:
+        if grad is None:  # an output of a compiled region that this loss does not use
+            return
         if grad.numel() == 1 and grad.dtype != torch.float16:  # 65536 overflows in float16, and scaling cures it
             candidate.cotangent = grad.detach()
         if candidate.received:
             return
         candidate.received = True
+        if self.witness is not None:
+            self.witness.paused = True  # whoever reads a weight from now on does not make this loss with it
         try:
             candidate.modes_at_backward = self.modes()
             candidate.active_at_backward = self.inventory.active
@@ -293,6 +354,8 @@ class ForwardObserver:
     @property
     def unobservable(self) -> str | None:
         """Why no forward can be seen, or None."""
+        if self.traced:
+            return "the model is called from compiled code: its forwards cannot be watched, the gradients decide"
         if self.units and all(unit.layer.compiled for unit in self.units) and not self.candidates:
             return "the model is compiled as a whole: its forwards cannot be watched, the gradients decide"
         return None

@@ -7,10 +7,14 @@ without that cache tells (https://github.com/X-GenGroup/Flow-Factory/issues/186)
 
 from __future__ import annotations
 
+import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,7 +35,7 @@ class ForwardRepeat:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._random: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._random: _Random | None = None
         self.stale: tuple[bool, str] | None = None
         self.why_not: str | None = None
 
@@ -53,9 +57,31 @@ class ForwardRepeat:
                 self.stale = result
 
 
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The state of the generators that a forward on ``device`` may draw from."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+@dataclass(frozen=True, slots=True)
+class _Random:
+    """The generators that a forward may draw from."""
+
+    python: object
+    numpy: dict[str, Any]
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+
+def _random_state(device: torch.device) -> _Random:
+    return _Random(
+        python=random.getstate(),
+        numpy=dict(np.random.get_state(legacy=False)),
+        cpu=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    )
+
+
+def _set_random_state(state: _Random, device: torch.device) -> None:
+    random.setstate(state.python)  # type: ignore[arg-type]
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(state.cuda, device)
 
 
 def _why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> str | None:
@@ -80,6 +106,9 @@ def _why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
         # bitsandbytes 0.50 repacks the weights for inference at a forward in eval mode without input
         # gradients (CPUs with AVX512-BF16), and training forwards then go through a kernel without backward.
         return "a 4-bit model in eval mode is changed by a forward without gradients"
+    foreign = next((h for m in module.modules() for h in _hooks(m) if not _of_a_library(h)), None)
+    if foreign is not None:
+        return f"a forward hook ({getattr(foreign, '__qualname__', type(foreign).__name__)}) would be called twice"
     for value in (*args, *kwargs.values()):
         if hasattr(value, "get_seq_length") or (value is not None and "Cache" in type(value).__name__):
             return "a cache among the arguments would be written twice"
@@ -88,12 +117,30 @@ def _why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
     return None
 
 
+def _hooks(module: nn.Module) -> Iterator[object]:
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
+
+
+def _of_a_library(hook: object) -> bool:
+    """Hooks of these keep nothing; one of the user's may collect what it sees."""
+    where = getattr(hook, "__module__", None) or type(hook).__module__
+    return where.split(".")[0] in (
+        "lora_probe_callbacks",
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "torch",
+    )
+
+
 def _compare(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Any,
-    before: tuple[torch.Tensor, torch.Tensor | None],
+    before: _Random,
     device: torch.device,
 ) -> tuple[bool, str] | str:
     """Repeat a forward without autocast's cache and compare the outputs bit by bit.
@@ -129,7 +176,7 @@ def _repeat(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    before: tuple[torch.Tensor, torch.Tensor | None],
+    before: _Random,
     device: torch.device,
 ) -> list[torch.Tensor]:
     dtype = torch.get_autocast_dtype(device.type)
@@ -145,22 +192,53 @@ def _equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 
 
 @contextmanager
-def _restored(
-    module: nn.Module, before: tuple[torch.Tensor, torch.Tensor | None], device: torch.device
-) -> Iterator[None]:
-    """Begin with the random state of the first run, and end with the state and buffers that it left."""
-    cpu, cuda = _random_state(device)
-    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers()]
-    torch.set_rng_state(before[0])
-    if before[1] is not None:
-        torch.cuda.set_rng_state(before[1], device)
+def _restored(module: nn.Module, before: _Random, device: torch.device) -> Iterator[None]:
+    """Begin with the random state of the first run, and end with all state that it left.
+
+    That is the random state, the buffers, and what the modules keep in their attributes: a router's
+    auxiliary loss, a counter, a list of features.
+    """
+    after = _random_state(device)
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    attributes = [(m.__dict__, {k: (v, _contents(v)) for k, v in m.__dict__.items()}) for m in module.modules()]
+    _set_random_state(before, device)
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:  # writing an untouched one would break a backward that saved it
-                    buffer.copy_(value)
+        _set_random_state(after, device)
+        for present, former in attributes:
+            for added in present.keys() - former.keys():
+                del present[added]
+            for key, (value, contents) in former.items():
+                present[key] = value
+                _put_back(value, contents)
+        for buffer, value in buffers:
+            # Batch norm writes its statistics without counting it as a change, and saves them for the backward,
+            # which a write that counts would break.
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
+
+
+def _contents(value: object) -> list[Any] | None:
+    if type(value) in (dict, OrderedDict):
+        return list(value.items())  # type: ignore[attr-defined]
+    return list(value) if type(value) in (list, set) else None  # type: ignore[call-overload]
+
+
+def _put_back(value: Any, contents: list[Any] | None) -> None:
+    now = _contents(value)
+    if contents is None or now is None or _same(now, contents):
+        return
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(contents)
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    """Whether two contents are the same objects; comparing tensors by value would not give one answer."""
+    if len(some) != len(others):
+        return False
+    return all(
+        a is b
+        or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2 and a[0] == b[0] and a[1] is b[1])
+        for a, b in zip(some, others, strict=True)
+    )

@@ -55,8 +55,9 @@ class Scene:
         self.inventory: Inventory = take_inventory(roots)
         self._check_names()
         self.ever_changed: set[str] = set()
-        self.bypassed: set[int] = set()  # units whose base weight was seen in use without a call
+        self.base_used: dict[int, bool] = {}  # of units that were left out: was their base weight used?
         self.suspects: set[int] = set()  # units to be watched for that
+        self._left: dict[str, torch.Tensor] = {}  # what layers held that are no longer there
         self.expect(self.active_names())
 
     # --- what is meant ----------------------------------------------------------------------
@@ -86,6 +87,11 @@ class Scene:
         aside = {*self._reference, *self._lagged}
         active = tuple(name for name in self.inventory.active if name not in aside)
         return active or tuple(name for name in self.inventory.adapters if name not in aside)
+
+    def owned(self, names: tuple[str, ...]) -> bool:
+        """An optimizer owns some tensor of one of these adapters."""
+        owners = ownership(self.optimizers)
+        return any(id(s.tensor) in owners for u in self.inventory.units if u.adapter in names for s in u.slots)
 
     def expect(self, names: tuple[str, ...]) -> None:
         """Settle which units are expected to train.
@@ -129,9 +135,21 @@ class Scene:
         """Take the inventory again if a layer was exchanged; returns whether it was."""
         if self.inventory.in_place:
             return False
+        former = {slot.name: t for slot, t in zip(self.slots, self._start_tensors, strict=True) if t is not None}
         self.inventory = take_inventory(self.roots)
         self.expect(self.expected)
+        self._left.update(former)
+        for slot in self.slots:
+            self._left.pop(slot.name, None)
         return True
+
+    def vanished(self) -> tuple[str, ...]:
+        """Names of tensors that an optimizer steps although their layer has left the model."""
+        if not self._left:
+            return ()
+        owners = ownership(self.optimizers)
+        held = {id(p) for _, root in self.roots for p in root.parameters()}
+        return tuple(name for name, t in self._left.items() if id(t) in owners and id(t) not in held)
 
     # --- what is there ----------------------------------------------------------------------
 
@@ -201,7 +219,7 @@ class Scene:
         forwards: Sequence[ForwardFact],
         gradients: Sequence[GradientFact | None],
         called: set[int],
-        used: set[int],
+        used: Mapping[int, bool],
     ) -> tuple[UnitFact, ...]:
         """Every expected unit: was it left out, and was its base weight used without it?
 
@@ -209,12 +227,12 @@ class Scene:
             forwards: The forwards of this step.
             gradients: One entry a slot.
             called: Ids of the modules that ran in training forwards.
-            used: Units whose base weight was seen in use.
+            used: Whether the base weight of a unit was in use, for units that were watched for that.
 
         Returns:
             One fact a unit.
         """
-        self.bypassed |= used
+        self.base_used.update(used)
         watched = any(f.received and f.calls is not None for f in forwards)
         facts, start = [], 0
         for index, unit in enumerate(self.units):
@@ -226,14 +244,14 @@ class Scene:
                 self.suspects.add(index)
             elif watched:
                 self.suspects.discard(index)
-                self.bypassed.discard(index)
+                self.base_used.pop(index, None)
             facts.append(
                 UnitFact(
                     name=unit.layer.name,
                     adapter=unit.adapter,
                     slots=slots,
                     idle_part=part,
-                    base_weight_used=index in self.bypassed,
+                    base_weight_used=self.base_used.get(index),
                     lora=unit.layer.lora,
                 )
             )

@@ -23,6 +23,7 @@ class UpdateReading:
     framework_step: int
     slots: list[int]
     counts: list[int]
+    start: range
     moved: range
     size: range
     norm: range
@@ -33,6 +34,7 @@ class UpdateReading:
         rows = zip(
             self.slots,
             self.counts,
+            readout.get(self.start),
             readout.get(self.moved),
             readout.get(self.size),
             readout.get(self.norm),
@@ -41,12 +43,13 @@ class UpdateReading:
         )
         return {
             slot: UpdateFact(
+                start=start,
                 moved=moved / count,
                 size=size,
                 norm=norm,
                 finite=math.isfinite(largest) and not math.isnan(norm),
             )
-            for slot, count, moved, size, norm, largest in rows
+            for slot, count, start, moved, size, norm, largest in rows
         }
 
 
@@ -79,6 +82,7 @@ def read_update(
         return None
     after = [local(tensors[s]) for s in slots]
     change = [before[s] for s in slots]
+    start = readout.add(norms(change, 2))
     largest = readout.add(norms(after, math.inf))
     norm = readout.add(norms(after, 2))
     torch._foreach_sub_(change, after)
@@ -87,7 +91,7 @@ def read_update(
     # difference is zero exactly where the bits agree, so no second copy is needed to count.
     torch._foreach_sign_(change)
     moved = readout.add(norms(change, 1))
-    return UpdateReading(step, framework_step, slots, [a.numel() for a in after], moved, size, norm, largest)
+    return UpdateReading(step, framework_step, slots, [a.numel() for a in after], start, moved, size, norm, largest)
 
 
 class Fingerprints:

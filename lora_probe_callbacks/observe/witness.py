@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 
 __all__ = ["WeightWitness"]
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class WeightWitness(TorchFunctionMode):
@@ -30,13 +33,23 @@ class WeightWitness(TorchFunctionMode):
         super().__init__()
         self._weights = weights
         self._open = False
+        self._ever_open = False
+        self.paused = False  # from the backward to the next forward
         self.used: set[int] = set()
 
     def open(self) -> None:
-        """Begin to watch this thread, unless somebody's mode is active: its end would end ours instead."""
-        if not self._open and not _modes():
-            self._open = True
+        """Begin to watch this thread, unless somebody's mode is active: its end would end ours instead.
+
+        A default device is such a mode too, but it keeps to the bottom of the stack.
+        """
+        if not self._open and all(isinstance(mode, DeviceContext) for mode in _modes()):
+            self._open = self._ever_open = True
             self.__enter__()  # type: ignore[no-untyped-call]
+
+    @property
+    def seen(self) -> dict[int, bool]:
+        """Unit to whether its base weight was used, as far as anybody watched."""
+        return {unit: unit in self.used for unit in self._weights.values()} if self._ever_open else {}
 
     def close(self) -> None:
         """Stop watching."""
@@ -55,8 +68,9 @@ class WeightWitness(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Reading weight.dtype or weight.device is not using it: only what yields a tensor counts.
-        if isinstance(result, torch.Tensor | tuple | list):
+        # Reading weight.dtype or weight.device is not using it: only what yields a tensor counts, and not
+        # weight.data, through which merging goes.
+        if not self.paused and func is not _DATA and isinstance(result, torch.Tensor | tuple | list):
             for value in (*args, *(kwargs or {}).values()):
                 if isinstance(value, torch.Tensor) and id(value) in self._weights:
                     self.used.add(self._weights[id(value)])

@@ -17,8 +17,8 @@ def is_compiled(module: nn.Module) -> bool:
 
     Hooks put there would be traced into the graph, and would stay in it after their removal:
     dynamo does not guard on hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``).
-    Three ways: ``torch.compile(module)``, ``module.compile()``, and a LightningModule that was
-    compiled before ``fit``, whose ``training_step`` is then the compiled function.
+    There are five ways: ``torch.compile(module)``, ``module.compile()``, a compiled ``forward``, a
+    compiled ``training_step``, and a LightningModule that was compiled before ``fit``.
 
     Args:
         module: Any module.
@@ -26,11 +26,7 @@ def is_compiled(module: nn.Module) -> bool:
     Returns:
         True if hooks below it must not be installed.
     """
-    return (
-        isinstance(module, OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or getattr(module, "_compiler_ctx", None) is not None
-    )
+    return isinstance(module, OptimizedModule) or _compiled_method(module, "forward") or _calls_are_compiled(module)
 
 
 def hooks_fire(module: nn.Module) -> bool:
@@ -40,9 +36,22 @@ def hooks_fire(module: nn.Module) -> bool:
         module: Any module.
 
     Returns:
-        False for modules compiled in place: their own hooks are inside the region.
+        False for modules whose calls are compiled as a whole: their own hooks are inside the region.
     """
-    return isinstance(module, OptimizedModule) or not is_compiled(module)
+    return isinstance(module, OptimizedModule) or not _calls_are_compiled(module)
+
+
+def _calls_are_compiled(module: nn.Module) -> bool:
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or getattr(module, "_compiler_ctx", None) is not None
+        or _compiled_method(module, "training_step")
+    )
+
+
+def _compiled_method(module: nn.Module, name: str) -> bool:
+    method = vars(module).get(name) or getattr(type(module), name, None)
+    return hasattr(method, "_torchdynamo_orig_callable")
 
 
 def describe(name: str, module: nn.Module) -> str:
