@@ -160,6 +160,7 @@ def line(
     band: tuple[Sequence[float], Sequence[float]] | None = None,
     height: int = 180,
     zero: bool = False,
+    unit: bool = False,
     label: str,
 ) -> Html:
     """Values over steps, with an interval around them.
@@ -170,6 +171,7 @@ def line(
         band: Lower and upper ends.
         height: In pixels.
         zero: Draw the line at 0, and let the axis include it.
+        unit: A fraction: the axis goes from 0 to 1.
         label: What a screen reader says.
 
     Returns:
@@ -177,6 +179,8 @@ def line(
     """
     everything = [v for _, values in lines for v in values] + [v for end in band or () for v in end]
     low, high = min(everything), max(everything)
+    if unit:
+        low, high = min(low, 0.0), max(high, 1.0)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
     middle, half = (low + high) / 2, (high - low) / 2 or abs(high) / 10 or 1.0

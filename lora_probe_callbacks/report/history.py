@@ -22,6 +22,7 @@ class History:
     rows: dict[int, dict[str, float]] = field(default_factory=dict)
     stride: int = 1
     _seen: int = 0
+    _last: int | None = None
 
     def add(self, framework_step: int, values: Mapping[str, float]) -> None:
         """Add metrics of a step, which may have some already.
@@ -34,8 +35,9 @@ class History:
         if row is not None:
             row.update(values)
             return
-        if self.stride > 1 and framework_step <= next(reversed(self.rows)):
-            return  # the update of a step that was left out
+        if framework_step == self._last:
+            return  # more of a step that was left out
+        self._last = framework_step
         self._seen += 1
         if (self._seen - 1) % self.stride:
             return

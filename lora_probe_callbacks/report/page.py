@@ -355,7 +355,11 @@ def _map_group(steps: Sequence[int], tables: Mapping[str, Mapping[tuple[str, str
     names = _short_names(keys)[::per_row]
     height = max(5.0, min(18.0, 560 / len(names)))
     every = math.ceil(11 / height)
-    labels = [tag("div", name if i % every == 0 else "", style=f"height:{height:g}px") for i, name in enumerate(names)]
+    labels = [
+        tag("div", name, title=keys[i * per_row][0], style=f"height:{every * height:g}px;line-height:{height:g}px")
+        for i, name in enumerate(names)
+        if i % every == 0
+    ]
     ticks = _axis([str(step) for step in steps[::per_column]], most=4)
     maps = [
         tag(
@@ -501,8 +505,11 @@ def _metrics(run: Run) -> Html:
 
 def _metric(run: Run, name: str) -> Html:
     steps, values = run.history.series(name)
+    unit = name == "healthy" or "fraction" in name or "coverage" in name
     head = tag("div", tag("span", name), tag("span", number(values[-1]), class_="num"), class_="name")
-    return tag("div", head, line(steps, [("a", values)], height=44, label=f"{name} over steps"), class_="metric")
+    return tag(
+        "div", head, line(steps, [("a", values)], height=44, unit=unit, label=f"{name} over steps"), class_="metric"
+    )
 
 
 # --- the rest ---------------------------------------------------------------------------------

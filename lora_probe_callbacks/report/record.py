@@ -1,8 +1,8 @@
 """The record: append-only JSON lines, one for each decision, readable after a kill.
 
     start      the environment, the checks, what is meant
-    layout     the adapter tensors, in the order of the numbers below; again whenever they change
-    decision   verdicts, new findings, metrics, and for each tensor its gradient norm and its update
+    decision   verdicts, new findings, metrics, and for each tensor its gradient norm and its update;
+               the first one, and any after which they changed, names the tensors in their order
     error      an error inside the probe itself
     end        all findings; a run that was killed has no such line
 
@@ -85,11 +85,13 @@ class Record:
             state: The facts in a few words.
         """
         layout = [(facts.units[s.unit].name, s.name, s.role, s.adapter) for s in facts.slots]
+        named = {}
         if layout != self._layout:
             self._layout = layout
             keys = ("layer", "name", "role", "adapter")
-            self._write("layout", tensors=[dict(zip(keys, entry, strict=True)) for entry in layout])
+            named = {"tensors": [dict(zip(keys, entry, strict=True)) for entry in layout]}
         update = facts.update
+        read = any(g is not None for g in facts.gradients)
         self._write(
             "decision",
             moment=facts.moment,
@@ -98,7 +100,8 @@ class Record:
             verdicts={code: _verdict(v) for code, v in verdicts.items()},
             findings=[dataclasses.asdict(f) for f in changed],
             metrics=[{"framework_step": step, "values": dict(values)} for step, values in rows],
-            gradients=[_gradient(g) for g in facts.gradients],
+            **named,
+            gradients=[_gradient(g) for g in facts.gradients] if read else [],
             update_step=None if update is None else update.step,
             updates=[] if update is None else [_size(u) for u in update.slots],
             moved=[] if update is None else [None if u is None else _short(u.moved) for u in update.slots],

@@ -116,9 +116,9 @@ def _run(lines: Sequence[dict[str, Any]]) -> Run:
     found: dict[tuple[str, str], Finding] = {}
     for line in lines[1:]:
         kind = line["kind"]
-        if kind == "layout":
-            tensors = [Tensor(t["layer"], t["name"], t["role"], t["adapter"]) for t in line["tensors"]]
-        elif kind == "decision":
+        if kind == "decision":
+            if "tensors" in line:
+                tensors = [Tensor(t["layer"], t["name"], t["role"], t["adapter"]) for t in line["tensors"]]
             run.decisions.append(_decision(line, tensors))
             for row in line["metrics"]:
                 values = {name: value for name, value in row["values"].items() if value is not None}

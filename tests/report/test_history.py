@@ -27,9 +27,9 @@ def test_rows_of_one_step_are_joined() -> None:
 def test_long_run_is_thinned_out_evenly_and_says_so() -> None:
     history = History()
     for step in range(10 * MOST_ROWS):
+        if step:  # an update is told by the decision of the next step, before that one's own row
+            history.add(step - 1, {"lora_probe/b": float(step - 1)})
         history.add(step, {"lora_probe/a": float(step)})
-        if step:
-            history.add(step - 1, {"lora_probe/b": float(step - 1)})  # updates are told a step later
     steps, values = history.series("a")
     assert len(steps) <= MOST_ROWS
     assert history.stride == 16
