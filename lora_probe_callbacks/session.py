@@ -9,7 +9,6 @@ is seen later is judged by the next one. Nothing raises anywhere else.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import time
 import traceback
 import warnings
@@ -28,6 +27,7 @@ from lora_probe_callbacks.checks.base import Check, Verdict
 from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.ledger import Ledger, state_in_words
+from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.facts import Facts, Moment, SlotHistory
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.history import advance
@@ -40,7 +40,7 @@ from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.report.console import finding_panel, health_table
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError, LoraProbeWarning, ProbeReport
 from lora_probe_callbacks.report.metrics import metrics_of_step, metrics_of_update
-from lora_probe_callbacks.report.record import Record
+from lora_probe_callbacks.report.record import Record, Row
 from lora_probe_callbacks.steps import StepTracker
 
 __all__ = ["ProbeConfig", "ProbeSession"]
@@ -75,6 +75,7 @@ class ProbeSession:
         self._on_stop = on_stop
         self._console = Console() if main_rank and config.verbose else None
         self._record = Record(config.record) if main_rank and config.record is not None else None
+        self._rows: list[Row] = []  # metrics that were logged and not recorded yet
         self._checks: list[Check] = list(selected(config.select, config.ignore))
         self._ledger = Ledger(self._checks)
         self._running = False
@@ -131,9 +132,7 @@ class ProbeSession:
             self._handles.append(optimizer.register_step_post_hook(self._after_step(index)))
         self._running = True
         self._begin_step()
-        if self._record is not None:
-            scene = self._scene
-            self._record.write("start", versions=_versions(), adapters=scene.expected, tensors=len(scene.slots))
+        self._recorded(self._write_start)
 
     def _watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
@@ -385,7 +384,7 @@ class ProbeSession:
         self.report.findings = self._ledger.findings
         self._overhead_ms += (time.perf_counter() - began) * 1e3
         self._emit(facts)
-        self._guarded(lambda: self._write_record(facts, verdicts))
+        self._recorded(lambda record: self._write_record(record, facts, verdicts, changed))
         self._act(verdicts, changed, moment)
 
     def _collect(self, moment: Moment, optimizer: int | None, *, final: bool) -> Facts:
@@ -495,6 +494,9 @@ class ProbeSession:
 
     def _log_row(self, row: dict[str, float], framework_step: int) -> None:
         self.report.metrics.update(row)
+        self.report.history.add(framework_step, row)
+        if self._record is not None:
+            self._rows.append((framework_step, row))
         if self._log is not None:
             log = self._log
             self._guarded(lambda: log(row, framework_step))
@@ -530,29 +532,41 @@ class ProbeSession:
                 error.add_note(f"lora_probe: {finding}")
 
     def _finish_report(self) -> None:
-        if self._record is not None:
-            findings = [dataclasses.asdict(f) for f in self.report.findings]
-            record = self._record
-            self._guarded(lambda: record.write("end", step=self.step, healthy=self.report.healthy, findings=findings))
+        self._recorded(lambda record: record.end(self.report, self.step))
         if self._console is not None:
             self._console.print(health_table(self.report))
 
-    def _write_record(self, facts: Facts, verdicts: Mapping[str, Verdict]) -> None:
+    def _write_start(self, record: Record) -> None:
+        scene = self._scene
+        record.start(
+            self._checks,
+            environment(t.device for slot in scene.slots if (t := slot.tensor) is not None),
+            adapters=scene.expected,
+            tensors=len(scene.slots),
+            model=[type(module).__name__ for _, module in scene.roots],
+            optimizers=[type(optimizer).__name__ for optimizer in scene.optimizers],
+            every_n_steps=self.config.every_n_steps,
+            on_failure=self.config.on_failure,
+        )
+
+    def _write_record(
+        self, record: Record, facts: Facts, verdicts: Mapping[str, Verdict], changed: list[Finding]
+    ) -> None:
+        record.decision(facts, verdicts, changed, self._rows, state_in_words(facts))
+        self._rows = []
+
+    def _recorded(self, write: Callable[[Record], None]) -> None:
+        """A full disk ends the record, not the probing."""
         if self._record is None:
             return
-        update = () if facts.update is None else facts.update.slots
-        self._record.write(
-            "decision",
-            moment=facts.moment,
-            step=facts.step,
-            framework_step=facts.framework_step,
-            verdicts={code: {"status": v.status, "message": v.message} for code, v in verdicts.items()},
-            metrics=self.report.metrics,
-            gradients={s.name: g.norm for s, g in zip(facts.slots, facts.gradients, strict=True) if g is not None},
-            update_step=None if facts.update is None else facts.update.step,
-            updates={s.name: u.size for s, u in zip(facts.slots, update, strict=False) if u is not None},
-            state=state_in_words(facts),
-        )
+        record = self._record
+        try:
+            write(record)
+        except OSError as error:
+            self._record = None
+            self._internal(error, "the record ends here")
+        except Exception as error:
+            self._break(error)
 
     # --- errors of our own ------------------------------------------------------------------
 
@@ -574,26 +588,11 @@ class ProbeSession:
         self._ledger.not_judged(reason, self.step, self._framework_step())
         self.report.findings = self._ledger.findings
 
-    def _internal(self, error: BaseException) -> None:
+    def _internal(self, error: BaseException, what: str = "could not judge") -> None:
         text = "".join(traceback.format_exception(error))
         if text in self.report.internal_errors:
             return
         self.report.internal_errors.append(text)
         if self._console is not None:
-            self._console.print(f"LoRA probe: could not judge, training goes on: {type(error).__name__}: {error}")
-        if self._record is not None:
-            try:
-                self._record.write("error", step=self.step, traceback=text)
-            except OSError:
-                self._record = None  # the record itself is what failed
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "peft", "transformers", "lightning", "accelerate", "bitsandbytes", "lora_probe_callbacks")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+            self._console.print(f"LoRA probe: {what}, training goes on: {type(error).__name__}: {error}")
+        self._recorded(lambda record: record.error(self.step, text))
