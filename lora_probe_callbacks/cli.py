@@ -1,35 +1,165 @@
-"""The command ``lora-probe``."""
+"""The command ``lora-probe``.
+
+Exit codes: 0 healthy, 1 unhealthy, 2 could not judge (also: what was given cannot be read).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import json
+import logging
+import sys
 import textwrap
-from typing import Annotated
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lora_probe_callbacks.checks.base import Check
 from lora_probe_callbacks.checks.catalogue import all_checks
 
+if TYPE_CHECKING:
+    from lora_probe_callbacks.report.findings import ProbeReport
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Does the LoRA adapter train?")
 
+_SCHEMA = 1  # of what --json prints; `debug` has its own
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Dtype(StrEnum):
+    """Floating types that a base can be loaded in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT64 = "float64"
+
 
 @app.command()
-def explain(code: Annotated[str, typer.Argument(help="Code or name of a check, for instance LP103.")]) -> None:
+def debug(
+    base: Annotated[str, typer.Option(help="The base model: a folder, or a name on the hub.")],
+    adapter: Annotated[str | None, typer.Option(help="The adapter, likewise; without it a fresh one is made.")] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Prompts.")] = 6,
+    G: Annotated[int, typer.Option("--G", min=2, help="Responses to each prompt.")] = 4,
+    prompt_lens: Annotated[str, typer.Option(help="Tokens of the prompts: 48, or 32,48 to go through in turn.")] = "48",
+    gen_lens: Annotated[str, typer.Option(help="Tokens of the responses, likewise.")] = "64",
+    four_bit: Annotated[bool, typer.Option("--four-bit/--no-four-bit", help="Quantise the base to nf4.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: bfloat16 on a GPU, else float32.")] = None,
+    attn: Annotated[str | None, typer.Option(help="Attention of transformers: eager, sdpa, ...")] = None,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the tokens and of a fresh adapter.")] = 0,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Show the gradient of every tensor.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the base's own code.")] = False,
+    as_json: Json = False,
+    show_traceback: Debug = False,
+) -> None:
+    """Look at an adapter alone, on synthetic tokens: is the fault in it, or in the code around it?"""
+    with _reported(show_traceback):
+        from lora_probe_callbacks.debugger import Tokens, run
+        from lora_probe_callbacks.loading import Source
+        from lora_probe_callbacks.report import diagnosis as written
+
+        source = Source(
+            base=base,
+            adapter=adapter,
+            four_bit=four_bit,
+            device=device,
+            dtype=None if dtype is None else dtype.value,
+            attn=attn,
+            checkpointing=checkpointing,
+            trust_remote_code=trust_remote_code,
+        )
+        tokens = Tokens(batch, G, _lengths("--prompt-lens", prompt_lens), _lengths("--gen-lens", gen_lens), seed)
+        with _stdout_kept(as_json), _progress(shown=not as_json) as tell:
+            found = run(source, tokens, tell)
+        if as_json:
+            _print_json(written.as_json(found))
+        else:
+            Console().print(written.rendered(found, per_layer=per_layer))
+    sys.exit(0 if found.healthy else 1)
+
+
+@app.command()
+def preflight(
+    config: Annotated[str, typer.Argument(help="FILE.py:function; it returns model, optimizer and batch.")],
+    as_json: Json = False,
+    show_traceback: Debug = False,
+) -> None:
+    """Try one training step, judge it, and take it back.
+
+    The function returns (model, optimizer, batch), or a mapping of preflight's arguments by name, such as
+    loss_fn and adapter.
+    """
+    with _reported(show_traceback):
+        from lora_probe_callbacks.rehearsal import preflight as rehearse
+
+        with _stdout_kept(as_json):
+            found = rehearse(**_arguments(config))
+        _show(found, "preflight", as_json=as_json)
+    sys.exit(found.exit_code)
+
+
+@app.command()
+def report(
+    record: Annotated[Path, typer.Argument(help="A record: what record= was given.")],
+    html: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+    as_json: Json = False,
+    show_traceback: Debug = False,
+) -> None:
+    """Show the last run of a record, and write its page."""
+    with _reported(show_traceback):
+        from lora_probe_callbacks.report.page import page
+        from lora_probe_callbacks.report.runs import read_runs
+
+        runs = read_runs(record)
+        if html is not None:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
+            html.write_text(page(runs), encoding="utf-8", errors="replace")
+        last = runs[-1].report
+        _show(last, "report", as_json=as_json)
+        if html is not None and not as_json:
+            typer.echo(f"\nPage: {html}")
+    sys.exit(last.exit_code)
+
+
+@app.command()
+def explain(
+    code: Annotated[str | None, typer.Argument(help="Code or name of a check, for instance LP103.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Explain every check.")] = False,
+) -> None:
     """Say what a check looks at, why the fault is silent, and how to mend it."""
-    found = [check for check in all_checks() if code.upper() == check.code or code == check.name]
+    if everything == (code is not None):
+        typer.echo("got neither or both of CODE and --all, expected one: lora-probe explain LP103", err=True)
+        raise typer.Exit(2)
+    found = [check for check in all_checks() if everything or code in (check.code, check.code.lower(), check.name)]
     if not found:
         typer.echo(f"got {code!r}, expected a code or a name from `lora-probe checks`", err=True)
         raise typer.Exit(2)
-    typer.echo(explanation(found[0]))
+    typer.echo("\n\n".join(map(explanation, found)))
 
 
 @app.command()
-def checks() -> None:
+def checks(as_json: Json = False) -> None:
     """List all checks."""
+    if as_json:
+        listed = [{"code": c.code, "name": c.name, "family": c.family, "what": c.what} for c in all_checks()]
+        _print_json({"schema": _SCHEMA, "command": "checks", "checks": listed})
+        return
     table = Table("code", "name", "family", "what", box=None, pad_edge=False)
     for check in all_checks():
         table.add_row(check.code, check.name, check.family, check.what)
@@ -61,3 +191,125 @@ def explanation(check: Check) -> str:
 def main() -> None:
     """Run the command."""
     app()
+
+
+# --- what the commands share --------------------------------------------------------------------
+
+
+class _UsageError(Exception):
+    """What was given on the command line cannot be used."""
+
+
+@contextmanager
+def _reported(show_traceback: bool) -> Iterator[None]:
+    """Every error is one line on stderr and exit code 2; its traceback only if it is asked for."""
+    # At its import bitsandbytes (0.50) tells of an optional kernel for inference; nothing here needs it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        yield
+    except Exception as error:
+        if show_traceback:
+            typer.echo(traceback.format_exc(), err=True, nl=False)
+        typer.echo(_in_one_line(error), err=True)
+        raise typer.Exit(2) from None
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"lora-probe: {error.filename}: {error.strerror}"
+    # Ours say what was got and what to do; of others the kind says something too.
+    own = type(error).__module__.startswith("lora_probe_callbacks")
+    return f"lora-probe: {text}" if own and text else f"lora-probe: {type(error).__name__}: {text}".rstrip(": ")
+
+
+def _lengths(option: str, text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise _UsageError(f"got {option} {text!r}, expected a number, or several with commas: 32,48") from None
+    if min(lengths) < 1:
+        raise _UsageError(f"got {option} {text!r}, expected lengths of at least 1")
+    return lengths
+
+
+def _arguments(config: str) -> dict[str, Any]:
+    """The arguments of a preflight, as the user's function returns them."""
+    returned = _called(config)
+    if isinstance(returned, Mapping):
+        return dict(returned)
+    if isinstance(returned, tuple | list) and len(returned) == 3:
+        return dict(zip(("model", "optimizer", "batch"), returned, strict=True))
+    raise _UsageError(
+        f"got {type(returned).__name__} from {config}, expected (model, optimizer, batch), or a mapping of preflight's "
+        "arguments by name"
+    )
+
+
+def _called(config: str) -> Any:
+    """What a function in a file returns, the file being run as Python would run it."""
+    name, _, function = config.rpartition(":")
+    path = Path(name).expanduser()
+    if not name or not function.isidentifier():
+        raise _UsageError(f"got {config!r}, expected FILE.py:function")
+    if not path.is_file():
+        raise _UsageError(f"got {name}, which is no file; expected FILE.py:function")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise _UsageError(f"got {name}, expected a Python file: FILE.py:function")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+        made = getattr(module, function, None)
+        if not callable(made):
+            raise _UsageError(f"got {config}, but {name} defines no function {function!r}")
+        return made()
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+
+
+def _show(found: ProbeReport, command: str, *, as_json: bool) -> None:
+    if not as_json:
+        Console().print(found)
+        return
+    from lora_probe_callbacks.report.record import plain
+
+    _print_json(
+        {
+            "schema": _SCHEMA,
+            "command": command,
+            "healthy": found.healthy,
+            "judged_steps": found.judged_steps,
+            "findings": plain([dataclasses.asdict(f) for f in found.findings]),
+            "metrics": plain(found.metrics),
+        }
+    )
+
+
+def _print_json(content: Mapping[str, object]) -> None:
+    typer.echo(json.dumps(content, allow_nan=False, indent=2))
+
+
+@contextmanager
+def _progress(*, shown: bool) -> Iterator[Callable[[str], None]]:
+    """Tells on a terminal what is being done and for how long, and nothing elsewhere."""
+    console = Console(stderr=True)
+    if not (shown and console.is_terminal):
+        yield lambda _: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=10)  # loading, on/off, S, A to D, mu_Y, three backends
+
+        def tell(what: str) -> None:
+            progress.update(task, description=what, advance=1)
+
+        yield tell
+
+
+@contextmanager
+def _stdout_kept(for_json: bool) -> Iterator[None]:
+    """Whatever else prints must not get between the lines of the object."""
+    with redirect_stdout(sys.stderr) if for_json else nullcontext():
+        yield

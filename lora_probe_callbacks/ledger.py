@@ -23,14 +23,15 @@ class Ledger:
 
     def __init__(self, checks: Sequence[Check]) -> None:
         self._checks = {check.code: check for check in checks}
-        self._results: dict[tuple[str, str], Finding] = {}
+        self._bad: dict[tuple[str, str], Finding] = {}  # by code and cause; stays when it no longer holds
+        self._others: dict[str, Finding] = {}  # by code: passed, pending or skipped
         self.baseline: dict[str, Any] | None = None  # the last healthy state, in words
 
     @property
     def findings(self) -> list[Finding]:
         """Failures first; a check that failed is not listed as passed as well."""
-        bad = {code for (code, _), f in self._results.items() if f.status in ("fail", "warn")}
-        listed = [f for (code, _), f in self._results.items() if f.status in ("fail", "warn") or code not in bad]
+        bad = {code for code, _ in self._bad}
+        listed = [*self._bad.values(), *(f for code, f in self._others.items() if code not in bad)]
         return sorted(listed, key=lambda f: (_RANK[f.status], f.code))
 
     def add(self, facts: Facts, verdicts: Mapping[str, Verdict]) -> list[Finding]:
@@ -47,18 +48,18 @@ class Ledger:
         changed = []
         for code, verdict in verdicts.items():
             if verdict.status in ("warn", "fail"):
-                known = self._results.get((code, verdict.cause))
-                finding = self._bad(self._checks[code], verdict, facts, state, known)
+                known = self._bad.get((code, verdict.cause))
+                finding = self._finding_of_fault(self._checks[code], verdict, facts, state, known)
                 if known is None or known.status != finding.status:
                     changed.append(finding)
+                self._bad[code, verdict.cause] = finding
             else:
-                known = self._results.get((code, ""))
+                known = self._others.get(code)
                 if known is not None and not _replaces(verdict.status, known.status):
                     continue
                 if known is not None and verdict.status == known.status == "pending" and facts.moment == "end":
                     continue  # nothing is seen at the end: what the steps left open says more
-                finding = self._finding(self._checks[code], verdict, facts.step, facts.framework_step)
-            self._results[code, finding.cause] = finding
+                self._others[code] = self._finding(self._checks[code], verdict, facts.step, facts.framework_step)
         healthy = not any(v.status == "fail" for v in verdicts.values())
         if healthy and any(f.received for f in facts.forwards):
             self.baseline = state
@@ -74,12 +75,12 @@ class Ledger:
             checks: Those concerned; default: all.
         """
         for check in self._checks.values() if checks is None else checks:
-            known = self._results.get((check.code, ""))
+            known = self._others.get(check.code)
             passed = f" (passed up to step {known.last_step})" if known is not None and known.status == "pass" else ""
             verdict = Verdict("skipped", reason + passed)
-            self._results[check.code, ""] = self._finding(check, verdict, step, framework_step)
+            self._others[check.code] = self._finding(check, verdict, step, framework_step)
 
-    def _bad(
+    def _finding_of_fault(
         self, check: Check, verdict: Verdict, facts: Facts, state: Mapping[str, Any], known: Finding | None
     ) -> Finding:
         step, framework_step = facts.step, facts.framework_step
@@ -87,7 +88,7 @@ class Ledger:
             step, framework_step = facts.update.step, facts.update.framework_step
         if verdict.seen is not None:
             step, framework_step = verdict.seen
-        if known is None or known.status not in ("warn", "fail"):
+        if known is None:
             evidence = {**verdict.evidence, **_what_changed(self.baseline, state, verdict)}
             return self._finding(check, verdict, step, framework_step, evidence=evidence)
         return self._finding(

@@ -104,7 +104,7 @@ class LoraProbe(Callback):
         if trainer._logger_connector.should_update_logs:
             self._flush(trainer)
         healthy = self._session.report.metrics.get("lora_probe/healthy")
-        if healthy is not None:
+        if healthy is not None and not trainer.barebones:
             pl_module.log("lora_probe/healthy", healthy, prog_bar=True, logger=False, rank_zero_only=True)
         if trainer.strategy.reduce_boolean_decision(self._session.should_stop, all=False):
             trainer.should_stop = True

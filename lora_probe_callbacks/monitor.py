@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ class LoraProbeMonitor:
         **intent: What is meant and when to look, see :class:`~lora_probe_callbacks.config.ProbeConfig`.
 
     Raises:
+        TypeError: If something else than a module, or than an optimizer, stands in its place.
         ValueError: For an argument that cannot be meant; on entering, if the model holds no
             adapter, or not the one that was named.
         LoraProbeError: Inside the loop, at the step at which something fails, unless ``on_failure``
@@ -59,8 +60,12 @@ class LoraProbeMonitor:
         log: Callable[[dict[str, float], int], None] | None = None,
         **intent: Any,
     ) -> None:
-        self._models = [model] if isinstance(model, nn.Module) else list(model)
-        self._optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        self._models = [model] if isinstance(model, nn.Module) else list(model) if _several(model) else []
+        self._optimizers = list(optimizer) if _several(optimizer) else [optimizer]
+        if not self._models or not all(isinstance(m, nn.Module) for m in self._models):
+            raise TypeError(f"model got {_kinds(model)}, expected a torch.nn.Module or a list of at least one")
+        if not self._optimizers:
+            raise ValueError("optimizer got an empty list, expected at least one")
         self._accelerator = accelerator
         self._scaler = scaler if scaler is not None else getattr(accelerator, "scaler", None)
         if log is None and accelerator is not None:
@@ -108,6 +113,14 @@ class LoraProbeMonitor:
     def _stop(self) -> None:
         if self._accelerator is not None:
             self._accelerator.set_trigger()
+
+
+def _several(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
+
+
+def _kinds(value: object) -> str:
+    return f"[{', '.join(type(v).__name__ for v in value)}]" if _several(value) else type(value).__name__
 
 
 def _accelerator_log(accelerator: Any) -> Callable[[dict[str, float], int], None]:

@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.config import ProbeConfig
-from lora_probe_callbacks.estimators._trial_step import trial_step
-from lora_probe_callbacks.estimators._untouched import random_state_restored
+from lora_probe_callbacks.estimators._owners import tree
+from lora_probe_callbacks.estimators._trial_step import needs_closure, trial_step
+from lora_probe_callbacks.estimators._untouched import own_gradients, untouched
 from lora_probe_callbacks.observe.forwards import tensors_in
-from lora_probe_callbacks.observe.optimizers import unwrap_optimizer
+from lora_probe_callbacks.observe.optimizers import tensors_of, unwrap_optimizer
 from lora_probe_callbacks.report.findings import ProbeReport
 from lora_probe_callbacks.session import ProbeSession
 
@@ -31,7 +32,9 @@ def preflight(
 ) -> ProbeReport:
     """Run every check that one step can answer, and restore everything bit by bit.
 
-    Weights, gradients, optimizer state, buffers and random streams are afterwards what they were.
+    Weights, gradients, optimizer state, buffers, random streams, train mode and active adapters are
+    afterwards what they were. A gradient that is zero, or a rate of 0, is judged over several steps
+    and therefore pending here.
 
     Args:
         model: Whatever is trained.
@@ -47,19 +50,22 @@ def preflight(
         The report; ``report.exit_code`` is 0 healthy, 1 unhealthy, 2 could not judge.
 
     Raises:
-        ValueError: If the model holds no adapter, or no loss can be made from its output.
+        ValueError: If the model holds no adapter, or no loss can be made from its output. What the
+            user's own code raises comes through as well, unless the report says why.
     """
     optimizers = [unwrap_optimizer(o) for o in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
-    session = ProbeSession(ProbeConfig(**{"verbose": False, **intent, "on_failure": "stop"}))
+    session = ProbeSession(ProbeConfig(**{"verbose": False, **intent, "on_failure": "raise"}))
     with _restored(model, optimizers):
         session.start([("", model)], optimizers)
         try:
+            if not model.training:
+                model.train()  # as every loop does; dropout and checkpointing depend on it
             with torch.enable_grad():
-                loss = _default_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
+                loss = _default_loss(model, batch) if loss_fn is None else _scalar(loss_fn(model, batch))
                 loss.backward()  # type: ignore[no-untyped-call]
-            session.rehearse(trial_step)
+            session.rehearse(_stepped)
         except Exception as error:
-            session.abort(error)
+            session.abort(error)  # the first decision that fails ends a run, as it would end the training
             if not session.report.failures:
                 raise
         else:
@@ -86,22 +92,25 @@ def _default_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return loss
 
 
+def _scalar(loss: object) -> torch.Tensor:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    raise ValueError(f"loss_fn returned {kind}, expected a scalar tensor: the loss that training calls backward() on")
+
+
 @contextmanager
 def _restored(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """Put gradients, buffers and random streams back; the step itself is rehearsed elsewhere."""
-    owned = [t for o in optimizers for g in o.param_groups for t in g["params"]]
-    tensors = list({id(t): t for t in (*model.parameters(), *owned)}.values())
-    gradients = [t.grad for t in tensors]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    for tensor in tensors:
-        tensor.grad = None
-    try:
-        with random_state_restored():
+    """Put back all that a forward and a backward change; the step itself is rehearsed elsewhere."""
+    tensors = {id(t): t for t in (*model.parameters(), *tensors_of(optimizers))}
+    with untouched(tree(model)), own_gradients(list(tensors.values())):
+        yield
+
+
+@contextmanager
+def _stepped(optimizer: Optimizer) -> Iterator[None]:
+    if needs_closure(optimizer):  # LBFGS: no step from the gradients at hand, and none is judged
+        yield
+    else:
+        with trial_step(optimizer):
             yield
-    finally:
-        for tensor, gradient in zip(tensors, gradients, strict=True):
-            tensor.grad = gradient
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)

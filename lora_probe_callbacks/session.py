@@ -9,7 +9,6 @@ is seen later is judged by the next one. Nothing raises anywhere else.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import time
 import traceback
 import warnings
@@ -29,11 +28,12 @@ from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
+from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.facts import EstimatorFact, Facts, Moment, SlotHistory, StepResponse
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.history import advance
 from lora_probe_callbacks.observe.idle import AdaptersElsewhere
-from lora_probe_callbacks.observe.optimizers import grad_scale, tensors_of, unwrap_optimizer
+from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of, unwrap_optimizer
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
 from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, RandomState, random_state
 from lora_probe_callbacks.observe.response import ResponseObserver
@@ -42,7 +42,7 @@ from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.report.console import finding_panel, health_table
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError, LoraProbeWarning, ProbeReport
 from lora_probe_callbacks.report.metrics import metrics_of_response, metrics_of_step, metrics_of_update
-from lora_probe_callbacks.report.record import Record
+from lora_probe_callbacks.report.record import Record, Row
 from lora_probe_callbacks.steps import StepTracker
 
 __all__ = ["ProbeConfig", "ProbeSession"]
@@ -77,6 +77,7 @@ class ProbeSession:
         self._on_stop = on_stop
         self._console = Console() if main_rank and config.verbose else None
         self._record = Record(config.record) if main_rank and config.record is not None else None
+        self._rows: list[Row] = []  # metrics that were logged and not recorded yet
         self._checks: list[Check] = list(selected(config.select, config.ignore))
         self._ledger = Ledger(self._checks)
         self._running = False
@@ -117,6 +118,7 @@ class ProbeSession:
             ValueError: If there is no adapter, a name that does not exist, or no way to choose.
         """
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._scaler_round = None if self._scaler is None else self._scaler._per_optimizer_states
         self._framework_step = framework_step or (lambda: self.step)
         config = self.config
         self._scene = Scene(
@@ -136,9 +138,7 @@ class ProbeSession:
             self._handles.append(optimizer.register_step_post_hook(self._after_step(index)))
         self._running = True
         self._begin_step()
-        if self._record is not None:
-            scene = self._scene
-            self._record.write("start", versions=_versions(), adapters=scene.expected, tensors=len(scene.slots))
+        self._recorded(self._write_start)
 
     def _watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
@@ -229,12 +229,12 @@ class ProbeSession:
         return wanted and (self.step < ALWAYS or self._probed_steps % REPEATS_EVERY == REPEATS_EVERY - 1)
 
     def _end_step(self) -> None:
-        self._let_go()
-        if self._now.stepped & self._scene.owners():
-            self._ever_stepped = True
-            self._skipped_in_a_row = 0
-        else:
+        if self._response is not None:
+            self._response.forget()
+        if not self._now.stepped & self._scene.owners():
             self._skipped_in_a_row += 1
+        elif not self._now.left_to_it:  # else the next decision reads what it did
+            self._has_stepped()
         self._was_active |= self._observer.active_seen
         self._merges += self._observer.merged_seen
         self.step += 1
@@ -247,6 +247,10 @@ class ProbeSession:
             self._response.forget()
         if self._estimation is not None and (not self._running or self._broken):
             self._estimation.forget()
+
+    def _has_stepped(self) -> None:
+        self._ever_stepped = True
+        self._skipped_in_a_row = 0
 
     def _end_step_if_done(self) -> None:
         if self._now.done(self._scene.owners()):
@@ -278,6 +282,8 @@ class ProbeSession:
             closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
             if closure is None:
                 self._optimizer_event(index, final=True)
+                if self._probed and not self._broken:
+                    self._guarded(lambda: self._reader.read_scaled(index))
             else:  # the gradients of this step are made inside: only the tensors can be looked at
                 if index in self._now.stepped:
                     self._begins_again(index)
@@ -293,7 +299,7 @@ class ProbeSession:
                 return
             if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
-            self._now.has_stepped(index)
+            self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
             if self._now.done(self._scene.owners()):
@@ -340,7 +346,8 @@ class ProbeSession:
             self._decide("start", None)
         owners = self._scene.owners()
         received = any(c.received for c in self._observer.candidates)
-        self._now.next_forward(received, owners, self._scene.has_gradients)
+        discarded = self._scaler_went_on()  # zeros in place of gradients do not tell
+        self._now.next_forward(received, owners, lambda o: not discarded and self._scene.has_gradients(o))
         if self._now.done(owners):  # the update never came
             if not self._now.decided:
                 self._now.decided = True
@@ -351,6 +358,14 @@ class ProbeSession:
             self._estimation.forward_begins(self._scene.device)
         if self._repeat is not None or self._response is not None:
             self._began_with = random_state(module, self._scene.device)
+
+    def _scaler_went_on(self) -> bool:
+        """The scaler was updated since the last training forward: what it had to step is stepped or skipped."""
+        if self._scaler is None:
+            return False
+        # torch 2.13: update() begins a new table of what every optimizer has been through.
+        before, self._scaler_round = self._scaler_round, self._scaler._per_optimizer_states
+        return before is not self._scaler_round
 
     def _settle_expected(self) -> None:
         """The module's own hooks may have activated another adapter since the session began."""
@@ -465,7 +480,7 @@ class ProbeSession:
         self.report.findings = self._ledger.findings
         self._overhead_ms += (time.perf_counter() - began) * 1e3
         self._emit(facts)
-        self._guarded(lambda: self._write_record(facts, verdicts))
+        self._recorded(lambda record: self._write_record(record, facts, verdicts, changed))
         self._act(verdicts, changed, moment)
 
     def _collect(self, moment: Moment, optimizer: int | None, *, final: bool) -> Facts:
@@ -489,6 +504,8 @@ class ProbeSession:
         overflow = scaler and any(g is not None and not g.finite for g in readings.gradients)
         if readings.skipped_inside:
             self._skipped_in_a_row += 1
+        elif readings.skipped_inside is not None:
+            self._has_stepped()
         skipped = self._skipped_in_a_row + (moment == "skipped" or overflow)
         replaced, foreign = scene.replaced()
         used = observer.witness.seen if observer.witness is not None else {}
@@ -535,7 +552,8 @@ class ProbeSession:
             estimators=tuple(self._estimates),
         )
         self._estimates.clear()
-        if facts.nobody_called:
+        others_train = any(scene.has_gradients(i) for i in range(len(scene.optimizers)))
+        if facts.nobody_called and not others_train:  # else something beside the adapter is trained first
             elsewhere = self._elsewhere.look([layer.module for layer in scene.inventory.layers])
             facts = dataclasses.replace(facts, elsewhere=elsewhere)
         return facts
@@ -575,6 +593,9 @@ class ProbeSession:
 
     def _log_row(self, row: dict[str, float], framework_step: int) -> None:
         self.report.metrics.update(row)
+        self.report.history.add(framework_step, row)
+        if self._record is not None:
+            self._rows.append((framework_step, row))
         if self._log is not None:
             log = self._log
             self._guarded(lambda: log(row, framework_step))
@@ -611,29 +632,41 @@ class ProbeSession:
                 error.add_note(f"lora_probe: {finding}")
 
     def _finish_report(self) -> None:
-        if self._record is not None:
-            findings = [dataclasses.asdict(f) for f in self.report.findings]
-            record = self._record
-            self._guarded(lambda: record.write("end", step=self.step, healthy=self.report.healthy, findings=findings))
+        self._recorded(lambda record: record.end(self.report, self.step))
         if self._console is not None:
             self._console.print(health_table(self.report))
 
-    def _write_record(self, facts: Facts, verdicts: Mapping[str, Verdict]) -> None:
+    def _write_start(self, record: Record) -> None:
+        scene = self._scene
+        record.start(
+            self._checks,
+            environment(t.device for slot in scene.slots if (t := slot.tensor) is not None),
+            adapters=scene.expected,
+            tensors=len(scene.slots),
+            model=[type(module).__name__ for _, module in scene.roots],
+            optimizers=[type(optimizer).__name__ for optimizer in scene.optimizers],
+            every_n_steps=self.config.every_n_steps,
+            on_failure=self.config.on_failure,
+        )
+
+    def _write_record(
+        self, record: Record, facts: Facts, verdicts: Mapping[str, Verdict], changed: list[Finding]
+    ) -> None:
+        record.decision(facts, verdicts, changed, self._rows, state_in_words(facts))
+        self._rows = []
+
+    def _recorded(self, write: Callable[[Record], None]) -> None:
+        """A full disk ends the record, not the probing."""
         if self._record is None:
             return
-        update = () if facts.update is None else facts.update.slots
-        self._record.write(
-            "decision",
-            moment=facts.moment,
-            step=facts.step,
-            framework_step=facts.framework_step,
-            verdicts={code: {"status": v.status, "message": v.message} for code, v in verdicts.items()},
-            metrics=self.report.metrics,
-            gradients={s.name: g.norm for s, g in zip(facts.slots, facts.gradients, strict=True) if g is not None},
-            update_step=None if facts.update is None else facts.update.step,
-            updates={s.name: u.size for s, u in zip(facts.slots, update, strict=False) if u is not None},
-            state=state_in_words(facts),
-        )
+        record = self._record
+        try:
+            write(record)
+        except OSError as error:
+            self._record = None
+            self._internal(error, "the record ends here")
+        except Exception as error:
+            self._break(error)
 
     # --- errors of our own ------------------------------------------------------------------
 
@@ -655,26 +688,11 @@ class ProbeSession:
         self._ledger.not_judged(reason, self.step, self._framework_step())
         self.report.findings = self._ledger.findings
 
-    def _internal(self, error: BaseException) -> None:
+    def _internal(self, error: BaseException, what: str = "could not judge") -> None:
         text = "".join(traceback.format_exception(error))
         if text in self.report.internal_errors:
             return
         self.report.internal_errors.append(text)
         if self._console is not None:
-            self._console.print(f"LoRA probe: could not judge, training goes on: {type(error).__name__}: {error}")
-        if self._record is not None:
-            try:
-                self._record.write("error", step=self.step, traceback=text)
-            except OSError:
-                self._record = None  # the record itself is what failed
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "peft", "transformers", "lightning", "accelerate", "bitsandbytes", "lora_probe_callbacks")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+            self._console.print(f"LoRA probe: {what}, training goes on: {type(error).__name__}: {error}")
+        self._recorded(lambda record: record.error(self.step, text))

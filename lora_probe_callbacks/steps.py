@@ -25,6 +25,7 @@ class StepTracker:
         inside: Optimizers inside their ``step()``.
         stepped: Optimizers that have stepped.
         discarded: Optimizers whose gradients were thrown away.
+        left_to_it: A fused optimizer decides by itself, on its device, whether to skip this step.
     """
 
     decided: bool = False
@@ -32,14 +33,16 @@ class StepTracker:
     inside: set[int] = field(default_factory=set)
     stepped: set[int] = field(default_factory=set)
     discarded: set[int] = field(default_factory=set)
+    left_to_it: bool = False
     _times: dict[int, int] = field(default_factory=dict)
 
     def done(self, owners: set[int]) -> bool:
         """Every owner has stepped or has nothing left to step."""
         return owners <= self.stepped | self.discarded
 
-    def has_stepped(self, optimizer: int) -> None:
+    def has_stepped(self, optimizer: int, *, left_to_it: bool = False) -> None:
         """An optimizer has returned from ``step()``."""
+        self.left_to_it |= left_to_it
         self.inside.discard(optimizer)
         self.stepped.add(optimizer)
         self._times[optimizer] = self._times.get(optimizer, 0) + 1

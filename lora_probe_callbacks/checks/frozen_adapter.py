@@ -32,6 +32,8 @@ def judge(facts: Facts) -> Verdict:
     by_role = {role: [i for i in judged if facts.slots[i].role == role] for role in ("A", "B", "other")}
     if set(frozen) == set(by_role["A"]) and by_role["B"]:
         return ok()  # LoRA-FA trains B alone
+    if set(frozen) == set(by_role["B"]) and by_role["A"] and all(facts.history[i].had_signal for i in frozen):
+        return ok()  # A and B are trained in turns
     return warn(
         f"{len(frozen)} of {len(judged)} adapter tensors are frozen: {some(names)}",
         frozen,
@@ -54,7 +56,7 @@ CHECK = Check(
     why="PeftModel.from_pretrained() loads for inference by default, prepare_model_for_kbit_training() and freeze loops freeze "
     "adapters too when they come after them. With gradient checkpointing backward() succeeds all the same.",
     fix="Load with is_trainable=True; call prepare_model_for_kbit_training() and freeze loops before the adapter is attached.",
-    quiet="LoRA-FA (every A frozen, every B trained), frozen=(...), toggle_optimizer, adapters that are not active.",
+    quiet="LoRA-FA (every A frozen, every B trained), A and B trained in turns, frozen=(...), toggle_optimizer, adapters that are not active.",
     threads=(
         "huggingface/peft#282",
         "huggingface/trl#3926",

@@ -11,7 +11,7 @@ CODES_WARN = 0.01  # fraction of quantised codes that changed: a single merge ch
 
 def judge(facts: Facts) -> Verdict:
     """Look for references, idle adapters, declared tensors and base weights that changed."""
-    if facts.moment == "start":
+    if facts.moment == "start" or (facts.moment == "end" and not facts.ever_stepped):
         return pending("no step was made yet")
     for other in facts.others:
         if not other.changed:

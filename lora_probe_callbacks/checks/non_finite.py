@@ -20,7 +20,8 @@ def judge(facts: Facts) -> Verdict:
             )
     bad = [i for i, g in enumerate(facts.gradients) if g is not None and not g.finite]
     if not bad:
-        return ok()
+        seen = facts.update is not None or any(g is not None for g in facts.gradients)
+        return ok() if seen else pending("no gradient was read at this decision")
     names = some([facts.slots[i].name for i in bad])
     if facts.scaler:
         return pending(f"{len(bad)} gradients are not finite ({names}); the gradient scaler skips such a step")

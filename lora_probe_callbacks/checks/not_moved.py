@@ -5,12 +5,17 @@ from __future__ import annotations
 from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, ok, pending, some, warn
 from lora_probe_callbacks.observe.facts import Facts
 
+# A loop may throw away its first gradients on purpose; not so many without a single step.
+LONG = 4 * PERSISTENT
+
 
 def judge(facts: Facts) -> Verdict:
     """Look for tensors with a gradient and a rate that no step has moved."""
     if facts.update is None:
-        backwards = sum(f.received for f in facts.forwards)
-        if facts.moment == "end" and not facts.ever_stepped and backwards >= PERSISTENT:
+        thrown_away = 0 if facts.scaler else facts.skipped_in_a_row
+        backwards = thrown_away + sum(f.received for f in facts.forwards)
+        over = facts.moment == "end" or thrown_away >= LONG
+        if over and not facts.ever_stepped and backwards >= PERSISTENT:
             return fail(
                 f"no optimizer that owns the adapter has stepped: {backwards} backward passes and not one update",
                 facts.intended,

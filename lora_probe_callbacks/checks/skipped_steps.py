@@ -12,7 +12,9 @@ def judge(facts: Facts) -> Verdict:
     """Count the steps in a row that were skipped for overflow."""
     row = facts.skipped_in_a_row
     if not row:
-        return ok()
+        return ok() if facts.ever_stepped or facts.moment == "step" else pending("no step was seen yet")
+    if not facts.scaler and not facts.ever_stepped:
+        return pending(f"{row} step(s) made gradients and no optimizer has stepped yet")  # LP401
     if row < PERSISTENT:
         return pending(f"{row} step(s) skipped in a row: the first steps of mixed precision may overflow")
     scale = "" if facts.loss_scale is None else f", loss scale now {facts.loss_scale:g}"

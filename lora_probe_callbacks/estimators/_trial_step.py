@@ -22,6 +22,12 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Tell whether `step` runs the model itself, as LBFGS does, and cannot do without."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 @contextlib.contextmanager
 def trial_step(optimizer: Optimizer) -> Iterator[None]:
     """Inside, the optimizer has stepped; on exit it has not, nor has anything it owns.
@@ -41,8 +47,7 @@ def trial_step(optimizer: Optimizer) -> Iterator[None]:
     """
     # The class's own step: a wrapper on the instance (LR schedulers, trainers) counts calls.
     step = type(optimizer).step
-    closure = inspect.signature(step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if needs_closure(optimizer):
         raise ValueError(
             f"got {type(optimizer).__name__}, whose step() needs a closure that runs the model again; "
             "expected an optimizer that steps from the gradients at hand. "

@@ -28,6 +28,8 @@ from lora_probe_callbacks.observe.wrappers import describe, hooks_fire
 
 __all__ = ["Candidate", "ForwardObserver", "tensors_in"]
 
+_WALKS = 4  # of the graphs of one kind of forward in one step
+
 
 @dataclass(eq=False, slots=True)
 class Candidate:
@@ -132,7 +134,7 @@ class ForwardObserver:
         self._handles: list[tuple[nn.Module, RemovableHandle]] = []
         self._output_handles: list[RemovableHandle] = []
         self._stack = threading.local()
-        self._walked: set[tuple[str, tuple[Mode, ...]]] = set()
+        self._walked: dict[tuple[str, tuple[Mode, ...]], list[Candidate]] = {}
 
     def watch(self, inventory: Inventory, units: list[Unit]) -> None:
         """Say what to observe. May be called in the middle of a step, hooks move with it.
@@ -177,7 +179,7 @@ class ForwardObserver:
 
     def reset(self) -> None:
         """Forget what the last step showed."""
-        self.candidates, self.without_grad, self._walked = [], 0, set()
+        self.candidates, self.without_grad, self._walked = [], 0, {}
         self.active_seen, self.merged_seen = set(), False
         self._stack = threading.local()
         self.close_witness()
@@ -330,17 +332,21 @@ class ForwardObserver:
     def _finish(self, candidate: Candidate, output: Any) -> None:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
         key = (candidate.module, candidate.modes)
-        if key not in self._walked:  # one walk serves all micro-batches of the same kind
-            self._walked.add(key)
+        candidate.carries_graph = bool(outputs)
+        alike = self._walked.setdefault(key, [])
+        # One walk serves all micro-batches of the same kind, but none serves that was not for training.
+        if len(alike) < _WALKS and not any(c.received for c in alike):
+            alike.append(candidate)
             found = walk(outputs)
             candidate.leaves, candidate.why_unknown = set(found.leaves), found.blind
-        candidate.carries_graph = bool(outputs)
         for tensor in outputs:
             mark(tensor, candidate)
             handle = tensor.register_hook(_Hook(self, self._receive, candidate))  # type: ignore[no-untyped-call]
             self._output_handles.append(handle)
 
-    def _receive(self, candidate: Candidate, grad: torch.Tensor) -> None:
+    def _receive(self, candidate: Candidate, grad: torch.Tensor | None) -> None:
+        if grad is None:  # an output of a compiled region that this loss does not use
+            return
         if grad.numel() == 1 and grad.dtype != torch.float16:  # 65536 overflows in float16, and scaling cures it
             candidate.cotangent = grad.detach()
         if candidate.received:

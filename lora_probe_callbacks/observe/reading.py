@@ -32,7 +32,7 @@ class Readings:
         others_before: Fingerprints of the other adapters before that update.
         others_after: The same directly after it.
         drift: Of sampled base weights.
-        skipped_inside: A fused optimizer left the update out by itself.
+        skipped_inside: Whether a fused optimizer left the update out by itself; None where it was not asked to decide.
         all_non_finite: Nothing that arrived was finite: no change of the loss scale cures that.
     """
 
@@ -41,7 +41,7 @@ class Readings:
     others_before: list[float] | None
     others_after: list[float] | None
     drift: BaseDrift | None
-    skipped_inside: bool
+    skipped_inside: bool | None
     all_non_finite: bool
 
 
@@ -70,6 +70,7 @@ class DeviceReader:
         self._sample = BaseSample(scene.layers)
         self._tickets = _Tickets()
         self._copies: dict[int, dict[int, torch.Tensor]] = {}  # optimizer to slot to its copy
+        self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
 
     @property
     def waiting(self) -> bool:
@@ -80,6 +81,7 @@ class DeviceReader:
     def forget(self) -> None:
         """Let go of all copies."""
         self._copies.clear()
+        self._scaled.clear()
 
     def copy(self, optimizer: int) -> None:
         """Copy what an optimizer is about to change; the copies live until its step has ended."""
@@ -97,9 +99,16 @@ class DeviceReader:
         scale = grad_scale(self._scene.optimizers[optimizer])
         self._tickets.gradients.append(read_gradients(tensors, self._tickets.readout, scale))
 
+    def read_scaled(self, optimizer: int) -> None:
+        """Directly before the step of a fused optimizer under a scaler: its kernel writes over the gradients."""
+        scale = grad_scale(self._scene.optimizers[optimizer])
+        if scale is not None:
+            mine = self._scene.tensors(optimizer, unowned=False)
+            self._scaled[optimizer] = read_gradients(mine, self._tickets.readout, scale)
+
     def read_after(self, optimizer: int, step: int, framework_step: int) -> None:
         """Directly after a step: what did it change, and what were the gradients that it got?"""
-        copies = self._copies.pop(optimizer, None)
+        copies, received = self._copies.pop(optimizer, None), self._scaled.pop(optimizer, None)
         if copies is None:
             return
         tickets, inner = self._tickets, self._scene.optimizers[optimizer]
@@ -107,7 +116,7 @@ class DeviceReader:
         update = read_update(copies, mine, tickets.readout, step, framework_step)
         if update is not None:
             tickets.updates.append(update)
-            tickets.received.append(read_gradients(mine, tickets.readout, grad_scale(inner)))
+            tickets.received.append(received or read_gradients(mine, tickets.readout, None))
         tickets.skipped = _flag(inner, tickets.readout)
         tickets.after = self._scene.read_fingerprints(tickets.readout)
 
@@ -133,7 +142,7 @@ class DeviceReader:
         gradients = tuple(found.get(i) for i in range(len(self._scene.slots)))
         present = [g for g in gradients if g is not None and g.present]
         hopeless = any(not math.isfinite(v) for v in readout.get(arrived))
-        skipped = tickets.skipped is not None and readout.get(tickets.skipped)[0] > 0
+        skipped = None if tickets.skipped is None else readout.get(tickets.skipped)[0] > 0
         return Readings(
             gradients=gradients,
             update=None if skipped else self._update(tickets),

@@ -43,7 +43,7 @@ def health_table(report: ProbeReport) -> RenderableType:
         table.add_column(title, overflow="fold")
     for finding in report.with_status("pass", "pending", "skipped"):
         detail = f"step {finding.last_step}" if finding.status == "pass" else finding.message
-        table.add_row(finding.code, finding.name, Text(finding.status, _STYLES[finding.status]), detail)
+        table.add_row(finding.code, finding.name, Text(finding.status, _STYLES[finding.status]), Text(detail))
     parts.append(Padding(table, (0, 0, 0, 2)))
     return Group(*parts)
 

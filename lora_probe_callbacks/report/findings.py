@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from lora_probe_callbacks.checks.base import Status
+from lora_probe_callbacks.report.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Finding", "LoraProbeError", "LoraProbeWarning", "ProbeReport"]
 
@@ -58,6 +63,7 @@ class ProbeReport:
         findings: One for each (check, cause): failures and warnings first, then what passed, then
             what was not judged.
         metrics: The latest value of every metric.
+        history: The metrics of the probed steps.
         judged_steps: Probed steps that were judged; without one nothing is called healthy.
         internal_errors: Tracebacks of errors inside the probe itself, each kept once.
     """
@@ -66,6 +72,7 @@ class ProbeReport:
     metrics: dict[str, float] = field(default_factory=dict)
     internal_errors: list[str] = field(default_factory=list)
     judged_steps: int = 0
+    history: History = field(default_factory=History, repr=False)
 
     def with_status(self, *statuses: Status) -> list[Finding]:
         """The findings with one of these statuses."""
@@ -87,6 +94,16 @@ class ProbeReport:
     def exit_code(self) -> int:
         """0 healthy, 1 unhealthy, 2 could not judge."""
         return {True: 0, False: 1, None: 2}[self.healthy]
+
+    def plot(self) -> Figure:
+        """Draw gradient norms, updates and findings over the probed steps; needs matplotlib.
+
+        Returns:
+            The figure; a notebook shows it.
+        """
+        from lora_probe_callbacks.report.plots import plot
+
+        return plot(self)
 
     def __str__(self) -> str:
         from lora_probe_callbacks.report.console import render

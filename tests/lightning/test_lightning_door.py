@@ -539,6 +539,22 @@ def test_warn_goes_on():
     assert (finding.step, finding.last_step, finding.count) == (2, 19, 18)
 
 
+def test_fault_that_has_passed_stays_in_the_report():
+    def step(task: Task, ids: torch.Tensor, index: int) -> torch.Tensor:
+        if index == 2:
+            task.model.merge_adapter()
+        if index == 4:
+            task.model.unmerge_adapter()
+        return language_loss(task, ids, index)
+
+    probe = LoraProbe(verbose=False, on_failure="warn", every_n_steps=1)
+    with pytest.warns(LoraProbeWarning, match="LP103"):
+        fit(Task(checkpointed(), step), probe)
+    (finding,) = probe.report.failures
+    assert (finding.code, finding.step, finding.last_step, finding.count) == ("LP103", 2, 3, 2)
+    assert probe.report.healthy is False
+
+
 def test_raise_comes_before_the_update():
     task = Task(checkpointed(), merges_at(2))
     with pytest.raises(LoraProbeError) as error:

@@ -162,7 +162,7 @@ def test_history_has_one_complete_row_for_each_probed_step() -> None:
 
 
 def tensorboard_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    files = [f for f in folder.rglob("events.out.*")]
+    files = list(folder.rglob("events.out.*"))
     assert len(files) == 1, files
     events = EventAccumulator(str(files[0])).Reload()
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
@@ -333,7 +333,7 @@ def test_copy_of_a_callback_begins_anew() -> None:
 # --- exceptions ----------------------------------------------------------------------------------
 
 
-class Trouble(RuntimeError):
+class TroubleError(RuntimeError):
     """What the user's own code raises."""
 
 
@@ -344,13 +344,13 @@ class TroubledBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        raise Trouble("backward")
+        raise TroubleError("backward")
 
 
 class TroubledCallback(TrainerCallback):
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         if args[1].global_step == 1:
-            raise Trouble("callback")
+            raise TroubleError("callback")
 
 
 def troubled(where: str) -> Training:
@@ -365,7 +365,7 @@ def troubled(where: str) -> Training:
                 handle.remove()
         if where == "compute_loss":
             next_token_loss(model, batch, step)
-            raise Trouble("compute_loss")
+            raise TroubleError("compute_loss")
         if where == "interrupt":
             raise KeyboardInterrupt
         value = next_token_loss(model, batch, step)
@@ -375,7 +375,7 @@ def troubled(where: str) -> Training:
 
 
 def raise_trouble(where: str) -> None:
-    raise Trouble(where)
+    raise TroubleError(where)
 
 
 @pytest.mark.parametrize("where", ["forward", "compute_loss", "backward", "callback", "interrupt"])
@@ -386,7 +386,7 @@ def test_attached_callback_leaves_nothing_behind_after_an_exception(where: str, 
     before = {n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in run.model.named_modules()}
     attributes = {n: {*vars(m), "_is_accelerate_prepared"} for n, m in run.model.named_modules()}
     assert callback.attach(trainer).attach(trainer) is callback
-    with pytest.raises(KeyboardInterrupt if where == "interrupt" else Trouble) as caught:
+    with pytest.raises(KeyboardInterrupt if where == "interrupt" else TroubleError) as caught:
         trainer.train()
     assert not getattr(caught.value, "__notes__", []), "nothing was wrong with the adapter"
     assert {n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in run.model.named_modules()} == before
@@ -401,7 +401,7 @@ def test_attached_callback_leaves_nothing_behind_after_an_exception(where: str, 
 def test_what_an_exception_left_behind_goes_with_the_next_train_or_with_the_callback(tmp_path: Path) -> None:
     run, callback = troubled("backward"), probe()
     trainer = RunTrainer(run, str(tmp_path), 4, [callback])
-    with pytest.raises(Trouble):
+    with pytest.raises(TroubleError):
         trainer.train()
     trainer.number = 2
     trainer.train()
@@ -410,7 +410,7 @@ def test_what_an_exception_left_behind_goes_with_the_next_train_or_with_the_call
 
     run, callback = troubled("backward"), probe()
     trainer = RunTrainer(run, str(tmp_path), 4, [callback])
-    with pytest.raises(Trouble):
+    with pytest.raises(TroubleError):
         trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert optimizer._optimizer_step_pre_hooks, "the gap that attach() closes"
