@@ -366,6 +366,22 @@ def checkpointed_without_input_gradients(model: PeftModel) -> None:
     base.disable_input_require_grads()
 
 
+@_fault("D04", "LP307", "Comfy-Org/ComfyUI#15846", by_step=1)
+def recompute_with_other_dropout(model: PeftModel) -> None:
+    """Checkpoint without keeping the random state: the backward goes through other dropout masks than the forward.
+
+    The loss is that of a healthy run, number for number; the gradient is that of another function. The adapter
+    needs dropout. LP307 reports it at the second step, when two of them disagree with a finite difference.
+
+    Args:
+        model: A PeftModel around a transformers model, with ``lora_dropout``.
+    """
+    base: Any = model.get_base_model()
+    base.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
+    )
+
+
 @_fault(
     "D02",
     "LP302",

@@ -264,6 +264,14 @@ def no_input_gradients() -> Training:
     return Training(model)
 
 
+@recipe("D04", "LP307", 1, "not that of the loss", evidence={"got": "finite difference over gradient 0."})
+def other_dropout() -> Training:
+    model = lora(lora_dropout=0.5)
+    trained(model)
+    faults.recompute_with_other_dropout(model)
+    return Training(model)
+
+
 class TwoTowers(nn.Module):
     """A vision tower on data and a language head on what it makes of them."""
 

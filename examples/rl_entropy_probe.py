@@ -1,0 +1,176 @@
+"""Does the entropy of a policy fall, and would other prompts say the same? Asked at every step of a GRPO-style run.
+
+A tiny Llama that can count (`3 5 7 9 ...`) gets a LoRA adapter and policy-gradient steps on prompts U, eight
+responses to each. A `VarianceProbe` is attached to the loop, which is otherwise unchanged: for every step it
+predicts, on other prompts E, the first-order change of the entropy surrogate, `delta_1`, with its interval over
+prompts. Beside it stands the change that the step made on a third set H. The probe also sees to it that this
+estimator depends on the adapter that trains.
+
+    python examples/rl_entropy_probe.py [--plot runs/rl_entropy_probe.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from entropy_change import base_model, policy_loss, sampled
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lora_probe_callbacks import LoraProbeMonitor
+from lora_probe_callbacks.estimators import (
+    PromptBatch,
+    VarianceProbe,
+    entropy_surrogate,
+    sequence_logprobs,
+    t_interval,
+)
+
+STEPS, LEARNING_RATE = 16, 1e-3
+PROMPTS = {"U": 24, "E": 24, "H": 48}  # in a step
+
+
+class Row(NamedTuple):
+    """One step: what was predicted on E and what happened on H, in nats per token of the budget."""
+
+    delta_1: float
+    low: float
+    high: float
+    measured: float
+    signal_to_noise: float
+    cosine: float
+
+
+def surrogate(model: nn.Module, E: PromptBatch) -> Tensor:
+    """Return `L_X`, whose gradient is that of the entropy, one entry for each prompt."""
+    return entropy_surrogate(sequence_logprobs(model, E, adapter="default"), E)
+
+
+class Measured:
+    """The change of the surrogate on H: its weights are those of the policy before the step."""
+
+    def __init__(self, model: nn.Module, H: PromptBatch) -> None:
+        self.H = H
+        self.before = self._log_probs(model).requires_grad_()
+        (self.weights,) = torch.autograd.grad(entropy_surrogate(self.before, H).mean(), self.before)
+
+    def _log_probs(self, model: nn.Module) -> Tensor:
+        return sequence_logprobs(model, self.H, adapter="default").detach()
+
+    def change(self, model: nn.Module) -> float:
+        """Return what has changed since."""
+        return float((self.weights * (self._log_probs(model) - self.before.detach())).sum())
+
+
+def train(model: PeftModel, pools: dict[str, list[tuple[int, int, int]]]) -> list[Row]:
+    """Train with the estimator attached."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    batch: dict[str, PromptBatch] = {}
+    logged: dict[int, dict[str, float]] = {}
+    estimator = VarianceProbe(lambda step: batch["E"], surrogate, direction="from_optimizer_step", every_n_steps=1)
+    rows = []
+    with LoraProbeMonitor(
+        model,
+        optimizer,
+        estimator=estimator,
+        verbose=False,
+        log=lambda metrics, step: logged.setdefault(step, {}).update(metrics),
+    ) as probe:
+        for step in range(STEPS):
+            # Responses of the policy as it is: an entropy surrogate on older ones would be of another policy.
+            batch |= {name: sampled(model, random.sample(pools[name], n)) for name, n in PROMPTS.items()}
+            held_out = Measured(model, batch["H"])
+            policy_loss(model, batch["U"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            rows.append(row(logged[step], held_out.change(model)))
+    assert probe.report.healthy, probe.report
+    return rows
+
+
+def row(metrics: dict[str, float], measured: float) -> Row:
+    """Put the numbers of one step together."""
+    found = {name: metrics[f"lora_probe/estimator/{name}"] for name in ("delta_1", "standard_error", "count")}
+    low, high = t_interval(found["delta_1"], found["standard_error"], int(found["count"]))
+    more = [metrics[f"lora_probe/estimator/{name}"] for name in ("signal_to_noise", "cosine")]
+    return Row(found["delta_1"], float(low), float(high), measured, *more)
+
+
+def main() -> None:
+    """Train, and show."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--plot", type=Path, default=Path("runs/rl_entropy_probe.png"))
+    plot = arguments.parse_args().plot
+    torch.set_num_threads(1)  # the matrices are too small for more
+    torch.manual_seed(0)
+    random.seed(0)
+    tasks = [(start, step, length) for start in range(16) for step in range(1, 6) for length in (2, 3, 4)]
+    random.shuffle(tasks)
+    pools = {"U": tasks[:80], "E": tasks[80:160], "H": tasks[160:]}
+    base = base_model()
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = train(get_peft_model(base, lora).double(), pools)
+    show(rows)
+    draw(rows, plot)
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table."""
+    table = Table(title="Change of the entropy surrogate by each step, 0.001 nats per token")
+    for column in ("step", "delta_1 on E", "95% interval", "measured on H", "signal to noise", "cosine"):
+        table.add_column(column, justify="right")
+    for step, row in enumerate(rows):
+        table.add_row(
+            str(step),
+            f"{1e3 * row.delta_1:+.2f}",
+            f"{1e3 * row.low:+.2f} .. {1e3 * row.high:+.2f}",
+            f"{1e3 * row.measured:+.2f}",
+            f"{row.signal_to_noise:.1f}",
+            f"{row.cosine:+.2f}",
+        )
+    Console().print(table)
+    predicted, measured = sum(row.delta_1 for row in rows), sum(row.measured for row in rows)
+    inside = sum(row.low <= row.measured <= row.high for row in rows)
+    print(f"All steps together: predicted {predicted:+.4f}, measured {measured:+.4f}.")
+    print(f"The change on H lies inside the interval from E in {inside} of {len(rows)} steps; H has noise of its own.")
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Plot the table, if matplotlib is there."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print("No plot: matplotlib is not installed (pip install matplotlib).")
+        return
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = range(len(rows))
+    figure, (change, noise) = plt.subplots(
+        2, 1, figsize=(9, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
+    )
+    change.axhline(0, color="gray", linewidth=0.8)
+    change.fill_between(
+        steps, [r.low for r in rows], [r.high for r in rows], alpha=0.2, label="95% interval over the prompts of E"
+    )
+    change.plot(steps, [r.delta_1 for r in rows], label="predicted on E, delta_1")
+    change.plot(steps, [r.measured for r in rows], "o", color="black", markersize=4, label="measured on H")
+    change.set_ylabel("change of the surrogate\nby one step (nats per token)")
+    change.legend()
+    noise.bar(steps, [r.signal_to_noise for r in rows], color="tab:blue", alpha=0.5)
+    noise.set_ylabel("|delta_1| /\nstandard error")
+    noise.set_xlabel("step")
+    figure.suptitle("First-order change of the policy's entropy, step by step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"Plot: {path}")
+
+
+if __name__ == "__main__":
+    main()
