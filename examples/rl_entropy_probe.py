@@ -124,7 +124,7 @@ def show(rows: list[Row]) -> None:
     """Print the table."""
     table = Table(title="Change of the entropy surrogate by each step, 0.001 nats per token")
     for column in ("step", "delta_1 on E", "95% interval", "measured on H", "signal to noise", "cosine"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=column == "95% interval")
     for step, row in enumerate(rows):
         table.add_row(
             str(step),
