@@ -9,6 +9,7 @@ again inside the backward.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.observe.adapters import Inventory, Unit
@@ -45,12 +47,14 @@ class Candidate:
     why_unknown: str | None = None
     cotangent: torch.Tensor | None = None  # of an output of one element: the loss, as a rule
     called: set[int] = field(default_factory=set)  # ids of the modules that ran inside
+    inside: dict[int, int] = field(default_factory=dict)  # tensor id to slot, as a sharded model shows them inside
 
     def fact(self, slot_of: dict[int, int]) -> ForwardFact:
         """What the checks may know of it; ``slot_of`` maps a tensor's id to its slot."""
         reached = None
         if self.leaves is not None and self.why_unknown is None:
-            reached = frozenset(slot_of[i] for i in self.leaves if i in slot_of)
+            slots = {**slot_of, **self.inside}
+            reached = frozenset(slots[i] for i in self.leaves if i in slots)
         return ForwardFact(
             module=self.module,
             received=self.received,
@@ -121,6 +125,8 @@ class ForwardObserver:
         self.merged_seen = False
         self.witness: WeightWitness | None = None
         self.paused = False  # while the probe itself runs the model
+        self.bare = False  # only follow the steps, observe nothing: after an error of the probe, for the other ranks
+        self.sharded = False  # the tensors inside a forward are not those outside
         self.traced = False  # hooks ended up inside a compiled region
         self._before = before
         self._after = after
@@ -144,6 +150,8 @@ class ForwardObserver:
         self._units_of: dict[int, list[int]] = {}
         for index, unit in enumerate(units):
             self._units_of.setdefault(id(unit.layer.called), []).append(index)
+        starts = itertools.accumulate((len(unit.slots) for unit in units), initial=0)
+        self._first_slot = list(starts)[: len(units)]
         names = [unit.layer.name for unit in units]
         self._above_expected = {
             id(module)
@@ -185,7 +193,10 @@ class ForwardObserver:
                 self._hook(layer.called, layer.name)
 
     def _hook(self, module: nn.Module, name: str) -> None:
-        enter = module.register_forward_pre_hook(_Hook(self, self._enter, name), with_kwargs=True)
+        # fully_shard gathers parameters in a pre-hook of its own: the tensors are looked at before it.
+        enter = module.register_forward_pre_hook(
+            _Hook(self, self._enter, name), with_kwargs=True, prepend=isinstance(module, FSDPModule)
+        )
         leave = module.register_forward_hook(_Hook(self, self._leave, name), with_kwargs=True, always_call=True)
         self._handles += [(module, enter), (module, leave)]
 
@@ -282,6 +293,10 @@ class ForwardObserver:
         return frames
 
     def _new_candidate(self, name: str, module: nn.Module) -> Candidate:
+        if self.bare:
+            candidate = Candidate("", (), (), None, set(), holds_expected=False)
+            self.candidates.append(candidate)
+            return candidate
         observable = not any(unit.layer.compiled for unit in self.units)
         candidate = Candidate(
             module=describe(name, module),
@@ -308,13 +323,20 @@ class ForwardObserver:
             if torch.is_grad_enabled():
                 candidate.with_grad.add(index)
             candidate.calls[index] = (good + (mode == "active"), total + 1, bad if mode == "active" else mode)
+            if self.sharded:
+                for slot, tensor in enumerate((s.tensor for s in unit.slots), start=self._first_slot[index]):
+                    if tensor is None:  # FSDP1 shows a view of its flat parameter, and the graph ends in that
+                        candidate.why_unknown = "parameters are views of flat ones inside the forward"
+                    else:
+                        candidate.inside[id(tensor)] = slot
 
     def _finish(self, candidate: Candidate, output: Any) -> None:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
         key = (candidate.module, candidate.modes)
-        if key not in self._walked:  # one walk serves all micro-batches of the same kind
+        if key not in self._walked and not self.bare:  # one walk serves all micro-batches of the same kind
             self._walked.add(key)
-            candidate.leaves, candidate.why_unknown = reachable_leaves(outputs)
+            candidate.leaves, why_unknown = reachable_leaves(outputs)
+            candidate.why_unknown = candidate.why_unknown or why_unknown
             if not candidate.leaves and not outputs:
                 candidate.why_unknown = None
         for tensor in outputs:
@@ -329,6 +351,8 @@ class ForwardObserver:
         candidate.received = True
         if self.witness is not None:
             self.witness.paused = True  # whoever reads a weight from now on does not make this loss with it
+        if self.bare:
+            return
         try:
             candidate.modes_at_backward = self.modes()
             candidate.active_at_backward = self.inventory.active

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lora_probe_callbacks.observe.forwards import tensors_in
-from lora_probe_callbacks.observe.wrappers import is_compiled
+from lora_probe_callbacks.observe.wrappers import data_parallel, is_compiled
 
 __all__ = ["ForwardRepeat"]
 
@@ -102,6 +102,8 @@ def _why_not(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
         return "autocast runs without its cache, so no cast weight can be stale"
     if is_compiled(module) or any(is_compiled(m) for m in module.modules()):
         return "a compiled module is not bit-equal to its eager repeat"
+    if data_parallel([module]) is not None:
+        return "several ranks would have to repeat it together"
     if any(type(m).__name__ == "Linear4bit" and not m.training for m in module.modules()):
         # bitsandbytes 0.50 repacks the weights for inference at a forward in eval mode without input
         # gradients (CPUs with AVX512-BF16), and training forwards then go through a kernel without backward.
