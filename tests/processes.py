@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_probe_callbacks import LoraProbeError, LoraProbeMonitor
+from lora_probe_callbacks.observe import ranks
 
-TIMEOUT = 20  # of the process group, in seconds
+TIMEOUT = 8  # of the process group, in seconds
 
 
 @dataclass
@@ -69,6 +70,7 @@ def in_processes(scenarios: Mapping[str, Callable[[int, int], Any]], world: int,
 
 def _all(scenarios: Mapping[str, Any], rank: int, world: int, folder: Path, queue: Any) -> None:
     torch.set_num_threads(1)
+    ranks.IN_NEED = 3.0
     for number, (name, scenario) in enumerate(scenarios.items()):
         dist.init_process_group(
             "gloo",
@@ -169,4 +171,14 @@ def assert_all_healthy(outcomes: list[Outcome]) -> None:
         assert isinstance(one, Outcome), one
         assert not one.internal, one.internal[0]
         assert (one.found, one.error) == ([], ""), (one.messages, one.evidence, one.error_text)
+        assert one.seconds < 60
+
+
+def assert_all_know(outcomes: list[Outcome], code: str, step: int) -> None:
+    """All ranks report the finding; where a collective of the training itself broke down, as a note on its error."""
+    for one in outcomes:
+        assert isinstance(one, Outcome), one
+        assert not one.internal, one.internal[0]
+        assert (code, "fail", step) in one.found, (one.found, one.messages, one.error_text)
+        assert one.error == LoraProbeError.__name__ or code in one.error_text
         assert one.seconds < 60

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, skipped, warn
+from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending, skipped, warn
 from lora_probe_callbacks.checks.between_ranks import alone, explained, not_comparable, reduction_is_missing, unmanaged
 from lora_probe_callbacks.observe.facts import Facts
 
@@ -33,6 +33,8 @@ def judge(facts: Facts) -> Verdict:
             fix="wrap the model in DistributedDataParallel (which also sends rank 0's tensors to all), or seed all ranks alike before "
             "the adapter is attached and reduce the gradients; if every rank is meant to train its own adapter, pass ignore=('LP7',)",
         )
+    if facts.wrapping.kind is None and (facts.moment != "step" or not any(any(r.gradients) for r in ranks.reports)):
+        return pending("tensors differ between ranks; whether their gradients are reduced is not seen at this decision")
     return fail(
         f"{message}{'' if ranks.equal_at_start else ', and did so from the start'}",
         facts.intended,

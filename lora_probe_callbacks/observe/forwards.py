@@ -343,7 +343,9 @@ class ForwardObserver:
             handle = tensor.register_hook(_Hook(self, self._receive, candidate))  # type: ignore[no-untyped-call]
             self._output_handles.append(handle)
 
-    def _receive(self, candidate: Candidate, grad: torch.Tensor) -> None:
+    def _receive(self, candidate: Candidate, grad: torch.Tensor | None) -> None:
+        if grad is None:  # DDP with find_unused_parameters hands None on to the outputs that the loss does not use
+            return
         if grad.numel() == 1 and grad.dtype != torch.float16:  # 65536 overflows in float16, and scaling cures it
             candidate.cotangent = grad.detach()
         if candidate.received:

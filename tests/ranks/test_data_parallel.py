@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,18 @@ def healthy(rank: int, world: int) -> Outcome:
 
 @scenario
 def healthy_accumulation(rank: int, world: int) -> Outcome:
-    from contextlib import nullcontext
-
     model = DistributedDataParallel(lora())
-    around = lambda step, micro: model.no_sync() if micro < 2 else nullcontext()
+
+    def around(step: int, micro: int) -> Any:
+        return model.no_sync() if micro < 2 else nullcontext()
+
     return loop(model, adamw(model), rank, accumulate=3, around=around)
+
+
+@scenario
+def healthy_with_unused_outputs(rank: int, world: int) -> Outcome:
+    model = DistributedDataParallel(lora(), find_unused_parameters=True)
+    return loop(model, adamw(model), rank)
 
 
 @scenario
@@ -104,7 +112,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return in_processes(SCENARIOS, 2, Path(tmp_path_factory.mktemp("ranks")))
 
 
-@pytest.mark.parametrize("name", ["healthy", "healthy_accumulation", "healthy_reduced_by_hand"])
+@pytest.mark.parametrize("name", ["healthy", "healthy_accumulation", "healthy_with_unused_outputs", "healthy_reduced_by_hand"])
 def test_healthy_run_is_quiet(outcomes: dict[str, list[Any]], name: str) -> None:
     assert_all_healthy(outcomes[name])
 
