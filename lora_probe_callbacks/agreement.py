@@ -19,7 +19,7 @@ from lora_probe_callbacks.observe.ranks import SIZE
 
 __all__ = ["agreed", "decode", "encode"]
 
-_HEAD = struct.Struct("<IBBBBiiii")  # catalogue, moment, broken, final, checks, step, first, whole, unmanaged
+_HEAD = struct.Struct("<IBBBBiiii")  # catalogue, moment, broken, flags, checks, step, first, whole, unmanaged
 _NUMBERS = struct.Struct(f"<{2 * SAMPLE + 10}d")
 _STATUSES: tuple[Literal["", "warn", "fail"], ...] = ("", "warn", "fail")
 _MOMENTS: tuple[Moment, ...] = get_args(Moment)
@@ -32,6 +32,14 @@ def _codes() -> tuple[str, ...]:
 
 def _catalogue() -> int:
     return zlib.crc32(" ".join(_codes()).encode())
+
+
+def _flags(facts: Facts) -> int:
+    wrapping = facts.wrapping
+    if wrapping is None:
+        return int(facts.gradients_final)
+    bypassed = wrapping.entered is False
+    return facts.gradients_final + 2 * bypassed + 4 * (not wrapping.synced) + 8 * wrapping.hook
 
 
 def encode(facts: Facts, verdicts: Mapping[str, Verdict], *, broken: bool) -> bytes:
@@ -54,7 +62,7 @@ def encode(facts: Facts, verdicts: Mapping[str, Verdict], *, broken: bool) -> by
         _catalogue(),
         _MOMENTS.index(facts.moment),
         broken,
-        facts.gradients_final,
+        _flags(facts),
         len(codes),
         facts.step,
         -1 if wrapping is None else wrapping.first,
@@ -82,7 +90,7 @@ def decode(message: bytes) -> RankReport:
     Raises:
         ValueError: If it was sent by another version of this package.
     """
-    catalogue, moment, broken, final, count, step, first, whole, unmanaged = _HEAD.unpack_from(message)
+    catalogue, moment, broken, flags, count, step, first, whole, unmanaged = _HEAD.unpack_from(message)
     codes = _codes()
     if catalogue != _catalogue() or count != len(codes):
         raise ValueError("got a message of another version of lora_probe_callbacks, expected the same on all ranks")
@@ -99,7 +107,10 @@ def decode(message: bytes) -> RankReport:
         first=first,
         whole=whole,
         unmanaged=unmanaged,
-        final=bool(final),
+        final=bool(flags & 1),
+        bypassed=bool(flags & 2),
+        unsynced=bool(flags & 4),
+        hook=bool(flags & 8),
         tensors=numbers[:SAMPLE],
         gradients=numbers[SAMPLE : 2 * SAMPLE],
         shards=Sums.of(numbers[2 * SAMPLE :]),

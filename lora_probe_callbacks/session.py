@@ -98,6 +98,7 @@ class ProbeSession:
         self._ranks = Ranks()
         self._held: dict[str, Verdict] = {}  # found at the start, and not yet told to the other ranks
         self._equal_at_start: bool | None = None  # the adapter tensors of all ranks
+        self._differed = False  # their gradients, when they were last compared
         self._last_probed = False
         self._synced = True
         self._overhead_ms = 0.0
@@ -471,14 +472,15 @@ class ProbeSession:
         ranks = RanksFact(tuple(reports[r] for r in range(self._ranks.world)), self._ranks.rank)
         if self._equal_at_start is None:
             self._equal_at_start = ranks.tensors_differ is None
+        ranks = dataclasses.replace(ranks, equal_at_start=self._equal_at_start, differed_before=self._differed)
+        if ranks.stepping:
+            self._differed = ranks.gradients_differ is not None
         mine = ranks.reports[ranks.rank]
         sums = sums_of(facts, {i: 1.0 for i in range(len(facts.slots)) if i not in facts.shards})
         for report in ranks.reports:
             if report.first == mine.first:
                 sums += report.shards
-        return dataclasses.replace(
-            facts, ranks=dataclasses.replace(ranks, equal_at_start=self._equal_at_start), sums=sums
-        )
+        return dataclasses.replace(facts, ranks=ranks, sums=sums)
 
     def _collect(self, moment: Moment, optimizer: int | None, *, final: bool) -> Facts:
         if self._scene.refresh():

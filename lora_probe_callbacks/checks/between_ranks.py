@@ -66,6 +66,8 @@ def unmanaged(facts: Facts) -> bool:
 def reduction_is_missing(facts: Facts) -> bool:
     """Tell whether gradients are not reduced: they differ when nothing can change them any more, or had their effect.
 
+    Where tensors differ already, gradients may differ because of that: then it takes more than that they do.
+
     Args:
         facts: What is known.
 
@@ -75,7 +77,9 @@ def reduction_is_missing(facts: Facts) -> bool:
     ranks = facts.ranks
     if ranks is None or ranks.gradients_differ is None or not ranks.equal_at_start:
         return False
-    return ranks.tensors_differ is not None or _final(ranks)
+    if ranks.tensors_differ is None:
+        return _final(ranks)
+    return ranks.differed_before or ranks.bypassed or ranks.unsynced
 
 
 def _final(ranks: RanksFact) -> bool:

@@ -14,10 +14,10 @@ def judge(facts: Facts) -> Verdict:
         return alone(facts)
     if why_not := not_comparable(facts) or explained(ranks):
         return skipped(why_not)
-    if wrapping.hook:
+    if any(r.hook for r in ranks.reports):
         return skipped("a communication hook of DistributedDataParallel decides what is reduced, and when")
-    if facts.moment != "step" or not any(g is not None and g.present for g in facts.gradients):
-        return pending("no gradient was read at this decision")
+    if not ranks.stepping:
+        return pending("no gradient was read on all ranks at this decision")
     differ = ranks.gradients_differ
     if differ is None:
         return ok()
@@ -43,10 +43,10 @@ def _missing(facts: Facts, ranks: RanksFact, wrapping: Wrapping, differ: tuple[i
             fix="wrap the model in DistributedDataParallel and give the wrapper to the probe, or reduce the gradients before step(); "
             "if every rank is meant to train its own adapter, pass ignore=('LP7',)",
         )
-    if wrapping.entered is False:
+    if ranks.bypassed:
         why = f"the loss was made on the module inside {wrapping.kind}, whose own forward never ran"
         fix = f"call the {wrapping.kind} itself, not its .module nor what unwrap_model() returns: only its forward prepares the reduction"
-    elif not wrapping.synced:
+    elif ranks.unsynced:
         why = f"the last backward of the step ran inside no_sync() of {wrapping.kind}"
         fix = "leave no_sync() for the last micro-batch of every step: look at the flag that decides when gradients are accumulated"
     else:

@@ -33,7 +33,7 @@ def judge(facts: Facts) -> Verdict:
             fix="wrap the model in DistributedDataParallel (which also sends rank 0's tensors to all), or seed all ranks alike before "
             "the adapter is attached and reduce the gradients; if every rank is meant to train its own adapter, pass ignore=('LP7',)",
         )
-    if facts.wrapping.kind is None and (facts.moment != "step" or not any(any(r.gradients) for r in ranks.reports)):
+    if facts.wrapping.kind is None and not ranks.stepping:
         return pending("tensors differ between ranks; whether their gradients are reduced is not seen at this decision")
     return fail(
         f"{message}{'' if ranks.equal_at_start else ', and did so from the start'}",

@@ -283,6 +283,9 @@ class RankReport:
         whole: See :class:`Wrapping`.
         unmanaged: Number of its slots beside the wrapper.
         final: Nothing can change its gradients before the update.
+        bypassed: The wrapper's own forward did not run.
+        unsynced: Its last forward was inside ``no_sync``.
+        hook: A communication hook decides what is reduced.
         tensors: Sample of the tensors of which every rank holds a copy.
         gradients: The same of their gradients.
         shards: Its sums over shards.
@@ -297,6 +300,9 @@ class RankReport:
     whole: int
     unmanaged: int
     final: bool
+    bypassed: bool
+    unsynced: bool
+    hook: bool
     tensors: Sample
     gradients: Sample
     shards: Sums
@@ -311,11 +317,13 @@ class RanksFact:
         reports: One a rank.
         rank: This rank.
         equal_at_start: Tensors were equal at the first decision.
+        differed_before: Gradients differed when they were last compared.
     """
 
     reports: tuple[RankReport, ...]
     rank: int
     equal_at_start: bool = True
+    differed_before: bool = False
 
     @property
     def found(self) -> tuple[str, ...]:
@@ -331,8 +339,23 @@ class RanksFact:
 
     @property
     def gradients_differ(self) -> tuple[int, int, float] | None:
-        """The same of the gradients."""
-        return self._differ([r.gradients for r in self.reports])
+        """The same of the gradients that the optimizer is about to apply on all ranks."""
+        return self._differ([r.gradients for r in self.reports]) if self.stepping else None
+
+    @property
+    def stepping(self) -> bool:
+        """All ranks hold gradients, and their optimizers are about to apply them."""
+        return all(r.moment == "step" for r in self.reports) and any(any(r.gradients) for r in self.reports)
+
+    @property
+    def bypassed(self) -> bool:
+        """On some rank the wrapper's own forward did not run."""
+        return any(r.bypassed for r in self.reports)
+
+    @property
+    def unsynced(self) -> bool:
+        """On some rank the last forward was inside ``no_sync``."""
+        return any(r.unsynced for r in self.reports)
 
     @property
     def unmanaged(self) -> int:

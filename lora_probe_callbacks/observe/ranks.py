@@ -13,7 +13,6 @@ arrive, as they hang in a reduction that this fault has left incomplete.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -29,7 +28,6 @@ SIZE = 1024  # bytes that a rank sends
 PRESENCE = 20.0  # seconds to wait, once, for the others' probes: their first backward has synchronised them
 LONGEST = 120.0  # seconds to wait at a decision, at most: a rank may be writing a checkpoint
 IN_NEED = 15.0  # the same of a rank that has found a failure: the others may hang in a reduction because of it
-_sessions = itertools.count()
 
 
 class AgreementLostError(Exception):
@@ -60,8 +58,11 @@ class Ranks:
         if not dist.is_gloo_available():
             self.why_alone = "this build of torch has no gloo"
             return
-        prefix = f"lora_probe/{next(_sessions)}"
-        self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
+        store = distributed_c10d._get_default_store()
+        # All ranks count the sessions in which they met alike, whatever one of them probed by itself in between.
+        self._met = f"lora_probe/met/{self.rank}"
+        self._store = PrefixStore(f"lora_probe/{store.add(self._met, 0)}", store)
+        self._whole_store = store
         self._store.set(f"here/{self.rank}", "1")
         self._last_store = self._store
         self.why_alone = ""
@@ -124,11 +125,21 @@ class Ranks:
         return None
 
     def close(self) -> None:
-        """Give the group back, unless a collective is still under way in it."""
+        """Give the group back unless a collective is under way in it, and clear up behind a meeting that failed."""
+        if self._last_store is not None and dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                met = self._last_store.check(["met"]) and self._last_store.get("met") == b"all"
+                if met:
+                    self._whole_store.add(self._met, 1)
+                else:
+                    self._last_store.delete_key(f"here/{self.rank}")
+                    self._last_store.delete_key("met")
+                    self._last_store.delete_key("left")
+                    self._last_store.delete_key("found")
         if self._group is not None and self._pending is None and dist.is_initialized():
             with contextlib.suppress(RuntimeError, ValueError, AssertionError):
                 dist.destroy_process_group(self._group)
-        self._group, self._store = None, None
+        self._group, self._store, self._last_store = None, None, None
 
     # --- inside -----------------------------------------------------------------------------
 

@@ -112,7 +112,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return in_processes(SCENARIOS, 2, Path(tmp_path_factory.mktemp("ranks")))
 
 
-@pytest.mark.parametrize("name", ["healthy", "healthy_accumulation", "healthy_with_unused_outputs", "healthy_reduced_by_hand"])
+@pytest.mark.parametrize(
+    "name", ["healthy", "healthy_accumulation", "healthy_with_unused_outputs", "healthy_reduced_by_hand"]
+)
 def test_healthy_run_is_quiet(outcomes: dict[str, list[Any]], name: str) -> None:
     assert_all_healthy(outcomes[name])
 

@@ -27,7 +27,7 @@ def scenario(function: Any) -> Any:
 
 
 def wrapped() -> DistributedDataParallel:
-    """The head is trained too: a rank that trains nothing at all would leave DDP's reduction, and the others hanging."""
+    """The head is trained too: a rank that trains nothing at all leaves the others hanging in DDP's reduction."""
     return DistributedDataParallel(lora(modules_to_save=["lm_head"]), find_unused_parameters=True)
 
 

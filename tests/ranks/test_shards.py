@@ -131,9 +131,7 @@ def test_healthy_run_is_quiet(outcomes: dict[str, list[Any]], name: str) -> None
 
 @pytest.mark.parametrize("name", ["healthy_fully_shard", "healthy_flattened_views"])
 @pytest.mark.parametrize("metric", NORMS)
-def test_norms_are_those_of_one_process(
-    outcomes: dict[str, list[Any]], alone: Outcome, name: str, metric: str
-) -> None:
+def test_norms_are_those_of_one_process(outcomes: dict[str, list[Any]], alone: Outcome, name: str, metric: str) -> None:
     expected = alone.extra[f"lora_probe/{metric}"]
     assert expected > 0
     for outcome in outcomes[name]:
