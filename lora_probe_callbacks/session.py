@@ -43,7 +43,7 @@ from lora_probe_callbacks.observe.optimizers import grad_scale, tensors_of, unwr
 from lora_probe_callbacks.observe.ranks import AgreementLostError, Ranks
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
 from lora_probe_callbacks.observe.repeat import ForwardRepeat
-from lora_probe_callbacks.observe.scene import Scene
+from lora_probe_callbacks.observe.scene import FlatParametersError, Scene
 from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.observe.wrappers import DataParallel, data_parallel
 from lora_probe_callbacks.report.console import finding_panel, health_table
@@ -129,14 +129,19 @@ class ProbeSession:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._framework_step = framework_step or (lambda: self.step)
         config = self.config
-        self._scene = Scene(
-            list(roots),
-            [unwrap_optimizer(o) for o in optimizers],
-            adapter=config.names,
-            reference=config.reference_adapters,
-            lagged=config.lagged_adapters,
-            frozen=config.frozen,
-        )
+        try:
+            self._scene = Scene(
+                list(roots),
+                [unwrap_optimizer(o) for o in optimizers],
+                adapter=config.names,
+                reference=config.reference_adapters,
+                lagged=config.lagged_adapters,
+                frozen=config.frozen,
+            )
+        except FlatParametersError as error:
+            self._ledger.not_judged(f"could not judge: {error}", 0, 0)
+            self.report.findings = self._ledger.findings
+            return
         self._reader = DeviceReader(self._scene)
         self._parallel: DataParallel | None = None
         self._guarded(self._meet_ranks)
@@ -380,7 +385,7 @@ class ProbeSession:
         Args:
             stepped: A context in which an optimizer has stepped, and after which it has not.
         """
-        for index, optimizer in enumerate(self._scene.optimizers):
+        for index, optimizer in enumerate(self._scene.optimizers if self._running else ()):
             self._optimizer_event(index, final=True)
             with stepped(optimizer):
                 self._guarded(partial(self._reader.read_after, index, self.step, self._framework_step()))

@@ -24,9 +24,13 @@ from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.updates import Fingerprints
-from lora_probe_callbacks.observe.wrappers import DataParallel, is_shard, replicas, tensor_parallel
+from lora_probe_callbacks.observe.wrappers import DataParallel, is_flat, is_shard, replicas, tensor_parallel
 
-__all__ = ["Scene", "base_weight"]
+__all__ = ["FlatParametersError", "Scene", "base_weight"]
+
+
+class FlatParametersError(ValueError):
+    """The adapter's tensors were poured into flat parameters: no slot holds one of them."""
 
 
 class Scene:
@@ -73,6 +77,11 @@ class Scene:
     def _check_names(self) -> None:
         inventory = self.inventory
         if not inventory.units and not inventory.unloaded:
+            if any(is_flat(p) for _, root in self.roots for p in root.parameters()):
+                raise FlatParametersError(
+                    "the adapter is part of flat parameters of FullyShardedDataParallel, in which no tensor of it "
+                    "can be told apart: pass use_orig_params=True"
+                )
             names = ", ".join(f"{name or 'the model'} ({type(module).__name__})" for name, module in self.roots)
             raise ValueError(
                 f"found no PEFT adapter in {names}; expected a PeftModel or a model with add_adapter(): attach the "

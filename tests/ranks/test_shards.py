@@ -87,6 +87,14 @@ def optimizer_before_flattening(rank: int, world: int) -> Outcome:  # E04
 
 
 @scenario
+def all_in_flat_parameters(rank: int, world: int) -> Outcome:
+    model = lora()
+    model.requires_grad_(True)
+    model = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
+    return loop(model, adamw(model), rank)
+
+
+@scenario
 def disabled_on_one_rank(rank: int, world: int) -> Outcome:
     model = lora(hook=True)
     sharded(model, model.base_model.model.model.layers, world)
@@ -148,6 +156,13 @@ def test_norms_are_those_of_one_process(outcomes: dict[str, list[Any]], alone: O
 )
 def test_fault_is_found_on_all_ranks(outcomes: dict[str, list[Any]], name: str, code: str, step: int) -> None:
     assert_all_found(outcomes[name], code, step)
+
+
+def test_flat_parameters_are_not_judged_and_not_passed(outcomes: dict[str, list[Any]]) -> None:
+    for one in outcomes["all_in_flat_parameters"]:
+        assert isinstance(one, Outcome), one
+        assert (one.error, {status for status, _ in one.statuses.values()}) == ("", {"skipped"})
+        assert "use_orig_params=True" in one.statuses["LP101"][1]
 
 
 def test_rank_that_hangs_in_a_reduction_learns_why(outcomes: dict[str, list[Any]]) -> None:
