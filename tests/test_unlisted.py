@@ -107,10 +107,11 @@ class Manual(Loop):
 
 
 def test_other_optimizer_stepped_and_all_gradients_cleared() -> None:
+    """A critic's warm-up looks the same for some steps: judged after sixteen, or when the run has ended."""
     watched = watch(Manual(stepped=1, clear_all=True), steps=12, every_n_steps=1)
-    assert_found(watched, "LP406", 4, "the optimizer that owns the adapter did not step", status="warn")
+    assert_found(watched, "LP401", 11, "no optimizer that owns the adapter has stepped: 12 backward passes")
     watched = watch(Manual(stepped=1, clear_all=True), steps=20, every_n_steps=1)
-    assert_found(watched, "LP406", 4, "16 steps in a row were skipped")
+    assert_found(watched, "LP401", 16, "no optimizer that owns the adapter has stepped")
 
 
 def test_other_optimizer_stepped_and_the_adapters_gradients_left() -> None:

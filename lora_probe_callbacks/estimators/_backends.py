@@ -130,7 +130,7 @@ def _refuse_double_backward(model: Tree) -> None:
     """Fused attention and reentrant checkpoints are known by transformers' own settings."""
     switches = torch.backends.cuda
     fused = switches.flash_sdp_enabled() or switches.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
-    for path, module in model.modules:
+    for path, module in model.modules.items():
         attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if attention not in {None, "eager"} and (fused or attention != "sdpa"):
             raise NotImplementedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -40,15 +41,14 @@ def _leaves(total: torch.Tensor) -> tuple[list[torch.Tensor], bool]:
     seen = {total.grad_fn}
     stack = [total.grad_fn]
     while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
+        node: Any = stack.pop()
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            leaves.append(node.variable)
+        elif kind == "CheckpointFunctionBackward":
             reentrant = True
-        elif (variable := getattr(node, "variable", None)) is not None:
-            leaves.append(variable)
         for following, _ in node.next_functions:
-            if following not in seen:
+            if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
     return leaves, reentrant

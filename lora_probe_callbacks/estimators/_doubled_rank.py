@@ -20,6 +20,7 @@ def doubled_rank(
     model: Tree,
     loss_fn: LossFunction,
     mu: Mapping[int, torch.Tensor],
+    largest: float,
     example_of_row: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
     """s_n = d L_n / d eps_n at eps = 0 of the network at theta + eps_n * mu.
@@ -28,6 +29,7 @@ def doubled_rank(
         model: the unwrapped module and what is in it.
         loss_fn: the losses L [B]; L_n must depend on the rows of example n alone.
         mu: the direction by id of the parameter.
+        largest: max |mu|.
         example_of_row: the example of every row [R], or of every token of every row [R, T].
 
     Returns:
@@ -37,10 +39,9 @@ def doubled_rank(
         ValueError: if the number of losses is not the number of examples.
     """
     # A power of two, exact: an update of 1e-8 would vanish in the float16 of some layers.
-    tensors = list(mu.values())
-    largest = torch.stack([tensor.abs().max().to(tensors[0].device) for tensor in tensors]).max()
-    unit = 2.0 ** math.frexp(float(largest))[1]
-    changes = plan(model, {owner: tensor / unit for owner, tensor in mu.items()})
+    unit = 2.0 ** math.frexp(largest)[1]
+    scaled = torch._foreach_div(list(mu.values()), unit)
+    changes = plan(model, dict(zip(mu, scaled, strict=True)))
     _refuse_coupling(model)
     rows = None if example_of_row is None else example_of_row.shape
     examples = PerExample(rows, precision(model))
@@ -63,19 +64,20 @@ def doubled_rank(
     s = examples.eps.grad
     s = torch.zeros_like(examples.eps) if s is None else s.detach() * unit
     if example_of_row is not None:
-        index = example_of_row.flatten().to(s.device)
+        index = example_of_row.flatten().to(s.device, non_blocking=True)  # without waiting for the backward
         s = s.new_zeros(count).index_add_(0, index, s.flatten())
     return s, L.detach(), min(_dtypes(model) | examples.dtypes, key=lambda d: torch.finfo(d).bits)
 
 
 def _dtypes(model: Tree) -> set[torch.dtype]:
     """Return the floating types of parameters, and the compute types of quantised layers."""
-    computed = {getattr(module, "compute_dtype", None) for _, module in model.modules}
+    # Not by getattr: where there is no such attribute, nn.Module takes 3 us to say so.
+    computed = {vars(module).get("compute_dtype") for module in model.modules.values()}
     return {p.dtype for p in model.parameters.values() if p.is_floating_point()} | {d for d in computed if d}
 
 
 def _refuse_coupling(model: Tree) -> None:
-    for path, module in model.modules:
+    for path, module in model.modules.items():
         normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if normalises and (module.training or module.running_mean is None):
             raise NotImplementedError(

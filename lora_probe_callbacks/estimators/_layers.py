@@ -6,6 +6,7 @@ A plan is made before anything runs; a layer that no rule fits is refused there,
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from lora_probe_callbacks.estimators._owners import Tree
-from lora_probe_callbacks.estimators._per_example import PerExample, along, narrow_to_wide, wide_to_narrow
+from lora_probe_callbacks.estimators._per_example import Affine, PerExample, along, narrow_to_wide, wide_to_narrow
 
 Forward = Callable[..., Any]
 Tensors = Mapping[str, torch.Tensor]
@@ -50,26 +51,25 @@ def plan(model: Tree, mu: Mapping[int, torch.Tensor]) -> list[Change]:
     Returns:
         What to change, in the order of the modules.
     """
-    paths = dict(model.modules)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for slot in model.slots:
-        if id(slot.parameter) in mu:
-            path = slot.name.rpartition(".")[0]
-            parts.setdefault(path, {})[slot.attribute] = mu[id(slot.parameter)]
+    paths = model.modules
     changes: list[Change] = []
     embeddings: dict[str, dict[tuple[str, str], torch.Tensor]] = {}
-    for path, tensors in parts.items():
+    for path, module in paths.items():
+        if not module._parameters:
+            continue
+        tensors = {name: mu[id(p)] for name, p in module._parameters.items() if id(p) in mu}
+        if not tensors:
+            continue
         layer_path, layer = _refuse_bypassed(path, tensors, paths)
-        if isinstance(paths[path], nn.ParameterDict):
+        if isinstance(module, nn.ParameterDict):
             kind = path.rpartition(".")[2]
             if type(layer).__name__ != "Embedding" or not kind.startswith("lora_embedding_"):
-                _refuse(path, paths[path], tensors)
+                _refuse(path, module, tensors)
             for adapter, tensor in tensors.items():
                 embeddings.setdefault(layer_path, {})[kind, adapter] = tensor
             continue
-        rule = _rule(path, paths[path], tensors)
-        attribute = _forward_attribute(path, paths[path])
-        changes.append(Change(paths[path], attribute, rule, path))
+        rule = _rule(path, module, tensors)
+        changes.append(Change(module, _forward_attribute(path, module), rule, path))
     for path, factors in embeddings.items():
         attribute = _forward_attribute(path, paths[path])
         changes.append(Change(paths[path], attribute, _lora_embedding(path, paths[path], factors), path))
@@ -84,28 +84,28 @@ def plan(model: Tree, mu: Mapping[int, torch.Tensor]) -> list[Change]:
 @contextlib.contextmanager
 def applied(changes: list[Change], examples: PerExample) -> Iterator[None]:
     """Run the changed forwards inside; on exit the instances are as before."""
-    with contextlib.ExitStack() as undo:
-        for change in changes:
-            undo.callback(_restore, change, vars(change.module).get(change.attribute))
-            original = getattr(change.module, change.attribute)
-            setattr(change.module, change.attribute, change.build(original, examples))
+    # In the instances' own dicts: nn.Module's __setattr__ looks into three registries first.
+    formers = [vars(change.module).get(change.attribute) for change in changes]
+    try:
+        for module, attribute, build, _ in changes:
+            vars(module)[attribute] = build(getattr(module, attribute), examples)
         yield
-
-
-def _restore(change: Change, former: Any) -> None:
-    if former is None:
-        delattr(change.module, change.attribute)
-    else:
-        setattr(change.module, change.attribute, former)
+    finally:
+        for change, former in zip(changes, formers, strict=True):
+            if former is None:
+                vars(change.module).pop(change.attribute, None)
+            else:
+                vars(change.module)[change.attribute] = former
 
 
 def _forward_attribute(path: str, module: nn.Module) -> str:
     """Return where a module's own forward is: accelerate's device hooks move it to `_old_forward`."""
-    if hasattr(module, "_hf_hook") and "_old_forward" in vars(module):
+    attributes = vars(module)
+    if "_old_forward" in attributes and "_hf_hook" in attributes:
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             raise NotImplementedError(f"{path} is offloaded; load the adapter onto a device")
         return "_old_forward"
-    if "forward" in vars(module):
+    if "forward" in attributes:
         raise NotImplementedError(
             f"the forward of {path} has been replaced on the instance (a patching library); "
             "its formula is unknown here. Use backend='loop'."
@@ -116,7 +116,7 @@ def _forward_attribute(path: str, module: nn.Module) -> str:
 def _rule(path: str, module: nn.Module, mu: Tensors) -> Callable[[Forward, PerExample], Forward]:
     kind: Any = type(module)
     transposed = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"  # GPT-2
-    if set(mu) == {"bias"} and (transposed or isinstance(module, nn.Linear)):
+    if mu.keys() == {"bias"} and (transposed or isinstance(module, nn.Linear)):
         return _bias(path, mu["bias"])
     if transposed or kind.forward is nn.Linear.forward:
         return _linear(path, module, mu, transposed=transposed)
@@ -132,27 +132,25 @@ def _linear(path: str, module: nn.Module, mu: Tensors, *, transposed: bool) -> C
     W, M = getattr(module, "weight").detach(), mu["weight"]  # noqa: B009
     if transposed:
         W, M = W.T, M.T
-    b, m = getattr(module, "bias", None), mu.get("bias")
-    b = None if b is None else b.detach()
-    M = M.to(W.device, W.dtype)
-    m = None if m is None else m.to(W.device, W.dtype)
-    if W.shape[0] <= W.shape[1]:
-        function, stacked = wide_to_narrow, torch.cat([W, M])
-        bias = None if b is None else torch.cat([b, torch.zeros_like(b) if m is None else m])
-    else:
-        columns = [W, M] if m is None else [W, M, m[:, None]]
-        function, stacked, bias = narrow_to_wide, torch.cat(columns, dim=1), b
+    outputs, inputs = W.shape
+    function = wide_to_narrow if outputs <= inputs else narrow_to_wide
+    # No closures: the cells of hundreds of layers would set off the garbage collector.
+    layer = Affine(W, M, getattr(module, "bias", None), mu.get("bias"))
+    return functools.partial(functools.partial, _linear_forward, function, path, layer)
 
-    def build(original: Forward, examples: PerExample) -> Forward:
-        def forward(x: torch.Tensor, /) -> torch.Tensor:
-            if not torch.is_grad_enabled():
-                return original(x)  # type: ignore[no-any-return]
-            eps = examples.visit(x, path)
-            return function(*_autocast(x, stacked, bias), eps)
 
-        return forward
-
-    return build
+def _linear_forward(
+    function: Forward, path: str, layer: Affine, original: Forward, examples: PerExample, x: torch.Tensor, /
+) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return original(x)  # type: ignore[no-any-return]
+    eps = examples.visit(x, path)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        # What autocast makes of the operands of a linear layer; a custom backward runs without it.
+        dtype = torch.get_autocast_dtype(device)
+        x, layer = x.to(dtype), layer.to(dtype)
+    return function(x, layer, eps)  # type: ignore[no-any-return]
 
 
 def _bias(path: str, m: torch.Tensor) -> Callable[[Forward, PerExample], Forward]:
@@ -239,15 +237,6 @@ def _lora_embedding(
     return build
 
 
-def _autocast(x: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Return what autocast makes of a linear layer's operands; a custom backward runs without it."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return [x, *weights]
-    dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *weights)]
-
-
 @contextlib.contextmanager
 def _swapped(module: nn.Module, attribute: str) -> Iterator[Callable[[torch.Tensor], None]]:
     registry: dict[str, Any] = module._parameters
@@ -260,9 +249,8 @@ def _swapped(module: nn.Module, attribute: str) -> Iterator[Callable[[torch.Tens
 
 def _refuse_bypassed(path: str, mu: Tensors, paths: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
     """Return the PEFT layer around, or the module; refuse what it does not run as it is written."""
-    parts = path.split(".")
-    for depth in range(len(parts) - 1, -1, -1):
-        above = ".".join(parts[:depth])
+    above, _, last = path.rpartition(".")
+    while True:
         layer = paths[above]
         if isinstance(layer, nn.MultiheadAttention) or type(layer).__name__ in {
             "MultiheadAttention",
@@ -272,9 +260,9 @@ def _refuse_bypassed(path: str, mu: Tensors, paths: Mapping[str, nn.Module]) -> 
                 f"{above} ({type(layer).__name__}) uses the weights of {path} without calling it, so "
                 "backend='doubled_rank' cannot follow; use backend='loop'."
             )
-        variants = getattr(layer, "lora_variant", None)
+        variants = vars(layer).get("lora_variant")
         if variants is not None:
-            for adapter in {parts[-1], *mu} & variants.keys():
+            for adapter in {last, *mu} & variants.keys() if variants else ():
                 variant = type(variants[adapter]).__name__
                 if variant not in _KNOWN_VARIANTS:
                     raise NotImplementedError(
@@ -282,7 +270,9 @@ def _refuse_bypassed(path: str, mu: Tensors, paths: Mapping[str, nn.Module]) -> 
                         "formula; use backend='loop'."
                     )
             return above, layer
-    return path, paths[path]
+        if not above:
+            return path, paths[path]
+        above = above.rpartition(".")[0]
 
 
 def _refuse(path: str, module: nn.Module, mu: Tensors) -> NoReturn:

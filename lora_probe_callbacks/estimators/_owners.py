@@ -9,15 +9,6 @@ import torch
 from torch import nn
 
 
-class Slot(NamedTuple):
-    """A parameter where it is registered: `module._parameters[attribute]`."""
-
-    module: nn.Module
-    attribute: str
-    name: str
-    parameter: nn.Parameter
-
-
 class Tree(NamedTuple):
     """A module and all that is registered below it, looked up once.
 
@@ -26,40 +17,47 @@ class Tree(NamedTuple):
 
     Attributes:
         root: the module.
-        modules: every module once, with its first path.
-        slots: every place of a parameter; a tied one has several.
+        modules: every module once, by its first path.
+        names: every parameter by each of its names; a tied one has several.
         parameters: every parameter once, by its first name.
     """
 
     root: nn.Module
-    modules: list[tuple[str, nn.Module]]
-    slots: list[Slot]
+    modules: dict[str, nn.Module]
+    names: dict[str, nn.Parameter]
     parameters: dict[str, nn.Parameter]
 
 
 def tree(model: nn.Module) -> Tree:
     """Return a module and all that is registered below it."""
-    modules: list[tuple[str, nn.Module]] = []
-    seen = set()
-    stack = [("", model)]
-    while stack:
-        path, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        modules.append((path, module))
+    modules: dict[str, nn.Module] = {}
+    names: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
+    seen: set[nn.Module] = set()
+    named: set[int] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        modules[path] = module
+        registered, children = module._parameters, module._modules
+        if not registered and not children:
+            return
         prefix = f"{path}." if path else ""
-        children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
-        stack.extend(reversed(children))
-    slots = [
-        Slot(module, attribute, f"{path}.{attribute}" if path else attribute, parameter)
-        for path, module in modules
-        for attribute, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    first = {id(slot.parameter): slot for slot in reversed(slots)}
-    parameters = {slot.name: slot.parameter for slot in slots if first[id(slot.parameter)] is slot}
-    return Tree(model, modules, slots, parameters)
+        for attribute, parameter in registered.items():
+            if parameter is not None:
+                name = prefix + attribute
+                names[name] = parameter
+                if id(parameter) not in named:
+                    named.add(id(parameter))
+                    parameters[name] = parameter
+        for name, child in children.items():
+            if child is not None:
+                visit(prefix + name, child)
+
+    visit("", model)
+    return Tree(model, modules, names, parameters)
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,7 +11,7 @@ is this layer's part of s_n = <grad L_n, mu>; autograd sums the parts of all lay
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -80,61 +80,68 @@ def row_sums(eps: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
     return product.reshape(*eps.shape, -1).sum(-1).to(eps.device)
 
 
+class Affine(NamedTuple):
+    """A layer's W and b, and the parts M and m of the direction, which are moved to W when they are used."""
+
+    W: torch.Tensor
+    M: torch.Tensor
+    b: torch.Tensor | None
+    m: torch.Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Affine:
+        """Return all four in one type."""
+        W, M, b, m = self
+        return Affine(W.to(dtype), M.to(dtype), None if b is None else b.to(dtype), None if m is None else m.to(dtype))
+
+
 class WideToNarrow(torch.autograd.Function):
     """y = W x + b with few outputs (LoRA's A): the derivative M x + m is computed with y.
 
-    `stacked` is [W; M], so both are one product, and of x nothing has to be kept.
+    Both are one product, with [W; M], and of x nothing has to be kept.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        stacked: torch.Tensor,
-        stacked_bias: torch.Tensor | None,
-        eps: torch.Tensor,
-    ) -> torch.Tensor:
-        y, dy = F.linear(x, stacked, stacked_bias).chunk(2, dim=-1)
-        ctx.save_for_backward(stacked, dy, eps)
+    def forward(ctx: Any, x: torch.Tensor, layer: Affine, eps: torch.Tensor) -> torch.Tensor:
+        W, M, b, m = layer
+        bias = None if b is None else torch.cat([b, torch.zeros_like(b) if m is None else m.to(b)])
+        y, dy = F.linear(x, torch.cat([W, M.to(W)]), bias).chunk(2, dim=-1)
+        ctx.W, ctx.eps = W, eps
+        ctx.save_for_backward(dy)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,) = gradients
-        stacked, dy, eps = ctx.saved_tensors
-        W = stacked[: g.shape[-1]]
-        dx = g @ W if ctx.needs_input_grad[0] else None
-        return dx, None, None, row_sums(eps, g, dy)
+        (dy,) = ctx.saved_tensors
+        dx = g @ ctx.W if ctx.needs_input_grad[0] else None
+        return dx, None, row_sums(ctx.eps, g, dy)
 
 
 class NarrowToWide(torch.autograd.Function):
     """y = W x + b with few inputs (LoRA's B): <g, M x + m> = <M^T g, x> + <m, g>.
 
-    `stacked` is [W, M] or [W, M, m]: W^T g, which x needs anyway, and M^T g are one product,
-    and there is no further pass over y.
+    W^T g, which x needs anyway, and M^T g are one product, with [W, M] or [W, M, m], and there
+    is no further pass over y.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        stacked: torch.Tensor,
-        bias: torch.Tensor | None,
-        eps: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, stacked, eps)
-        return F.linear(x, stacked[:, : x.shape[-1]], bias)
+    def forward(ctx: Any, x: torch.Tensor, layer: Affine, eps: torch.Tensor) -> torch.Tensor:
+        ctx.layer, ctx.eps = layer, eps
+        ctx.save_for_backward(x)
+        return F.linear(x, layer.W, layer.b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,) = gradients
-        x, stacked, eps = ctx.saved_tensors
-        r = x.shape[-1]
-        transposed = g @ stacked
-        ds = row_sums(eps, transposed[..., r : 2 * r], x)
-        if stacked.shape[1] > 2 * r:
-            ds = ds + row_sums(eps, transposed[..., 2 * r :])
-        return transposed[..., :r], None, None, ds
+        (x,) = ctx.saved_tensors
+        W, M, _, m = ctx.layer
+        columns = [W, M.to(W)] if m is None else [W, M.to(W), m.to(W)[:, None]]
+        widths = [column.shape[1] for column in columns]
+        dx, projected, *constant = torch.split(g @ torch.cat(columns, dim=1), widths, dim=-1)
+        ds = row_sums(ctx.eps, projected, x)
+        for part in constant:
+            ds = ds + row_sums(ctx.eps, part)
+        return dx, None, ds
 
 
 class Along(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,42 +38,58 @@ def untouched(model: Tree) -> Iterator[None]:
     That is: the random streams, train/eval mode, requires_grad, buffers (running statistics),
     and which adapters PEFT has active. Contents are written back only where they changed.
     """
-    modes = [(module, module.training) for _, module in model.modules]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters.values()]
+    modules = model.modules.values()
+    modes = [module.training for module in modules]
     adapters = [
-        (vars(module), key, _copied(vars(module)[key]))
-        for _, module in model.modules
+        (attributes, key, _copied(attributes[key]))
+        for attributes in map(vars, modules)
         for key in ("active_adapter", "_active_adapter", "_disable_adapters")
-        if key in vars(module)
+        if key in attributes
     ]
-    buffers = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for _, module in model.modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_inference()
-    ]
-    with random_state_restored():
+    # The buffers come last: to compare them waits for the device, while the rest need not.
+    with _buffers_restored(model), random_state_restored(), _flags_restored(model):
         try:
             yield
         finally:
-            for module, training in modes:
+            for module, training in zip(modules, modes, strict=True):
                 if module.training != training:
                     module.training = training
-            for parameter, requires_grad in flags:
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad_(requires_grad)
             for attributes, key, value in adapters:
                 attributes[key] = value
-            for registry, name, buffer, contents in buffers:
-                registry[name] = buffer
-                # Not every kernel counts a version: batch_norm's running statistics do not.
-                if not torch.equal(buffer, contents):
-                    with torch.no_grad():
-                        buffer.copy_(contents)
 
 
 @contextlib.contextmanager
-def eager(outside: Iterable[nn.Module]) -> Iterator[None]:
+def _buffers_restored(model: Tree) -> Iterator[None]:
+    buffers = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules.values()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        for registry, name, buffer, contents in buffers:
+            registry[name] = buffer
+            # Not every kernel counts a version: batch_norm's running statistics do not.
+            if not torch.equal(buffer, contents):
+                with torch.no_grad():
+                    buffer.copy_(contents)
+
+
+@contextlib.contextmanager
+def _flags_restored(model: Tree) -> Iterator[None]:
+    flags = [parameter.requires_grad for parameter in model.parameters.values()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in zip(model.parameters.values(), flags, strict=True):
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def eager(outside: Sequence[nn.Module]) -> Iterator[None]:
     """Run compiled parts as they are written, and keep DDP from reducing gradients.
 
     A compiled call does not see what is changed for one forward (torch 2.13).
@@ -84,7 +100,9 @@ def eager(outside: Iterable[nn.Module]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in outside:
+        # By type: DDP's metaclass is ABCMeta, to which isinstance is slow.
+        kinds = {kind for kind in set(map(type, outside)) if issubclass(kind, nn.parallel.DistributedDataParallel)}
+        for module in outside if kinds else ():
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 stack.enter_context(module.no_sync())
         yield
@@ -98,23 +116,20 @@ def only_trainable(model: Tree, tensors: Collection[torch.Tensor]) -> Iterator[N
     with the embeddings frozen none does, so their outputs are made to.
     """
     wanted = {id(tensor) for tensor in tensors}
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters.values()]
     hooks = [
         module.register_forward_hook(_require_input_gradient)
-        for _, module in model.modules
+        for module in model.modules.values()
         if isinstance(module, nn.Embedding)
     ]
-    try:
-        for parameter, requires_grad in flags:
-            if requires_grad != (id(parameter) in wanted):
-                parameter.requires_grad_(not requires_grad)
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, requires_grad in flags:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
+    with _flags_restored(model):
+        try:
+            for parameter in model.parameters.values():
+                if parameter.requires_grad != (id(parameter) in wanted):
+                    parameter.requires_grad_(not parameter.requires_grad)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @contextlib.contextmanager

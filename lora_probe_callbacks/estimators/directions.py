@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.estimators._backward import backward
-from lora_probe_callbacks.estimators._owners import described, local, parameters, tree, unwrapped, wrappers
+from lora_probe_callbacks.estimators._owners import Tree, described, local, parameters, tree, unwrapped, wrappers
 from lora_probe_callbacks.estimators._trial_step import innermost, trial_step
 from lora_probe_callbacks.estimators._untouched import eager, own_gradients, untouched
 
@@ -122,7 +122,7 @@ class UpdateDirection:
             ValueError: if the losses depend on no trainable parameter, or there are none.
         """
         inside, trained = tree(unwrapped(model)), _trainable(model)
-        everywhere = [*wrappers(model), *(module for _, module in inside.modules)]
+        everywhere = [*wrappers(model), *inside.modules.values()]
         count = 0
         with untouched(inside), eager(everywhere), torch.enable_grad(), own_gradients(trained.values()):
             for loss_fn in [loss_fns] if callable(loss_fns) else loss_fns:
@@ -266,11 +266,11 @@ class UpdateDirection:
             for name, version in self._versions.items()
         )
 
-    def owned_by(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def owned_by(self, model: nn.Module | Tree) -> dict[str, nn.Parameter]:
         """The very tensors that this direction was made on, if `model` owns them.
 
         Args:
-            model: the module to project on.
+            model: the module to project on, or what was found in it.
 
         Returns:
             The parameters by the direction's names.
@@ -278,8 +278,8 @@ class UpdateDirection:
         Raises:
             ValueError: if a tensor is gone, or `model` owns another one under that name.
         """
-        model = unwrapped(model)
-        named = parameters(model)
+        inside = model if isinstance(model, Tree) else tree(unwrapped(model))
+        named = inside.parameters
         owned = {id(p): p for p in named.values()}
         found = {}
         for name, reference in self._owners.items():
@@ -289,7 +289,7 @@ class UpdateDirection:
                 there = "a tensor of the same name" if name in named else "no tensor of that name"
                 raise ValueError(
                     f"the direction ({self.source}, {self.made_at}) was made on {name!r} of {self.made_on}, "
-                    f"{fate}; {described(model)} owns {there}. Make the direction, the optimizer and the "
+                    f"{fate}; {described(inside.root)} owns {there}. Make the direction, the optimizer and the "
                     "projection from one and the same module."
                 )
             found[name] = owned[id(owner)]
@@ -409,13 +409,18 @@ def _adam_step(g: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, An
     return preconditioned
 
 
-def refuse_unfit(tensors: Mapping[str, torch.Tensor], owned: Mapping[str, torch.Tensor], owner: str) -> None:
+def refuse_unfit(
+    tensors: Mapping[str, torch.Tensor], owned: Mapping[str, torch.Tensor], owner: str
+) -> dict[str, float]:
     """Refuse names, shapes and values that no step of a module can have.
 
     Args:
         tensors: a direction.
         owned: the parameters of the module.
         owner: the module, as messages call it.
+
+    Returns:
+        The largest magnitude in each tensor.
 
     Raises:
         ValueError: naming the tensor.
@@ -430,15 +435,24 @@ def refuse_unfit(tensors: Mapping[str, torch.Tensor], owned: Mapping[str, torch.
             raise ValueError(
                 f"{name} got shape {tuple(tensor.shape)}, expected {tuple(owned[name].shape)} as in {owner}"
             )
-    # One transfer to the host for all of them.
-    device = next(iter(tensors.values())).device
-    finite = torch.stack([tensor.isfinite().all().to(device) for tensor in tensors.values()]).tolist()
-    if not all(finite):
-        bad = [name for name, good in zip(tensors, finite, strict=True) if not good]
+    largest = dict(zip(tensors, _largest(list(tensors.values())), strict=True))
+    if bad := [name for name, magnitude in largest.items() if not math.isfinite(magnitude)]:
         raise ValueError(
             f"got NaN or infinity in {bad[0]} (and {len(bad) - 1} more of {len(tensors)} tensors); expected "
             "finite numbers. A step whose gradients overflowed is skipped: skip its direction as well."
         )
+    return largest
+
+
+def _largest(tensors: list[torch.Tensor]) -> list[float]:
+    """Return max |t| of every tensor, nan if there is one in it, by few kernels and one transfer."""
+    with torch.no_grad():
+        floating = [t if t.is_floating_point() else t.double() for t in tensors]
+        filled = [t if t.numel() else t.new_zeros(1) for t in floating]
+        norms = torch._foreach_norm(filled, math.inf)
+        device = norms[0].device
+        largest: list[float] = torch.stack([norm.to(device) for norm in norms]).tolist()
+    return largest
 
 
 def _some(names: Mapping[str, Any]) -> str:

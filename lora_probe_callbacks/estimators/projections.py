@@ -66,13 +66,13 @@ def per_prompt_projection(
         ValueError: if an argument does not fit the model, the losses or the others.
     """
     inside = tree(unwrapped(model))
-    mu = _tensors_by_owner(model, inside, direction)
+    mu, largest = _tensors_by_owner(model, inside, direction)
     _refuse_backend(backend)
     if self_check not in {"first", "always", "never"}:
         raise ValueError(f"got self_check={self_check!r}, expected 'first', 'always' or 'never'")
     if torch.is_inference_mode_enabled():
         raise ValueError("inference_mode cannot be undone inside; call it outside of torch.inference_mode()")
-    everywhere = [*wrappers(model), *(module for _, module in inside.modules)]
+    everywhere = [*wrappers(model), *inside.modules.values()]
     with untouched(inside), eager(everywhere), torch.enable_grad():
         if backend == "loop":
             return loop(inside, loss_fn, mu)[0]
@@ -80,7 +80,7 @@ def per_prompt_projection(
             return alpha(inside, loss_fn, mu)[0]
         rows = _checked_rows(example_of_row)
         with random_state_restored():
-            s, L, lowest = doubled_rank(inside, loss_fn, mu, rows)
+            s, L, lowest = doubled_rank(inside, loss_fn, mu, largest, rows)
         module = inside.root
         shape = (s.numel(), None if rows is None else rows.shape, module.training, len(mu), lowest)
         first = self_check == "first" and _self_check.first_use(module, loss_fn, shape)
@@ -171,7 +171,7 @@ def verify_projection(
     )
     reference = per_prompt_projection(model, loss_fn, direction, backend="loop")
     inside = tree(unwrapped(model))
-    difference = _finite_difference(inside, loss_fn, _tensors_by_owner(model, inside, direction))
+    difference = _finite_difference(inside, loss_fn, _tensors_by_owner(model, inside, direction)[0])
     return ProjectionComparison(
         projected,
         reference,
@@ -230,24 +230,20 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / expected.double().norm().clamp_min(sys.float_info.min))
 
 
-def _tensors_by_owner(model: nn.Module, inside: Tree, direction: Direction) -> dict[int, torch.Tensor]:
-    """Return mu by id of the parameter of `model` that it belongs to, without all-zero tensors."""
+def _tensors_by_owner(model: nn.Module, inside: Tree, direction: Direction) -> tuple[dict[int, torch.Tensor], float]:
+    """Return mu by id of the parameter that it belongs to, without all-zero tensors, and max |mu|."""
     if isinstance(direction, UpdateDirection):
-        owners = direction.owned_by(inside.root)
+        owners = direction.owned_by(inside)
         tensors: Mapping[str, torch.Tensor] = direction.tensors
     else:
-        named = {slot.name: slot.parameter for slot in inside.slots}
-        if model is not inside.root:  # names as the wrapper gives them
-            named |= {slot.name: slot.parameter for slot in tree(model).slots}
-        # Refuses unknown names, wrong shapes and NaN in the words of a direction.
-        refuse_unfit(direction, named, described(inside.root))
-        owners = {name: named[name] for name in direction}
+        # A wrapper gives other names to the same parameters.
+        owners = inside.names if model is inside.root else inside.names | tree(model).names
         tensors = direction
-    device = next(iter(tensors.values())).device
-    moves = torch.stack([tensor.any().to(device) for tensor in tensors.values()]).tolist()
+    # Refuses unknown names, wrong shapes and NaN in the words of a direction.
+    largest = refuse_unfit(tensors, owners, described(inside.root))
     # A tensor that does not move adds nothing, and its layer need not run (an unused adapter).
-    used = [name for name, moving in zip(tensors, moves, strict=True) if moving] or list(tensors)
-    return {id(owners[name]): tensors[name].detach() for name in used}
+    used = [name for name in tensors if largest[name]] or list(tensors)
+    return {id(owners[name]): tensors[name].detach() for name in used}, max(largest.values())
 
 
 def _refuse_backend(backend: str) -> None:

@@ -57,3 +57,20 @@ class History:
         """
         found = [(step, row[f"lora_probe/{name}"]) for step, row in self.rows.items() if f"lora_probe/{name}" in row]
         return [step for step, _ in found], [value for _, value in found]
+
+    def interval(self) -> dict[int, tuple[float, float]]:
+        """Student's t interval of `delta_1` at 95%, from its standard error and the number of prompts.
+
+        Returns:
+            Step to lower and upper end, for the steps at which all three were logged.
+        """
+        from scipy import stats
+
+        names = ("estimator/delta_1", "estimator/standard_error", "estimator/count")
+        delta, error, count = (dict(zip(*self.series(name), strict=True)) for name in names)
+        ends = {}
+        for step in delta.keys() & error.keys() & count.keys():
+            if count[step] >= 2:
+                half = float(stats.t.ppf(0.975, count[step] - 1)) * error[step]
+                ends[step] = (delta[step] - half, delta[step] + half)
+        return dict(sorted(ends.items()))

@@ -450,46 +450,30 @@ def _estimator(run: Run) -> Html:
     if not steps:
         text = "No estimator was recorded. With estimator= the probe logs the first-order change that it predicts."
         return tag("p", text, class_="empty")
-    band, about = _interval(run, steps, values)
+    ends = run.history.interval()
+    known = all(step in ends for step in steps)
+    band = ([ends[s][0] for s in steps], [ends[s][1] for s in steps]) if known else None
     chart = line(steps, [("a", values)], band=band, zero=True, label="delta_1 over steps")
-    return join(
-        (tag("p", f"delta_1, the change that the first order predicts for a step{about}.", class_="about"), chart)
-    )
-
-
-def _interval(
-    run: Run, steps: Sequence[int], values: Sequence[float]
-) -> tuple[tuple[list[float], list[float]] | None, str]:
-    """The interval that was logged, else two standard errors, else none; and what to call it."""
-    for low_name, high_name in (("low", "high"), ("lower", "upper"), ("interval_low", "interval_high")):
-        low = dict(zip(*run.history.series(f"estimator/{low_name}"), strict=True))
-        high = dict(zip(*run.history.series(f"estimator/{high_name}"), strict=True))
-        if all(step in low and step in high for step in steps):
-            return ([low[s] for s in steps], [high[s] for s in steps]), ", with its interval"
-    error = dict(zip(*run.history.series("estimator/standard_error"), strict=True))
-    if all(step in error for step in steps):
-        both = [(v - 2 * error[s], v + 2 * error[s]) for s, v in zip(steps, values, strict=True)]
-        return ([low for low, _ in both], [high for _, high in both]), ", with two standard errors to both sides"
-    return None, ""
+    about = "delta_1, the change that the first order predicts for a step"
+    about += ", with its interval at 95% (Student's t over the prompts)." if known else "."
+    return join((tag("p", about, class_="about"), chart))
 
 
 def _step_response(run: Run) -> Html:
-    prefix = "lora_probe/step_response/"
-    names = sorted(
-        {name.removeprefix(prefix) for row in run.history.rows.values() for name in row if name.startswith(prefix)}
-    )
-    if not names:
+    steps, measured = run.history.series("step_response/measured")
+    same, predicted = run.history.series("step_response/predicted")
+    if not steps or steps != same:
         text = "No step response was recorded: the measured change of the loss at a step, beside the predicted one."
         return tag("p", text, class_="empty")
     about = (
-        "What a step changed, measured, beside what the gradient predicts; their ratio tends to 1 as steps get small."
+        "What a step changed the loss by: measured (solid), and predicted by its gradient (dashed). Their ratio tends "
+        "to 1 for small steps."
     )
-    return join(
-        (
-            tag("p", about, class_="about"),
-            tag("div", *(_metric(run, f"step_response/{n}") for n in names), class_="many"),
-        )
+    chart = line(
+        steps, [("a", measured), ("b", predicted)], zero=True, label="measured and predicted change over steps"
     )
+    ratio = [_metric(run, "step_response/ratio")] if run.history.series("step_response/ratio")[0] else []
+    return join((tag("p", about, class_="about"), chart, tag("div", *ratio, class_="many")))
 
 
 def _metrics(run: Run) -> Html:

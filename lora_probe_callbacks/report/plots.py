@@ -87,8 +87,8 @@ def _lines(ax: Any, report: ProbeReport, names: tuple[str, ...], label: str, *, 
 
 
 def _interval(ax: Any, report: ProbeReport) -> None:
-    series = report.history.series
-    (steps, low), (_, high) = series("estimator/low"), series("estimator/high")
-    if steps and len(low) == len(high):
-        ax.fill_between(steps, low, high, color=_BLUE, alpha=0.2)
+    ends = report.history.interval()
+    if ends:
+        low, high = zip(*ends.values(), strict=True)
+        ax.fill_between(list(ends), low, high, color=_BLUE, alpha=0.2)
     ax.axhline(0, color="gray", linewidth=0.8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from pathlib import Path
@@ -164,6 +165,15 @@ def test_the_layers_of_an_idle_adapter_need_not_run_if_they_do_not_move() -> Non
             module.forward = lambda hidden, *_, **__: hidden
     s = per_prompt_projection(case.model, case.loss_fn, direction)
     assert relative_error(s, per_prompt_projection(case.model, case.loss_fn, direction, backend="loop")) < 1e-10
+
+
+def test_the_tensors_of_a_direction_may_have_any_type(model: nn.Module) -> None:
+    dtypes = itertools.cycle([torch.float64, torch.float32, torch.bfloat16, torch.int32])
+    mixed = {name: (3 * mu).to(next(dtypes)) for name, mu in random_direction(model).items()}
+    loss_fn = language_loss(tokens())
+    s = per_prompt_projection(model, loss_fn, mixed)
+    expected = per_prompt_projection(model, loss_fn, {name: mu.double() for name, mu in mixed.items()})
+    assert relative_error(s, expected) < 1e-12
 
 
 def test_no_graph_around_the_call_is_needed(model: nn.Module) -> None:

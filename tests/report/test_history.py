@@ -38,6 +38,16 @@ def test_long_run_is_thinned_out_evenly_and_says_so() -> None:
     assert set(history.series("b")[0]) <= set(steps)
 
 
+def test_interval_is_students_t_and_needs_two_prompts() -> None:
+    history = History()
+    for step, count in enumerate((5.0, 1.0)):
+        values = {"delta_1": 1.0, "standard_error": 0.5, "count": count}
+        history.add(step, {f"lora_probe/estimator/{name}": value for name, value in values.items()})
+    ends = history.interval()
+    assert list(ends) == [0]
+    assert ends[0] == pytest.approx((1 - 2.776445 * 0.5, 1 + 2.776445 * 0.5), abs=1e-5)  # 4 degrees of freedom
+
+
 def test_plot_draws_what_was_logged_and_where_it_failed(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report = trained(tmp_path / "run.jsonl", event=merged_from(5))
@@ -58,7 +68,7 @@ def test_plot_shows_the_estimator_where_one_was_logged(tmp_path: Path) -> None:
     report = trained(tmp_path / "run.jsonl", steps=4)
     assert len(report.plot().axes) == 3
     for step in range(4):
-        values = {"delta_1": 0.1 * step, "low": -1.0, "high": 1.0}
+        values = {"delta_1": 0.1 * step, "standard_error": 0.5, "count": 5.0}
         report.history.add(step, {f"lora_probe/estimator/{name}": value for name, value in values.items()})
     figure = report.plot()
     assert len(figure.axes) == 4

@@ -172,14 +172,18 @@ def test_estimator_and_step_response_are_drawn_where_they_were_logged(healthy: P
             row["values"] |= {
                 "lora_probe/estimator/delta_1": delta,
                 "lora_probe/estimator/standard_error": 0.05,
+                "lora_probe/estimator/count": 8.0,
+                "lora_probe/step_response/measured": -0.098,
+                "lora_probe/step_response/predicted": -0.1,
                 "lora_probe/step_response/ratio": 0.98,
             }
         return line
 
     html = drawn(changed(healthy, folder / "estimator.jsonl", change))
     assert 'class="band"' in section(html, "estimator")
-    assert "two standard errors" in section(html, "estimator")
+    assert "Student's t" in section(html, "estimator").replace("&#x27;", "'")
     assert 'class="line a"' in section(html, "step-response")
+    assert 'class="line b"' in section(html, "step-response")
     assert "ratio" in section(html, "step-response")
 
 
