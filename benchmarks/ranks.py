@@ -13,9 +13,10 @@ import importlib.metadata
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -89,18 +90,16 @@ def train(
     autocast: bool = False,
 ) -> Any:
     """Six steps with other data on every rank; returns the report."""
-    with LoraProbeMonitor(model, optimizer, verbose=False, every_n_steps=2) as probe:
-        try:
-            for number in range(6):
-                before(number)
-                generator = torch.Generator().manual_seed(100 * number + dist.get_rank())
-                ids = torch.randint(1, 256, (2, 32), generator=generator).to(device)
-                with around(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    (called or model)(input_ids=ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        except LoraProbeError:
-            pass
+    probe = LoraProbeMonitor(model, optimizer, verbose=False, every_n_steps=2)
+    with suppress(LoraProbeError), probe:
+        for number in range(6):
+            before(number)
+            generator = torch.Generator().manual_seed(100 * number + dist.get_rank())
+            ids = torch.randint(1, 256, (2, 32), generator=generator).to(device)
+            with around(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                (called or model)(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
     return probe.report
 
 
@@ -109,15 +108,18 @@ def train(
 
 @scenario()
 def healthy_ddp(device: torch.device) -> Any:
+    """DDP as it should be."""
     model = ddp(lora(base()).to(device), device)
     return train(model, adamw(model), device, autocast=True)
 
 
 @scenario()
 def healthy_ddp_qlora(device: torch.device) -> Any:
+    """A 4-bit base in DDP."""
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"ranks-{os.environ.get('MASTER_PORT', '0')}-{dist.get_rank()}"
-    base().save_pretrained(folder)
+    folder = Path(tempfile.gettempdir()) / f"ranks-{os.environ['MASTER_PORT']}-{os.getppid()}" / "base"
+    base().save_pretrained(folder)  # only rank 0 writes
+    dist.barrier()
     loaded = LlamaForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map={"": device})
     model = ddp(lora(prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)), device)
     return train(model, adamw(model), device, autocast=True)
@@ -125,6 +127,7 @@ def healthy_ddp_qlora(device: torch.device) -> Any:
 
 @scenario()
 def healthy_fully_shard(device: torch.device) -> Any:
+    """fully_shard, with an adapter that belongs to the root."""
     model = lora(base(), target_modules=["q_proj", "v_proj", "lm_head"]).to(device)
     shard(model, model.base_model.model.model.layers, device)
     return train(model, adamw(model), device)
@@ -132,24 +135,28 @@ def healthy_fully_shard(device: torch.device) -> Any:
 
 @scenario()
 def healthy_fsdp1(device: torch.device) -> Any:
+    """FSDP1 with the original parameters."""
     model = FullyShardedDataParallel(lora(base()).to(device), use_orig_params=True, device_id=device)
     return train(model, adamw(model), device)
 
 
 @scenario("LP702")
 def inner_module_called(device: torch.device) -> Any:
+    """L01: the loss is made on the module inside DDP."""
     model = ddp(lora(base()).to(device), device)
     return train(model, adamw(model), device, called=model.module)
 
 
 @scenario("LP702")
 def no_sync_never_left(device: torch.device) -> Any:
+    """L04: every backward is inside no_sync()."""
     model = ddp(lora(base()).to(device), device)
     return train(model, adamw(model), device, around=model.no_sync)
 
 
 @scenario("LP703")
 def activated_after_wrapping(device: torch.device) -> Any:
+    """L02: another adapter is activated after DDP was made."""
     inner = lora(base())
     inner.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     model = ddp(inner.to(device), device)
@@ -159,6 +166,7 @@ def activated_after_wrapping(device: torch.device) -> Any:
 
 @scenario("LP703")
 def adapter_after_fully_shard(device: torch.device) -> Any:
+    """L03: the adapter stands beside the shards."""
     model = base().to(device)
     shard(model, model.model.layers, device)
     torch.manual_seed(50 + dist.get_rank())
@@ -168,6 +176,7 @@ def adapter_after_fully_shard(device: torch.device) -> Any:
 
 @scenario("LP202")
 def optimizer_before_fully_shard(device: torch.device) -> Any:
+    """E05: the optimizer holds what was there before the shards."""
     model = lora(base()).to(device)
     optimizer = adamw(model)
     shard(model, model.base_model.model.model.layers, device)
@@ -176,6 +185,7 @@ def optimizer_before_fully_shard(device: torch.device) -> Any:
 
 @scenario("LP701")
 def other_seeds_without_wrapper(device: torch.device) -> Any:
+    """L06: every rank initialises its own adapter."""
     inner = base()
     torch.manual_seed(dist.get_rank())
     model = lora(inner).to(device)
@@ -184,6 +194,7 @@ def other_seeds_without_wrapper(device: torch.device) -> Any:
 
 @scenario("LP103", 2)
 def merged_on_one_rank(device: torch.device) -> Any:
+    """One rank merges its adapter in step 2."""
     model = ddp(lora(base(), modules_to_save=["lm_head"]).to(device), device, find_unused_parameters=True)
 
     def before(step: int) -> None:
@@ -195,6 +206,7 @@ def merged_on_one_rank(device: torch.device) -> Any:
 
 @scenario("LP701", 2)
 def changed_on_one_rank(device: torch.device) -> Any:
+    """One rank writes other values in step 2."""
     model = ddp(lora(base()).to(device), device)
 
     def before(step: int) -> None:
@@ -249,27 +261,46 @@ def main() -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=120))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    folder = Path(tempfile.gettempdir()) / f"ranks-{os.environ['MASTER_PORT']}-{os.getppid()}"
+    folder.mkdir(exist_ok=True)
+
+    def meet(name: str) -> None:  # a group for each run: a collective that one has left incomplete is none of the next
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            init_method=f"file://{folder}/{name}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
+        )
+
     results: dict[str, Any] = {}
     for name in arguments.only:
+        meet(name)
         mine = judged(name, device)
-        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.destroy_process_group()
+        meet(f"{name}-result")
+        everybody: list[Any] = [None] * world
         dist.all_gather_object(everybody, mine)
+        dist.destroy_process_group()
         results[name] = {
             "passed": all(one["ok"] for one in everybody),
             "seconds": round(max(one["seconds"] for one in everybody), 2),
             **({} if all(one["ok"] for one in everybody) else {"why": [one["why"] for one in everybody]}),
         }
-        if dist.get_rank() == 0:
+        if rank == 0:
             print(name, results[name], flush=True)
+    meet("exchange")
     cost = exchange_milliseconds()
-    if dist.get_rank() == 0:
+    backend = dist.get_backend()
+    dist.destroy_process_group()
+    if rank == 0:
         kind = torch.cuda.get_device_name(device) if cuda else "cpu"
         packages = ("torch", "transformers", "peft", "bitsandbytes", "lora_probe_callbacks")
         written = {
             "versions": {name: importlib.metadata.version(name) for name in packages},
-            "devices": [kind] * dist.get_world_size(),
-            "backend": dist.get_backend(),
+            "devices": [kind] * world,
+            "backend": backend,
             "passed": sum(one["passed"] for one in results.values()),
             "failed": sum(not one["passed"] for one in results.values()),
             "exchange_bytes": SIZE,
@@ -279,7 +310,6 @@ def main() -> None:
         path = Path(__file__).parent / "results" / f"ranks-{kind.lower().replace(' ', '-')}.json"
         path.write_text(json.dumps(written, indent=2) + "\n")
         print(f"{written['passed']} passed, {written['failed']} failed, exchange {cost:.2f} ms: {path.name}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
