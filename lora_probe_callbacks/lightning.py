@@ -106,7 +106,9 @@ class LoraProbe(Callback):
         healthy = self._session.report.metrics.get("lora_probe/healthy")
         if healthy is not None and not trainer.barebones:
             pl_module.log("lora_probe/healthy", healthy, prog_bar=True, logger=False, rank_zero_only=True)
-        if trainer.strategy.reduce_boolean_decision(self._session.should_stop, all=False):
+        # A collective of Lightning's at every batch, only where somebody may have to stop.
+        stoppable = self._config.on_failure == "stop"
+        if stoppable and trainer.strategy.reduce_boolean_decision(self._session.should_stop, all=False):
             trainer.should_stop = True
 
     @override

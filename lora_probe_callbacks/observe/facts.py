@@ -10,13 +10,15 @@ has. Both are numbered; the numbers are indices into ``Facts.slots`` and ``Facts
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["A", "B", "other"]
 Mode = Literal["active", "inactive", "disabled", "merged"]
 Moment = Literal["start", "step", "skipped", "end", "exception"]
+WrapperKind = Literal["DistributedDataParallel", "FullyShardedDataParallel", "fully_shard", "DeepSpeed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class SlotFact:
         weight_decay: Of its parameter group, or None without an owner.
         frozen_by_intent: Named by ``frozen=`` or by PEFT as not meant to train.
         half: The tensor is stored in 16 bits.
-        numel: Number of elements.
+        numel: Number of elements that this rank holds.
     """
 
     name: str
@@ -282,6 +284,181 @@ class StepResponse:
 
 
 @dataclass(frozen=True, slots=True)
+class Wrapping:
+    """What holds several processes together, as this one sees it.
+
+    Attributes:
+        kind: The wrapper, or None if there is none.
+        first: The smallest rank of those that it holds together, -1 where that is unknown.
+        entered: The wrapper's own forward ran in this step, None where that was not seen.
+        synced: Its last forward was outside ``no_sync``.
+        hook: A communication hook decides what is reduced.
+        unmanaged: Slots beside it: their gradients are not reduced by it.
+        whole: Number of tensors of which every rank holds a copy.
+    """
+
+    kind: WrapperKind | None
+    first: int
+    entered: bool | None
+    synced: bool
+    hook: bool
+    unmanaged: tuple[int, ...]
+    whole: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over the adapter tensors of which a rank holds shards, and over those that it holds whole.
+
+    Sums over shards add up over the ranks; in a sum of squares they make the norm of the whole tensor.
+    """
+
+    gradients: tuple[float, float] = (0.0, 0.0)  # squares, of A and B, as read at the decision
+    received: tuple[float, float] = (0.0, 0.0)  # squares, of A and B, as the optimizer got them in the last update
+    moved: tuple[float, float] = (0.0, 0.0)  # elements, of A and B
+    elements: tuple[float, float] = (0.0, 0.0)
+    size: float = 0.0  # squares of the change
+    norm: float = 0.0  # squares of the tensors after it
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums.of([a + b for a, b in zip(self.values, other.values, strict=True)])
+
+    @property
+    def values(self) -> list[float]:
+        """All ten, in order."""
+        return [*self.gradients, *self.received, *self.moved, *self.elements, self.size, self.norm]
+
+    @classmethod
+    def of(cls, values: Collection[float]) -> Sums:
+        """The inverse of :attr:`values`."""
+        a, b, c, d, e, f, g, h, size, norm = values
+        return cls((a, b), (c, d), (e, f), (g, h), size, norm)
+
+
+# A sample of what ranks hold in common: for A, B and the rest two projections and a norm.
+Sample = tuple[float, ...]
+SAMPLE = 9
+NEAR = 1e-3  # of the norm: equal hardware gives equal bits, and unreduced gradients differ by their own size
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What one rank has sent at a decision.
+
+    Attributes:
+        moment: Where it is.
+        step: In which step.
+        broken: Its probe has stepped aside after an error of its own.
+        bad: Code to status, of what it found.
+        first: See :class:`Wrapping`.
+        whole: See :class:`Wrapping`.
+        unmanaged: Number of its slots beside the wrapper.
+        final: Nothing can change its gradients before the update.
+        bypassed: The wrapper's own forward did not run.
+        unsynced: Its last forward was inside ``no_sync``.
+        hook: A communication hook decides what is reduced.
+        tensors: Sample of the tensors of which every rank holds a copy.
+        gradients: The same of their gradients.
+        shards: Its sums over shards.
+        words: Code, message, what was got and expected, and cause of the first thing that it found.
+    """
+
+    moment: Moment
+    step: int
+    broken: bool
+    bad: tuple[tuple[str, Literal["warn", "fail"]], ...]
+    first: int
+    whole: int
+    unmanaged: int
+    final: bool
+    bypassed: bool
+    unsynced: bool
+    hook: bool
+    tensors: Sample
+    gradients: Sample
+    shards: Sums
+    words: tuple[str, str, str, str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RanksFact:
+    """What all ranks have sent at one decision, equal on all of them.
+
+    Attributes:
+        reports: One a rank.
+        rank: This rank.
+        equal_at_start: Tensors were equal at the first decision.
+        differed_before: Gradients differed when they were last compared.
+    """
+
+    reports: tuple[RankReport, ...]
+    rank: int
+    equal_at_start: bool = True
+    differed_before: bool = False
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """Codes of what some rank saw of itself, apart from mere hints: causes of what differs between ranks."""
+        hints = ("LP104", "LP301", "LP302", "LP303")
+        codes = {c for r in self.reports for c, status in r.bad if status == "fail" or c in hints}
+        return tuple(sorted(c for c in codes if not c.startswith("LP7")))
+
+    @property
+    def tensors_differ(self) -> tuple[int, int, float] | None:
+        """Two ranks that hold different adapter tensors, and by how much of their norm; None if none do."""
+        return self._differ([r.tensors for r in self.reports])
+
+    @property
+    def gradients_differ(self) -> tuple[int, int, float] | None:
+        """The same of the gradients that the optimizer is about to apply on all ranks."""
+        return self._differ([r.gradients for r in self.reports]) if self.stepping else None
+
+    @property
+    def stepping(self) -> bool:
+        """All ranks hold gradients, and their optimizers are about to apply them."""
+        return all(r.moment == "step" for r in self.reports) and any(any(r.gradients) for r in self.reports)
+
+    @property
+    def bypassed(self) -> bool:
+        """On some rank the wrapper's own forward did not run."""
+        return any(r.bypassed for r in self.reports)
+
+    @property
+    def unsynced(self) -> bool:
+        """On some rank the last forward was inside ``no_sync``."""
+        return any(r.unsynced for r in self.reports)
+
+    @property
+    def unmanaged(self) -> int:
+        """The most tensors that the wrapper of some rank leaves out."""
+        return max(r.unmanaged for r in self.reports)
+
+    def _differ(self, samples: list[Sample]) -> tuple[int, int, float] | None:
+        worst: tuple[int, int, float] | None = None
+        for b in range(1, len(samples)):
+            same = [a for a in range(b) if self.reports[a].first == self.reports[b].first]
+            if not same or self.reports[same[0]].whole != self.reports[b].whole:
+                continue
+            a = same[0]
+            apart = _apart(samples[a], samples[b])
+            if apart > NEAR and (worst is None or apart > worst[2]):
+                worst = (a, b, apart)
+        return worst
+
+
+def _apart(some: Sample, others: Sample) -> float:
+    """The largest difference of two samples, relative to the norm of the role that it is in."""
+    if not all(map(math.isfinite, (*some, *others))):
+        return 0.0
+    largest = 0.0
+    for role in range(0, SAMPLE, 3):
+        norm = max(some[role + 2], others[role + 2])
+        if norm > 0:
+            largest = max(largest, *(abs(some[i] - others[i]) / norm for i in range(role, role + 3)))
+    return largest
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """All that is known at one decision.
 
@@ -326,6 +503,14 @@ class Facts:
     why_not_repeated: str | None = None
     estimators: tuple[EstimatorFact, ...] = ()  # looked at since the last decision
     responses: tuple[StepResponse, ...] = ()  # of the steps in which it was looked for, the last ones
+    wrapping: Wrapping | None = None  # None in a run of one process
+    shards: Mapping[int, float] = field(default_factory=dict)  # slot of which this rank holds a part, and its weight
+    shard_sums: Sums = Sums()  # of this rank
+    sums: Sums | None = None  # of all slots, over all ranks that were heard
+    tensor_sample: Sample = (0.0,) * SAMPLE
+    gradient_sample: Sample = (0.0,) * SAMPLE
+    ranks: RanksFact | None = None  # None: not exchanged at this decision
+    why_alone: str = "there is one process"  # why nothing will be exchanged; empty while ranks decide together
 
     @property
     def training_forwards(self) -> tuple[ForwardFact, ...]:

@@ -9,6 +9,7 @@ again inside the backward.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.observe.adapters import Inventory, Unit
@@ -49,12 +51,14 @@ class Candidate:
     why_unknown: str | None = None
     cotangent: torch.Tensor | None = None  # of an output of one element: the loss, as a rule
     called: set[int] = field(default_factory=set)  # ids of the modules that ran inside
+    inside: dict[int, int] = field(default_factory=dict)  # tensor id to slot, as a sharded model shows them inside
 
     def fact(self, slot_of: dict[int, int]) -> ForwardFact:
         """What the checks may know of it; ``slot_of`` maps a tensor's id to its slot."""
         reached = None
         if self.leaves is not None and self.why_unknown is None:
-            reached = frozenset(slot_of[i] for i in self.leaves if i in slot_of)
+            slots = {**slot_of, **self.inside}
+            reached = frozenset(slots[i] for i in self.leaves if i in slots)
         return ForwardFact(
             module=self.module,
             received=self.received,
@@ -127,6 +131,8 @@ class ForwardObserver:
         self.merged_seen = False
         self.witness: WeightWitness | None = None
         self.paused = False  # while the probe itself runs the model
+        self.bare = False  # only follow the steps, observe nothing: after an error of the probe, for the other ranks
+        self.sharded = False  # the tensors inside a forward are not those outside
         self.traced = False  # hooks ended up inside a compiled region
         self._before = before
         self._after = after
@@ -150,6 +156,8 @@ class ForwardObserver:
         self._units_of: dict[int, list[int]] = {}
         for index, unit in enumerate(units):
             self._units_of.setdefault(id(unit.layer.called), []).append(index)
+        starts = itertools.accumulate((len(unit.slots) for unit in units), initial=0)
+        self._first_slot = list(starts)[: len(units)]
         names = [unit.layer.name for unit in units]
         self._above_expected = {
             id(module)
@@ -204,7 +212,10 @@ class ForwardObserver:
                 self._hook(layer.called, layer.name)
 
     def _hook(self, module: nn.Module, name: str) -> None:
-        enter = module.register_forward_pre_hook(_Hook(self, self._enter, name), with_kwargs=True)
+        # fully_shard gathers parameters in a pre-hook of its own: the tensors are looked at before it.
+        enter = module.register_forward_pre_hook(
+            _Hook(self, self._enter, name), with_kwargs=True, prepend=isinstance(module, FSDPModule)
+        )
         leave = module.register_forward_hook(_Hook(self, self._leave, name), with_kwargs=True, always_call=True)
         self._handles += [(module, enter), (module, leave)]
 
@@ -302,6 +313,10 @@ class ForwardObserver:
         return frames
 
     def _new_candidate(self, name: str, module: nn.Module) -> Candidate:
+        if self.bare:
+            candidate = Candidate("", (), (), None, set(), holds_expected=False)
+            self.candidates.append(candidate)
+            return candidate
         observable = not any(unit.layer.compiled for unit in self.units)
         candidate = Candidate(
             module=describe(name, module),
@@ -328,6 +343,12 @@ class ForwardObserver:
             if torch.is_grad_enabled():
                 candidate.with_grad.add(index)
             candidate.calls[index] = (good + (mode == "active"), total + 1, bad if mode == "active" else mode)
+            if self.sharded:
+                for slot, tensor in enumerate((s.tensor for s in unit.slots), start=self._first_slot[index]):
+                    if tensor is None:  # FSDP1 shows a view of its flat parameter, and the graph ends in that
+                        candidate.why_unknown = "parameters are views of flat ones inside the forward"
+                    else:
+                        candidate.inside[id(tensor)] = slot
 
     def _finish(self, candidate: Candidate, output: Any) -> None:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
@@ -335,17 +356,19 @@ class ForwardObserver:
         candidate.carries_graph = bool(outputs)
         alike = self._walked.setdefault(key, [])
         # One walk serves all micro-batches of the same kind, but none serves that was not for training.
-        if len(alike) < _WALKS and not any(c.received for c in alike):
+        if not self.bare and len(alike) < _WALKS and not any(c.received for c in alike):
             alike.append(candidate)
             found = walk(outputs)
-            candidate.leaves, candidate.why_unknown = set(found.leaves), found.blind
+            candidate.leaves = set(found.leaves)
+            candidate.why_unknown = (candidate.why_unknown or found.blind) if outputs else None
         for tensor in outputs:
             mark(tensor, candidate)
             handle = tensor.register_hook(_Hook(self, self._receive, candidate))  # type: ignore[no-untyped-call]
             self._output_handles.append(handle)
 
     def _receive(self, candidate: Candidate, grad: torch.Tensor | None) -> None:
-        if grad is None:  # an output of a compiled region that this loss does not use
+        # An output of a compiled region that this loss does not use, or under DDP's find_unused_parameters.
+        if grad is None:
             return
         if grad.numel() == 1 and grad.dtype != torch.float16:  # 65536 overflows in float16, and scaling cures it
             candidate.cotangent = grad.detach()
@@ -354,6 +377,8 @@ class ForwardObserver:
         candidate.received = True
         if self.witness is not None:
             self.witness.paused = True  # whoever reads a weight from now on does not make this loss with it
+        if self.bare:
+            return
         try:
             candidate.modes_at_backward = self.modes()
             candidate.active_at_backward = self.inventory.active

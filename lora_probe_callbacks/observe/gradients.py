@@ -49,6 +49,7 @@ def read_gradients(
     Returns:
         A reading that yields facts after ``readout.fetch()``.
     """
+    tensors = {slot: t for slot, t in tensors.items() if local(t).numel()}  # a rank may hold no row of a short tensor
     grads = {slot: t.grad for slot, t in tensors.items() if t.grad is not None}
     present = list(grads)
     if not present:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim import Optimizer
 
-from lora_probe_callbacks.observe.facts import BaseDrift, GradientFact, StepUpdate
+from lora_probe_callbacks.observe.facts import SAMPLE, BaseDrift, GradientFact, Role, Sample, StepUpdate
 from lora_probe_callbacks.observe.gradients import GradientReading, read_gradients
 from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale
-from lora_probe_callbacks.observe.readout import Readout
+from lora_probe_callbacks.observe.ranks import sample
+from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.scene import Scene
 from lora_probe_callbacks.observe.updates import BaseSample, UpdateReading, copy_before, read_update
 
@@ -34,6 +35,8 @@ class Readings:
         drift: Of sampled base weights.
         skipped_inside: Whether a fused optimizer left the update out by itself; None where it was not asked to decide.
         all_non_finite: Nothing that arrived was finite: no change of the loss scale cures that.
+        tensor_sample: Of what every rank should hold alike, if it was asked for.
+        gradient_sample: The same of the gradients.
     """
 
     gradients: tuple[GradientFact | None, ...]
@@ -43,6 +46,8 @@ class Readings:
     drift: BaseDrift | None
     skipped_inside: bool | None
     all_non_finite: bool
+    tensor_sample: Sample
+    gradient_sample: Sample
 
 
 @dataclass(eq=False, slots=True)
@@ -56,6 +61,8 @@ class _Tickets:
     before: range | None = None
     after: range | None = None
     skipped: range | None = None
+    tensor_sample: range | None = None
+    gradient_sample: range | None = None
 
 
 class DeviceReader:
@@ -106,6 +113,21 @@ class DeviceReader:
             mine = self._scene.tensors(optimizer, unowned=False)
             self._scaled[optimizer] = read_gradients(mine, self._tickets.readout, scale)
 
+    def read_samples(self, optimizer: int | None) -> None:
+        """Sample what every rank should hold alike, and its gradients if an optimizer is about to apply them."""
+        scene, tickets = self._scene, self._tickets
+        tickets.tensor_sample = self._sampled(scene.whole())
+        if optimizer is not None:
+            mine = scene.tensors(optimizer, unowned=True)
+            grads = {i: t.grad for i, t in scene.whole().items() if i in mine and t.grad is not None}
+            tickets.gradient_sample = self._sampled({i: g for i, g in grads.items() if not g.is_sparse})
+
+    def _sampled(self, tensors: dict[int, torch.Tensor]) -> range:
+        by_role: dict[Role, list[torch.Tensor]] = {"A": [], "B": [], "other": []}
+        for index, tensor in tensors.items():
+            by_role[self._scene.slots[index].role].append(local(tensor))
+        return self._tickets.readout.add(sample(list(by_role.values()), self._scene.device))
+
     def read_after(self, optimizer: int, step: int, framework_step: int) -> None:
         """Directly after a step: what did it change, and what were the gradients that it got?"""
         copies, received = self._copies.pop(optimizer, None), self._scaled.pop(optimizer, None)
@@ -143,6 +165,10 @@ class DeviceReader:
         present = [g for g in gradients if g is not None and g.present]
         hopeless = any(not math.isfinite(v) for v in readout.get(arrived))
         skipped = None if tickets.skipped is None else readout.get(tickets.skipped)[0] > 0
+        samples = [
+            (0.0,) * SAMPLE if ticket is None else tuple(readout.get(ticket))
+            for ticket in (tickets.tensor_sample, tickets.gradient_sample)
+        ]
         return Readings(
             gradients=gradients,
             update=None if skipped else self._update(tickets),
@@ -151,6 +177,8 @@ class DeviceReader:
             drift=None if drift is None else self._sample.fact(readout.get(drift), merges),
             skipped_inside=skipped,
             all_non_finite=hopeless or (bool(present) and not any(g.finite for g in present)),
+            tensor_sample=samples[0],
+            gradient_sample=samples[1],
         )
 
     def _update(self, tickets: _Tickets) -> StepUpdate | None:

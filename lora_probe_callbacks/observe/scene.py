@@ -12,13 +12,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer, Inventory, Slot, Unit, take_inventory
-from lora_probe_callbacks.observe.facts import ForwardFact, GradientFact, OtherAdapter, SlotFact, UnitFact
+from lora_probe_callbacks.observe.facts import (
+    ForwardFact,
+    GradientFact,
+    OtherAdapter,
+    SlotFact,
+    UnitFact,
+    Wrapping,
+)
 from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
-from lora_probe_callbacks.observe.readout import Readout
+from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.updates import Fingerprints
+from lora_probe_callbacks.observe.wrappers import DataParallel, is_flat, is_shard, replicas, tensor_parallel
 
-__all__ = ["Scene", "base_weight"]
+__all__ = ["FlatParametersError", "Scene", "base_weight"]
+
+
+class FlatParametersError(ValueError):
+    """The adapter's tensors were poured into flat parameters: no slot holds one of them."""
 
 
 class Scene:
@@ -65,6 +77,11 @@ class Scene:
     def _check_names(self) -> None:
         inventory = self.inventory
         if not inventory.units and not inventory.unloaded:
+            if any(is_flat(p) for _, root in self.roots for p in root.parameters()):
+                raise FlatParametersError(
+                    "the adapter is part of flat parameters of FullyShardedDataParallel, in which no tensor of it "
+                    "can be told apart: pass use_orig_params=True"
+                )
             names = ", ".join(f"{name or 'the model'} ({type(module).__name__})" for name, module in self.roots)
             raise ValueError(
                 f"found no PEFT adapter in {names}; expected a PeftModel or a model with add_adapter(): attach the "
@@ -184,6 +201,50 @@ class Scene:
                 found[index] = tensor
         return found
 
+    def whole(self) -> dict[int, torch.Tensor]:
+        """Slots that are meant to train and of which this rank holds all."""
+        return {
+            index: tensor
+            for index, slot in enumerate(self.slots)
+            if (tensor := slot.tensor) is not None and not is_shard(tensor) and not self._kept(slot)
+        }
+
+    def shards(self) -> dict[int, float]:
+        """Slots of which this rank holds a part, and by how many ranks that part is held, inverted."""
+        return {
+            index: 1 / replicas(tensor)
+            for index, slot in enumerate(self.slots)
+            if (tensor := slot.tensor) is not None and is_shard(tensor)
+        }
+
+    def wrapping(self, parallel: DataParallel | None, called: set[int], *, synced: bool) -> Wrapping:
+        """What holds several processes together, and what it leaves out.
+
+        Args:
+            parallel: The wrapper, if there is one.
+            called: Ids of the modules that ran in training forwards.
+            synced: The last of these forwards was outside ``no_sync``.
+
+        Returns:
+            The fact.
+        """
+        whole = self.whole()
+        if parallel is None:
+            together = not tensor_parallel([root for _, root in self.roots])
+            return Wrapping(None, -1, None, True, False, (), len(whole) if together else 0)
+        shard = next((t for i in self.shards() if (t := self.slots[i].tensor) is not None), None)
+        mesh = getattr(shard, "device_mesh", None)
+        first = int(mesh.mesh.min()) if mesh is not None else min(parallel.ranks, default=-1)
+        return Wrapping(
+            kind=parallel.kind,
+            first=first,
+            entered=id(parallel.module) in called if called else None,
+            synced=synced,
+            hook=parallel.hook,
+            unmanaged=tuple(i for i, t in whole.items() if t.requires_grad and not parallel.manages(t)),
+            whole=len(whole),
+        )
+
     def slot_of(self) -> dict[int, int]:
         """Tensor id to slot."""
         return {id(t): i for i, s in enumerate(self.slots) if (t := s.tensor) is not None}
@@ -209,10 +270,13 @@ class Scene:
             owner=None if own is None else own.optimizer,
             learning_rate=None if own is None else own.learning_rate,
             weight_decay=None if own is None else own.weight_decay,
-            frozen_by_intent=slot.frozen or any(part in slot.name for part in self._frozen),
+            frozen_by_intent=self._kept(slot),
             half=tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16),
-            numel=0 if tensor is None else tensor.numel(),
+            numel=0 if tensor is None else local(tensor).numel(),
         )
+
+    def _kept(self, slot: Slot) -> bool:
+        return slot.frozen or any(part in slot.name for part in self._frozen)
 
     def unit_facts(
         self,

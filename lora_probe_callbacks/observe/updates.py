@@ -77,10 +77,11 @@ def read_update(
     Returns:
         A reading that yields facts after ``readout.fetch()``, or None if there is nothing to compare.
     """
-    slots = [s for s in before if s in tensors and tensors[s].shape == before[s].shape and before[s].numel()]
+    now = {s: local(t) for s, t in tensors.items()}
+    slots = [s for s in before if s in now and now[s].shape == before[s].shape and before[s].numel()]
     if not slots:
         return None
-    after = [local(tensors[s]) for s in slots]
+    after = [now[s] for s in slots]
     change = [before[s] for s in slots]
     start = readout.add(norms(change, 2))
     largest = readout.add(norms(after, math.inf))
@@ -186,6 +187,8 @@ def _base_weight(layer: AdaptedLayer) -> torch.Tensor | None:
     if not layer.lora:
         return None
     weight = getattr(layer.module.get_base_layer(), "weight", None)  # type: ignore[operator]
-    if not isinstance(weight, torch.Tensor) or weight.device.type == "meta" or not weight.numel():
+    if not isinstance(weight, torch.Tensor) or weight.device.type == "meta" or not local(weight).numel():
         return None
+    if not local(weight).untyped_storage().size():
+        return None  # a view into a flat parameter of FSDP1 that is not gathered at the moment
     return weight

@@ -3,11 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from lora_probe_callbacks.observe.facts import Facts, Role, StepResponse
+from lora_probe_callbacks.observe.facts import Facts, Role, StepResponse, Sums
 
-__all__ = ["metrics_of_response", "metrics_of_step", "metrics_of_update"]
+__all__ = ["metrics_of_response", "metrics_of_step", "metrics_of_update", "sums_of"]
+
+_ROLES: tuple[Role, Role] = ("A", "B")
+
+
+def sums_of(facts: Facts, weights: Mapping[int, float]) -> Sums:
+    """Sums over some slots, for norms over all of them.
+
+    Args:
+        facts: What is known at a decision.
+        weights: Slot to its share: 1, or less for a shard that several ranks hold.
+
+    Returns:
+        Sums of squares and of elements.
+    """
+
+    def total(values: Iterable[tuple[int, float]], role: Role | None = None) -> float:
+        return sum(weights.get(i, 0.0) * v for i, v in values if role is None or facts.slots[i].role == role)
+
+    read = [(i, g.norm**2) for i, g in enumerate(facts.gradients) if g is not None and i in facts.intended]
+    update = facts.update
+    updates = [] if update is None else [(i, u) for i, u in enumerate(update.slots) if u is not None]
+    norms = [] if update is None else [(i, n**2) for i, n in enumerate(update.gradient_norms) if n is not None]
+    moved = [(i, facts.slots[i].numel * u.moved) for i, u in updates]
+    elements = [(i, float(facts.slots[i].numel)) for i, _ in updates]
+    a, b = _ROLES
+    return Sums(
+        gradients=(total(read, a), total(read, b)),
+        received=(total(norms, a), total(norms, b)),
+        moved=(total(moved, a), total(moved, b)),
+        elements=(total(elements, a), total(elements, b)),
+        size=total((i, u.size**2) for i, u in updates),
+        norm=total((i, u.norm**2) for i, u in updates),
+    )
+
+
+def _sums(facts: Facts) -> Sums:
+    return facts.sums or sums_of(facts, dict.fromkeys(range(len(facts.slots)), 1.0))
 
 
 def metrics_of_step(facts: Facts) -> dict[str, float]:
@@ -34,9 +71,8 @@ def metrics_of_step(facts: Facts) -> dict[str, float]:
     read = [(i, g) for i, g in enumerate(facts.gradients) if g is not None and i in intended]
     if read:
         values["reachability/loss_fraction"] = sum(g.present for _, g in read) / len(read)
-        for role in ("A", "B"):
-            norms = [g.norm for i, g in read if facts.slots[i].role == role]
-            values[f"gradient/norm_{role}"] = math.sqrt(sum(n * n for n in norms))
+        for role, squares in zip(_ROLES, _sums(facts).gradients, strict=True):
+            values[f"gradient/norm_{role}"] = math.sqrt(squares)
     led = [e.reached for e in facts.estimators if e.reached is not None]
     if led and intended:
         values["reachability/estimator_fraction"] = len(led[-1] & intended) / len(intended)
@@ -54,21 +90,14 @@ def metrics_of_update(facts: Facts) -> dict[str, float]:
     """
     if facts.update is None:
         return {}
-    updates = [(facts.slots[i], u) for i, u in enumerate(facts.update.slots) if u is not None]
-    size, norm = _root((u.size for _, u in updates)), _root((u.norm for _, u in updates))
-    values = {"update/relative_norm": size / norm if norm else 0.0}
-    roles: tuple[Role, ...] = ("A", "B")
-    for role in roles:
-        mine = [(s.numel, u.moved) for s, u in updates if s.role == role]
-        elements = sum(n for n, _ in mine)
-        norms = [
-            n
-            for s, n in zip(facts.slots, facts.update.gradient_norms, strict=False)
-            if n is not None and s.role == role
-        ]
-        if norms:  # after clipping, which a reading before the step may come before
-            values[f"gradient/norm_{role}"] = _root(norms)
-        values[f"update/moved_fraction_{role}"] = sum(n * m for n, m in mine) / elements if elements else 0.0
+    sums = _sums(facts)
+    values = {"update/relative_norm": math.sqrt(sums.size / sums.norm) if sums.norm else 0.0}
+    present = {s.role for s, n in zip(facts.slots, facts.update.gradient_norms, strict=False) if n is not None}
+    for index, role in enumerate(_ROLES):
+        if role in present or sums.received[index]:  # after clipping, which a reading before the step may come before
+            values[f"gradient/norm_{role}"] = math.sqrt(sums.received[index])
+        elements = sums.elements[index]
+        values[f"update/moved_fraction_{role}"] = sums.moved[index] / elements if elements else 0.0
     return {f"lora_probe/{name}": value for name, value in values.items()}
 
 
@@ -87,7 +116,3 @@ def metrics_of_response(response: StepResponse) -> dict[str, float]:
     if response.predicted:
         values["ratio"] = response.measured / response.predicted
     return {f"lora_probe/step_response/{name}": value for name, value in values.items()}
-
-
-def _root(values: Iterable[float]) -> float:
-    return math.sqrt(sum(v * v for v in values))

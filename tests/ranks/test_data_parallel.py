@@ -1,0 +1,139 @@
+"""Two processes under DistributedDataParallel: public faults are found on all ranks, healthy runs are quiet."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from processes import Outcome, assert_all_found, assert_all_healthy, in_processes, loop
+from torch.nn.parallel import DistributedDataParallel
+from training import adamw, config, llama, lora, trainable
+
+pytestmark = pytest.mark.timeout(120)
+SCENARIOS: dict[str, Any] = {}
+
+
+def scenario(function: Any) -> Any:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+@scenario
+def healthy(rank: int, world: int) -> Outcome:
+    model = DistributedDataParallel(lora())
+    return loop(model, adamw(model), rank, every_n_steps=3, steps=8)
+
+
+@scenario
+def healthy_accumulation(rank: int, world: int) -> Outcome:
+    model = DistributedDataParallel(lora())
+
+    def around(step: int, micro: int) -> Any:
+        return model.no_sync() if micro < 2 else nullcontext()
+
+    return loop(model, adamw(model), rank, accumulate=3, around=around)
+
+
+@scenario
+def healthy_with_unused_outputs(rank: int, world: int) -> Outcome:
+    model = DistributedDataParallel(lora(), find_unused_parameters=True)
+    return loop(model, adamw(model), rank)
+
+
+@scenario
+def inner_module_called(rank: int, world: int) -> Outcome:  # L01
+    model = DistributedDataParallel(lora())
+    return loop(model, adamw(model), rank, called=model.module)
+
+
+@scenario
+def activated_after_wrapping(rank: int, world: int) -> Outcome:  # L02
+    inner = lora()
+    inner.add_adapter("b", config())
+    model = DistributedDataParallel(inner, find_unused_parameters=True)
+    inner.set_adapter("b")
+    return loop(model, adamw(model), rank)
+
+
+@scenario
+def added_after_wrapping(rank: int, world: int) -> Outcome:  # L02
+    inner = lora()
+    model = DistributedDataParallel(inner, find_unused_parameters=True)
+    torch.manual_seed(rank)
+    inner.add_adapter("b", config())
+    inner.set_adapter("b")
+    return loop(model, adamw(model), rank)
+
+
+@scenario
+def no_sync_never_left(rank: int, world: int) -> Outcome:  # L04
+    model = DistributedDataParallel(lora())
+    return loop(model, adamw(model), rank, around=lambda step, micro: model.no_sync())
+
+
+@scenario
+def no_wrapper_other_seeds(rank: int, world: int) -> Outcome:  # L06
+    base = llama()
+    torch.manual_seed(rank)
+    model = get_peft_model(base, config())
+    return loop(model, adamw(model), rank)
+
+
+@scenario
+def other_seeds_reduced_by_hand(rank: int, world: int) -> Outcome:  # L06
+    base = llama()
+    torch.manual_seed(rank)
+    model = get_peft_model(base, config())
+
+    def reduce(step: int) -> None:
+        for tensor in trainable(model):
+            torch.distributed.all_reduce(tensor.grad)
+
+    return loop(model, adamw(model), rank, before_step=reduce)
+
+
+@scenario
+def healthy_reduced_by_hand(rank: int, world: int) -> Outcome:
+    model = lora()
+
+    def reduce(step: int) -> None:
+        for tensor in trainable(model):
+            torch.distributed.all_reduce(tensor.grad)
+
+    return loop(model, adamw(model), rank, before_step=reduce)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return in_processes(SCENARIOS, 2, Path(tmp_path_factory.mktemp("ranks")))
+
+
+@pytest.mark.parametrize(
+    "name", ["healthy", "healthy_accumulation", "healthy_with_unused_outputs", "healthy_reduced_by_hand"]
+)
+def test_healthy_run_is_quiet(outcomes: dict[str, list[Any]], name: str) -> None:
+    assert_all_healthy(outcomes[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "status", "words"),
+    [
+        ("inner_module_called", "LP702", "fail", "whose own forward never ran"),
+        ("activated_after_wrapping", "LP703", "fail", "8 adapter tensors are not managed by DistributedDataParallel"),
+        ("added_after_wrapping", "LP703", "fail", "8 adapter tensors are not managed by DistributedDataParallel"),
+        ("no_sync_never_left", "LP702", "fail", "no_sync"),
+        ("no_wrapper_other_seeds", "LP701", "warn", "each rank trains its own adapter"),
+    ],
+)
+def test_fault_is_found_on_all_ranks(
+    outcomes: dict[str, list[Any]], name: str, code: str, status: str, words: str
+) -> None:
+    assert_all_found(outcomes[name], code, 0, status, words)
+
+
+def test_tensors_that_differ_although_gradients_agree_fail(outcomes: dict[str, list[Any]]) -> None:
+    assert_all_found(outcomes["other_seeds_reduced_by_hand"], "LP701", 0, "fail", "different adapter tensors")
