@@ -26,7 +26,8 @@ def sums_of(facts: Facts, weights: Mapping[int, float]) -> Sums:
     def total(values: Iterable[tuple[int, float]], role: Role | None = None) -> float:
         return sum(weights.get(i, 0.0) * v for i, v in values if role is None or facts.slots[i].role == role)
 
-    read = [(i, g.norm**2) for i, g in enumerate(facts.gradients) if g is not None and i in facts.intended]
+    intended = facts.intended
+    read = [(i, g.norm**2) for i, g in enumerate(facts.gradients) if g is not None and i in intended]
     update = facts.update
     updates = [] if update is None else [(i, u) for i, u in enumerate(update.slots) if u is not None]
     norms = [] if update is None else [(i, n**2) for i, n in enumerate(update.gradient_norms) if n is not None]
