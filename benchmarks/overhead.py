@@ -366,7 +366,7 @@ def _lightning(blocks: int, steps: int) -> dict[str, dict[str, float]]:
 
     def run(probes: list[lightning.Callback]) -> float:
         trainer = lightning.Trainer(
-            max_steps=4 + steps, callbacks=probes, logger=False, enable_checkpointing=False, barebones=not probes,
+            max_steps=4 + steps, callbacks=probes, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
         )  # fmt: skip
         began = time.perf_counter()
