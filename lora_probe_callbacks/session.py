@@ -673,6 +673,7 @@ class ProbeSession:
             # Reading the scale costs a transfer: only when steps are being skipped.
             loss_scale=float(self._scaler.get_scale()) if self._scaler is not None and skipped else None,
             all_non_finite=readings.all_non_finite,
+            packed=scene.packed(),
             stale_forward=None if self._repeat is None else self._repeat.stale,
             why_not_repeated=None if self._repeat is None else self._repeat.why_not,
             responses=self._responses,

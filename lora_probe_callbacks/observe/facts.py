@@ -98,6 +98,7 @@ class ForwardFact:
     with_grad: frozenset[int] | None = None  # units whose layer ran with gradients enabled
     holds_expected: bool = True  # some expected unit lies below the called module
     carries_graph: bool = True  # some output requires gradients
+    dropped: frozenset[int] = frozenset()  # slots behind an operation without a backward
 
     def mode(self, unit: int) -> Mode:
         """State of a unit in this forward: what its own calls saw, else the state at the beginning."""
@@ -499,6 +500,7 @@ class Facts:
     scaler: bool = False
     loss_scale: float | None = None
     all_non_finite: bool = False  # nothing that arrived was finite
+    packed: tuple[int, int] = (0, 0)  # 4-bit weights in the layout for inference, and all 4-bit weights
     stale_forward: tuple[bool, str] | None = None  # (stale, what was compared)
     why_not_repeated: str | None = None
     estimators: tuple[EstimatorFact, ...] = ()  # looked at since the last decision
