@@ -109,6 +109,7 @@ class ProbeSession:
         self._responses: tuple[StepResponse, ...] = ()
         self._estimates: list[EstimatorFact] = []
         self._zero_estimates: dict[str, int] = {}  # looks in a row at which all gradients of one were exactly zero
+        self._told: set[str] = set()  # why estimates could not be computed
         self._ranks = Ranks()
         self._held: dict[str, Verdict] = {}  # found at the start, and not yet told to the other ranks
         self._equal_at_start: bool | None = None  # the adapter tensors of all ranks
@@ -240,7 +241,7 @@ class ProbeSession:
 
     @property
     def _probed(self) -> bool:
-        borrows = self._estimation is not None and self._estimation.borrows
+        borrows = self._estimation is not None and self._estimation.borrows(self.step)
         return self.step < ALWAYS or self.step % self.config.every_n_steps == 0 or borrows
 
     def _begin_step(self) -> None:
@@ -278,7 +279,7 @@ class ProbeSession:
             self._has_stepped()
         self._was_active |= self._observer.active_seen
         self._merges += self._observer.merged_seen
-        self._last_probed = self._probed
+        self._last_probed = self._probed or (self._estimation is not None and self._estimation.due(self.step))
         self.step += 1
         self._begin_step()
 
@@ -331,6 +332,7 @@ class ProbeSession:
                     self._begins_again(index)
                 if self._probed:
                     self._guarded(lambda: self._reader.copy(index))
+                self._before_update(inside=True)
             self._now.inside.add(index)
 
         return hook
@@ -369,14 +371,18 @@ class ProbeSession:
                 self._decide("step", index, final=final)
         elif first and self._probed:  # a further optimizer of a step that is decided already
             self._guarded(lambda: self._reader.read_gradients(index, unowned=False))
-        estimation = self._estimation
-        if estimation is not None and not self._broken:
-            self._guarded(lambda: estimation.stepping(self.step))
+        self._before_update()
         if self._probed and not self._broken:
             self._guarded(lambda: self._reader.copy(index))
             self._guarded(self._reader.read_others_before)
-            if self._response is not None:
-                self._guarded(self._response.stepping)
+
+    def _before_update(self, *, inside: bool = False) -> None:
+        """What the estimator and the step response start from; a closure makes its gradients ``inside`` the step."""
+        estimation, response = self._estimation, self._response
+        if estimation is not None and not self._broken:
+            self._guarded(lambda: estimation.stepping(self.step))
+        if response is not None and not self._broken:
+            self._guarded(lambda: response.stepping(inside=inside))
 
     def _begins_again(self, index: int) -> None:
         self._now.begins_again(index, self._scene.owners(), self._scene.has_gradients)
@@ -496,7 +502,8 @@ class ProbeSession:
             self._zero_estimates[fact.name] = row
             fact = dataclasses.replace(fact, zero=row)
         self._estimates.append(fact)
-        if fact.why_not is not None and self._console is not None:
+        if fact.why_not is not None and fact.why_not not in self._told and self._console is not None:
+            self._told.add(fact.why_not)
             self._console.print(f"LoRA probe, estimator {fact.name!r}: {fact.why_not}")
 
     def rehearse(self, stepped: Callable[[Optimizer], AbstractContextManager[None]]) -> None:
@@ -510,6 +517,7 @@ class ProbeSession:
             with stepped(optimizer):
                 self._guarded(partial(self._reader.read_after, index, self.step, self._framework_step()))
                 self._measure_response()
+                self._estimate()
             self._ever_stepped = True
 
     # --- deciding ---------------------------------------------------------------------------

@@ -237,6 +237,9 @@ class EstimatorFact:
         missing: Slots whose gradient of the estimator's loss is None; None if no gradient was seen.
         zero: Looks in a row, this one included, at which all its gradients were exactly zero.
         why_not: Why it could not be computed.
+        untrusted: What its self-check found, if that is why.
+        count: Its prompts, or None if it was not computed.
+        recent: delta_1 and its standard error of the last ones, this one included.
     """
 
     name: str
@@ -257,6 +260,9 @@ class EstimatorFact:
     missing: frozenset[int] | None = None
     zero: int = 0
     why_not: str | None = None
+    untrusted: str | None = None
+    count: int | None = None
+    recent: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,10 +116,17 @@ class ResponseObserver:
         known = followed.cotangents.get(index)
         followed.cotangents[index] = cotangent.detach() if known is None else known + cotangent.detach()
 
-    def stepping(self) -> None:
-        """The update is about to come: keep what it starts from, once."""
-        if not self._before and self._why_not is None and self._forward is not None:
+    def stepping(self, *, inside: bool = False) -> None:
+        """The update is about to come: keep what it starts from, once.
+
+        Args:
+            inside: The forward comes after this moment, in a closure.
+        """
+        if self._why_not is not None or (self._forward is None and not inside):
+            return
+        if not self._before:
             self._before = [tensor.detach().clone() for tensor in self._tensors]
+        if self._forward is not None:
             self._unhook()
 
     def forget(self) -> None:
