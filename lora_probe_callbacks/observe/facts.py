@@ -368,6 +368,7 @@ class RankReport:
         gradients: The same of their gradients.
         shards: Its sums over shards.
         words: Code, message, what was got and expected, and cause of the first thing that it found.
+        seen: Step and framework step in which it was observed, if that is not the step being decided.
     """
 
     moment: Moment
@@ -385,6 +386,7 @@ class RankReport:
     gradients: Sample
     shards: Sums
     words: tuple[str, str, str, str, str] | None = None
+    seen: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
