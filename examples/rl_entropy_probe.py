@@ -6,7 +6,8 @@ predicts, on other prompts E, the first-order change of the entropy surrogate, `
 prompts. Beside it stands the change that the step made on a third set H. The probe also sees to it that this
 estimator depends on the adapter that trains.
 
-    python examples/rl_entropy_probe.py [--plot runs/rl_entropy_probe.png]
+    python examples/rl_entropy_probe.py [--plot runs/rl_entropy_probe.png] [--record runs/rl_entropy_probe.jsonl]
+    lora-probe report runs/rl_entropy_probe.jsonl --html runs/rl_entropy_probe.html
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Measured:
         return float((self.weights * (self._log_probs(model) - self.before.detach())).sum())
 
 
-def train(model: PeftModel, pools: dict[str, list[tuple[int, int, int]]]) -> list[Row]:
+def train(model: PeftModel, pools: dict[str, list[tuple[int, int, int]]], record: Path) -> list[Row]:
     """Train with the estimator attached."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     batch: dict[str, PromptBatch] = {}
@@ -79,6 +80,7 @@ def train(model: PeftModel, pools: dict[str, list[tuple[int, int, int]]]) -> lis
         model,
         optimizer,
         estimator=estimator,
+        record=record,
         verbose=False,
         log=lambda metrics, step: logged.setdefault(step, {}).update(metrics),
     ) as probe:
@@ -106,7 +108,9 @@ def main() -> None:
     """Train, and show."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--plot", type=Path, default=Path("runs/rl_entropy_probe.png"))
-    plot = arguments.parse_args().plot
+    arguments.add_argument("--record", type=Path, default=Path("runs/rl_entropy_probe.jsonl"))
+    options = arguments.parse_args()
+    options.record.unlink(missing_ok=True)
     torch.set_num_threads(1)  # the matrices are too small for more
     torch.manual_seed(0)
     random.seed(0)
@@ -115,9 +119,9 @@ def main() -> None:
     pools = {"U": tasks[:80], "E": tasks[80:160], "H": tasks[160:]}
     base = base_model()
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    rows = train(get_peft_model(base, lora).double(), pools)
+    rows = train(get_peft_model(base, lora).double(), pools, options.record)
     show(rows)
-    draw(rows, plot)
+    draw(rows, options.plot)
 
 
 def show(rows: list[Row]) -> None:
