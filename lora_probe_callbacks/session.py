@@ -58,7 +58,13 @@ from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.observe.wrappers import DataParallel, data_parallel
 from lora_probe_callbacks.report.console import finding_panel, health_table
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError, LoraProbeWarning, ProbeReport
-from lora_probe_callbacks.report.metrics import metrics_of_response, metrics_of_step, metrics_of_update, sums_of
+from lora_probe_callbacks.report.metrics import (
+    metrics_of_estimators,
+    metrics_of_response,
+    metrics_of_step,
+    metrics_of_update,
+    sums_of,
+)
 from lora_probe_callbacks.report.record import Record, Row
 from lora_probe_callbacks.steps import StepTracker
 
@@ -736,6 +742,8 @@ class ProbeSession:
         """Metrics of an update belong to its own step, which lies behind the one being decided."""
         if facts.update is not None:
             self._log_row(metrics_of_update(facts), facts.update.framework_step)
+        for framework_step, reached in metrics_of_estimators(facts).items():
+            self._log_row(reached, framework_step)
         if facts.moment not in ("step", "skipped") or not self._probed:
             return
         self._probed_steps += 1
@@ -807,6 +815,8 @@ class ProbeSession:
     def _write_record(
         self, record: Record, facts: Facts, verdicts: Mapping[str, Verdict], changed: list[Finding]
     ) -> None:
+        if facts.moment == "step" and not self._probed:  # only for what waited to be judged: nothing else was looked at
+            verdicts = {code: v for code, v in verdicts.items() if v.status != "pending"}
         record.decision(facts, verdicts, changed, self._rows, state_in_words(facts))
         self._rows = []
 

@@ -38,6 +38,8 @@ from lora_probe_callbacks.estimators import (
     first_order_change,
     per_prompt_projection,
 )
+from lora_probe_callbacks.report.page import page
+from lora_probe_callbacks.report.runs import read_runs
 
 DIRECTIONS = ("from_last_step", "from_gradients", "adam_preconditioned", "from_optimizer_step")
 NAMES = {"delta_1", "standard_error", "conditional_variance", "signal_to_noise", "count", "cosine"}
@@ -717,3 +719,47 @@ def test_arguments_that_cannot_be_meant(arguments: tuple[Any, ...], words: str) 
 def test_something_else_as_an_estimator_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a VarianceProbe"):
         LoraProbeMonitor(llama(), None, estimator=nll)
+
+
+# --- on the page --------------------------------------------------------------------------------
+
+
+def test_page_draws_what_was_estimated_and_says_why_not(tmp_path: Path) -> None:
+    def drawn(name: str, **settings: Any) -> str:
+        record = tmp_path / f"{name}.jsonl"
+        run = Training(model(), accumulate=2)
+        probe = LoraProbeMonitor(run.model, run.built_optimizer(), verbose=False, record=record, **settings)
+        fit_plain(run, probe, 12)
+        return page(read_runs(record))
+
+    failing = {"calls": 0}
+
+    def sometimes(module: nn.Module, batch: Any) -> Tensor:
+        failing["calls"] += 1
+        if failing["calls"] == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return nll(module, batch)
+
+    shown = drawn("sometimes", estimator=estimator_of(sometimes))
+    assert 'aria-label="delta_1 over steps"' in shown
+    assert "In some steps it was not computed: could not judge: OutOfMemoryError: out of memory." in shown
+    assert "No step response was recorded: more than one training forward in this step." in shown
+    shown = drawn("never", estimator=VarianceProbe([], nll, every_n_steps=1))
+    assert "No estimate was computed: could not judge: ValueError: the loader of the estimator is empty" in shown
+
+
+def test_record_holds_of_steps_between_probes_what_was_looked_at(tmp_path: Path) -> None:
+    """Nothing but the estimator was: of the rest it is not too early to say, it was not asked."""
+    run, record = Training(model()), tmp_path / "run.jsonl"
+    probe = LoraProbeMonitor(
+        run.model, run.built_optimizer(), verbose=False, record=record, every_n_steps=100, estimator=estimator_of(nll)
+    )
+    fit_plain(run, probe, 8)
+    decisions = [d for d in read_runs(record)[0].decisions if d.moment == "step"]
+    assert "LP101" in decisions[3].verdicts
+    for decision in decisions[4:]:
+        assert "LP101" not in decision.verdicts
+        assert decision.verdicts["LP304"]["status"] == "pass"
+    steps, fractions = probe.report.history.series("reachability/estimator_fraction")
+    assert steps == list(range(8))
+    assert set(fractions) == {1.0}
