@@ -74,7 +74,8 @@ def encode(facts: Facts, verdicts: Mapping[str, Verdict], *, broken: bool) -> by
     if bad:
         first = verdicts[bad[0][1]]
         got, expected = (str(first.evidence.get(key, ""))[:120] for key in ("got", "expected"))
-        words = _PART.join((bad[0][1], first.cause[:40], got, expected, first.message)).encode()
+        seen = " ".join(map(str, first.seen or ()))
+        words = _PART.join((bad[0][1], first.cause[:40], seen, got, expected, first.message)).encode()
     return (head + numbers + bytes(statuses) + words)[:SIZE]
 
 
@@ -98,7 +99,8 @@ def decode(message: bytes) -> RankReport:
     start = _HEAD.size + _NUMBERS.size
     statuses = message[start : start + count]
     words = message[start + count :].rstrip(b"\0").decode(errors="ignore").split(_PART)
-    code, cause, got, expected, text = words if len(words) == 5 else ("",) * 5
+    code, cause, seen, got, expected, text = words if len(words) == 6 else ("",) * 6
+    when = [int(number) for number in seen.split()]
     return RankReport(
         moment=_MOMENTS[moment],
         step=step,
@@ -115,6 +117,7 @@ def decode(message: bytes) -> RankReport:
         gradients=numbers[SAMPLE : 2 * SAMPLE],
         shards=Sums.of(numbers[2 * SAMPLE :]),
         words=(code, text, got, expected, cause) if code else None,
+        seen=(when[0], when[1]) if when else None,
     )
 
 
@@ -137,11 +140,11 @@ def agreed(verdicts: Mapping[str, Verdict], reports: Mapping[int, RankReport], w
         status: Literal["warn", "fail"] = "fail" if "fail" in seen.values() else "warn"
         mine = verdicts.get(code)
         base = mine if mine is not None and mine.status in ("warn", "fail") else Verdict(status)
-        words = next((reports[r].words for r in seen if (reports[r].words or ("",))[0] == code), None)
-        if words is not None:
-            _, message, got, expected, cause = words
+        told = next((r for rank, r in reports.items() if rank in seen and (r.words or ("",))[0] == code), None)
+        if told is not None and told.words is not None:
+            _, message, got, expected, cause = told.words
             evidence = {**base.evidence, "got": got, "expected": expected}
-            base = dataclasses.replace(base, message=message, evidence=evidence, cause=cause)
+            base = dataclasses.replace(base, message=message, evidence=evidence, cause=cause, seen=told.seen)
         elif not base.message:
             base = dataclasses.replace(base, message=f"reported by {_ranks(list(seen), world)}, whose report says more")
         fix = base.fix or next(check.fix for check in all_checks() if check.code == code)

@@ -229,5 +229,5 @@ class VarianceEstimatorCallback(LoraProbe):
             example_of_row=example_of_row,
             backend=backend,
         )
-        codes = ("LP1", "LP20", "LP304", "LP305", "LP306")
+        codes = ("LP1", "LP20", "LP304", "LP305", "LP306", "LP9")
         super().__init__(**{"select": codes, **intent, "estimator": estimator})

@@ -58,7 +58,13 @@ from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.observe.wrappers import DataParallel, data_parallel
 from lora_probe_callbacks.report.console import finding_panel, health_table
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError, LoraProbeWarning, ProbeReport
-from lora_probe_callbacks.report.metrics import metrics_of_response, metrics_of_step, metrics_of_update, sums_of
+from lora_probe_callbacks.report.metrics import (
+    metrics_of_estimators,
+    metrics_of_response,
+    metrics_of_step,
+    metrics_of_update,
+    sums_of,
+)
 from lora_probe_callbacks.report.record import Record, Row
 from lora_probe_callbacks.steps import StepTracker
 
@@ -109,6 +115,7 @@ class ProbeSession:
         self._responses: tuple[StepResponse, ...] = ()
         self._estimates: list[EstimatorFact] = []
         self._zero_estimates: dict[str, int] = {}  # looks in a row at which all gradients of one were exactly zero
+        self._told: set[str] = set()  # why estimates could not be computed
         self._ranks = Ranks()
         self._held: dict[str, Verdict] = {}  # found at the start, and not yet told to the other ranks
         self._equal_at_start: bool | None = None  # the adapter tensors of all ranks
@@ -240,7 +247,7 @@ class ProbeSession:
 
     @property
     def _probed(self) -> bool:
-        borrows = self._estimation is not None and self._estimation.borrows
+        borrows = self._estimation is not None and self._estimation.borrows(self.step)
         return self.step < ALWAYS or self.step % self.config.every_n_steps == 0 or borrows
 
     def _begin_step(self) -> None:
@@ -278,7 +285,7 @@ class ProbeSession:
             self._has_stepped()
         self._was_active |= self._observer.active_seen
         self._merges += self._observer.merged_seen
-        self._last_probed = self._probed
+        self._last_probed = self._probed or (self._estimation is not None and self._estimation.due(self.step))
         self.step += 1
         self._begin_step()
 
@@ -332,6 +339,7 @@ class ProbeSession:
                 if self._probed:
                     self._guarded(self._scene.look)
                     self._guarded(lambda: self._reader.copy(index))
+                self._before_update(inside=True)
             self._now.inside.add(index)
 
         return hook
@@ -371,14 +379,18 @@ class ProbeSession:
         elif first and self._probed:  # a further optimizer of a step that is decided already
             self._guarded(self._scene.look)
             self._guarded(lambda: self._reader.read_gradients(index, unowned=False))
-        estimation = self._estimation
-        if estimation is not None and not self._broken:
-            self._guarded(lambda: estimation.stepping(self.step))
+        self._before_update()
         if self._probed and not self._broken:
             self._guarded(lambda: self._reader.copy(index))
             self._guarded(self._reader.read_others_before)
-            if self._response is not None:
-                self._guarded(self._response.stepping)
+
+    def _before_update(self, *, inside: bool = False) -> None:
+        """What the estimator and the step response start from; a closure makes its gradients ``inside`` the step."""
+        estimation, response = self._estimation, self._response
+        if estimation is not None and not self._broken:
+            self._guarded(lambda: estimation.stepping(self.step))
+        if response is not None and not self._broken:
+            self._guarded(lambda: response.stepping(inside=inside))
 
     def _begins_again(self, index: int) -> None:
         self._now.begins_again(index, self._scene.owners(), self._scene.has_gradients)
@@ -498,7 +510,8 @@ class ProbeSession:
             self._zero_estimates[fact.name] = row
             fact = dataclasses.replace(fact, zero=row)
         self._estimates.append(fact)
-        if fact.why_not is not None and self._console is not None:
+        if fact.why_not is not None and fact.why_not not in self._told and self._console is not None:
+            self._told.add(fact.why_not)
             self._console.print(f"LoRA probe, estimator {fact.name!r}: {fact.why_not}")
 
     def rehearse(self, stepped: Callable[[Optimizer], AbstractContextManager[None]]) -> None:
@@ -512,6 +525,7 @@ class ProbeSession:
             with stepped(optimizer):
                 self._guarded(partial(self._reader.read_after, index, self.step, self._framework_step()))
                 self._measure_response()
+                self._estimate()
             self._ever_stepped = True
 
     # --- deciding ---------------------------------------------------------------------------
@@ -681,6 +695,7 @@ class ProbeSession:
             # Reading the scale costs a transfer: only when steps are being skipped.
             loss_scale=float(self._scaler.get_scale()) if self._scaler is not None and skipped else None,
             all_non_finite=readings.all_non_finite,
+            packed=scene.packed(),
             stale_forward=None if self._repeat is None else self._repeat.stale,
             why_not_repeated=None if self._repeat is None else self._repeat.why_not,
             responses=self._responses,
@@ -735,6 +750,8 @@ class ProbeSession:
         """Metrics of an update belong to its own step, which lies behind the one being decided."""
         if facts.update is not None:
             self._log_row(metrics_of_update(facts), facts.update.framework_step)
+        for framework_step, reached in metrics_of_estimators(facts).items():
+            self._log_row(reached, framework_step)
         if facts.moment not in ("step", "skipped") or not self._probed:
             return
         self._probed_steps += 1
@@ -806,6 +823,8 @@ class ProbeSession:
     def _write_record(
         self, record: Record, facts: Facts, verdicts: Mapping[str, Verdict], changed: list[Finding]
     ) -> None:
+        if facts.moment == "step" and not self._probed:  # only for what waited to be judged: nothing else was looked at
+            verdicts = {code: v for code, v in verdicts.items() if v.status != "pending"}
         record.decision(facts, verdicts, changed, self._rows, state_in_words(facts))
         self._rows = []
 

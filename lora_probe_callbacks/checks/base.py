@@ -43,6 +43,7 @@ class Verdict:
         fix: Replaces the check's general advice where the facts allow better.
         of_update: The verdict is about the last update, not about the step being decided.
         seen: Step and framework step in which it was observed, if that is neither.
+        nothing_new: There was nothing to look at: a reason that was given before says more.
     """
 
     status: Status
@@ -53,6 +54,7 @@ class Verdict:
     fix: str = ""
     of_update: bool = False
     seen: tuple[int, int] | None = None
+    nothing_new: bool = False
 
 
 @dataclass(frozen=True, slots=True)

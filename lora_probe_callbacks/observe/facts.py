@@ -99,6 +99,7 @@ class ForwardFact:
     with_grad: frozenset[int] | None = None  # units whose layer ran with gradients enabled
     holds_expected: bool = True  # some expected unit lies below the called module
     carries_graph: bool = True  # some output requires gradients
+    dropped: frozenset[int] = frozenset()  # slots behind an operation without a backward
 
     def mode(self, unit: int) -> Mode:
         """State of a unit in this forward: what its own calls saw, else the state at the beginning."""
@@ -237,6 +238,9 @@ class EstimatorFact:
         missing: Slots whose gradient of the estimator's loss is None; None if no gradient was seen.
         zero: Looks in a row, this one included, at which all its gradients were exactly zero.
         why_not: Why it could not be computed.
+        untrusted: What its self-check found, if that is why.
+        count: Its prompts, or None if it was not computed.
+        recent: delta_1 and its standard error of the last ones, this one included.
     """
 
     name: str
@@ -257,6 +261,9 @@ class EstimatorFact:
     missing: frozenset[int] | None = None
     zero: int = 0
     why_not: str | None = None
+    untrusted: str | None = None
+    count: int | None = None
+    recent: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +369,7 @@ class RankReport:
         gradients: The same of their gradients.
         shards: Its sums over shards.
         words: Code, message, what was got and expected, and cause of the first thing that it found.
+        seen: Step and framework step in which it was observed, if that is not the step being decided.
     """
 
     moment: Moment
@@ -379,6 +387,7 @@ class RankReport:
     gradients: Sample
     shards: Sums
     words: tuple[str, str, str, str, str] | None = None
+    seen: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -500,6 +509,7 @@ class Facts:
     scaler: bool = False
     loss_scale: float | None = None
     all_non_finite: bool = False  # nothing that arrived was finite
+    packed: tuple[int, int] = (0, 0)  # 4-bit weights in the layout for inference, and all 4-bit weights
     stale_forward: tuple[bool, str] | None = None  # (stale, what was compared)
     why_not_repeated: str | None = None
     estimators: tuple[EstimatorFact, ...] = ()  # looked at since the last decision

@@ -48,6 +48,7 @@ class Candidate:
     modes_at_backward: tuple[Mode, ...] | None = None
     active_at_backward: tuple[str, ...] | None = None
     leaves: set[int] | None = None
+    dropped: set[int] = field(default_factory=set)  # leaves behind an operation without a backward
     why_unknown: str | None = None
     cotangent: torch.Tensor | None = None  # of an output of one element: the loss, as a rule
     called: set[int] = field(default_factory=set)  # ids of the modules that ran inside
@@ -56,8 +57,8 @@ class Candidate:
     def fact(self, slot_of: dict[int, int]) -> ForwardFact:
         """What the checks may know of it; ``slot_of`` maps a tensor's id to its slot."""
         reached = None
+        slots = {**slot_of, **self.inside}
         if self.leaves is not None and self.why_unknown is None:
-            slots = {**slot_of, **self.inside}
             reached = frozenset(slots[i] for i in self.leaves if i in slots)
         return ForwardFact(
             module=self.module,
@@ -72,6 +73,7 @@ class Candidate:
             with_grad=None if self.calls is None else frozenset(self.with_grad),
             reached=reached,
             why_unknown=self.why_unknown,
+            dropped=frozenset(slots[i] for i in self.dropped if i in slots),
         )
 
 
@@ -372,7 +374,7 @@ class ForwardObserver:
         if not self.bare and len(alike) < _WALKS and not any(c.received for c in alike):
             alike.append(candidate)
             found = walk(outputs)
-            candidate.leaves = set(found.leaves)
+            candidate.leaves, candidate.dropped = set(found.leaves), found.dropped
             candidate.why_unknown = (candidate.why_unknown or found.blind) if outputs else None
         for tensor in outputs:
             mark(tensor, candidate)

@@ -70,6 +70,7 @@ class Scene:
         self.base_used: dict[int, bool] = {}  # of units that were left out: was their base weight used?
         self.suspects: set[int] = set()  # units to be watched for that
         self._left: dict[str, torch.Tensor] = {}  # what layers held that are no longer there
+        self._four_bit = [m for _, root in roots for m in root.modules() if type(m).__name__ == "Linear4bit"]
         self.expect(self.active_names())
 
     # --- what is meant ----------------------------------------------------------------------
@@ -379,6 +380,15 @@ class Scene:
             return ()
         shared = self._shared_weights()
         return tuple(name for name, weight in trainable.items() if weight not in shared)
+
+    def packed(self) -> tuple[int, int]:
+        """4-bit weights that bitsandbytes holds in its layout for inference, and all 4-bit weights.
+
+        On CPUs with AVX512-BF16 a forward in eval mode without input gradients packs them, and every later
+        forward goes through a kernel without a backward (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
+        """
+        states = [getattr(m.weight, "quant_state", None) for m in self._four_bit]
+        return sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in states), len(states)
 
     def _shared_weights(self) -> set[int]:
         """Base weights that also stand somewhere without an adapter: a tied embedding that is meant to train."""

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from processes import Outcome, assert_all_found, assert_all_healthy, in_processes, loop
+from processes import Outcome, assert_all_found, assert_all_healthy, batch_of, in_processes, loop
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import adamw, config, llama, lora, trainable
+
+from lora_probe_callbacks.estimators import VarianceProbe
 
 pytestmark = pytest.mark.timeout(120)
 SCENARIOS: dict[str, Any] = {}
@@ -42,6 +45,45 @@ def healthy_accumulation(rank: int, world: int) -> Outcome:
 def healthy_with_unused_outputs(rank: int, world: int) -> Outcome:
     model = DistributedDataParallel(lora(), find_unused_parameters=True)
     return loop(model, adamw(model), rank)
+
+
+def log_likelihood(module: nn.Module, batch: Any) -> Tensor:
+    ids = batch["input_ids"] if isinstance(batch, dict) else batch
+    log_p = module(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    return log_p.gather(-1, ids[:, 1:, None])[..., 0].mean(1)
+
+
+@scenario
+def healthy_with_an_estimator(rank: int, world: int) -> Outcome:
+    """One rank runs out of memory at every turn, the last time before it could wait for a batch."""
+    model = DistributedDataParallel(lora())
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        if rank == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return log_likelihood(module, batch)
+
+    estimator = VarianceProbe(0.9, loss, every_n_steps=3)
+
+    def before(step: int) -> None:
+        if step == 6 and rank == 1:
+            estimator.direction_of = lambda *_: 1 / 0
+
+    # Beyond the first steps nothing but the estimator is due.
+    intent: dict[str, Any] = {"every_n_steps": 100, "ignore": ("LP902",), "estimator": estimator}
+    return loop(model, adamw(model), rank, steps=9, before=before, **intent)
+
+
+@scenario
+def estimator_on_a_copy_on_one_rank(rank: int, world: int) -> Outcome:
+    model = DistributedDataParallel(lora())
+    other = lora()
+    probe = VarianceProbe(
+        lambda step: batch_of(rank, 99, size=4),
+        lambda module, batch: log_likelihood(other if rank == 1 else module, batch),
+        every_n_steps=5,
+    )
+    return loop(model, adamw(model), rank, steps=9, every_n_steps=100, estimator=probe)
 
 
 @scenario
@@ -117,6 +159,19 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 )
 def test_healthy_run_is_quiet(outcomes: dict[str, list[Any]], name: str) -> None:
     assert_all_healthy(outcomes[name])
+
+
+def test_estimator_that_fails_on_one_rank_is_no_hang(outcomes: dict[str, list[Any]]) -> None:
+    estimated, failed = outcomes["healthy_with_an_estimator"]
+    assert_all_healthy([estimated, failed])
+    assert estimated.metrics["lora_probe/estimator/count"] == 2
+    assert "lora_probe/estimator/count" not in failed.metrics
+    assert failed.statuses["LP305"][1].startswith("could not judge")
+    assert estimated.statuses["LP701"][0] == failed.statuses["LP701"][0] == "pass"
+
+
+def test_estimator_on_a_copy_on_one_rank_is_found_on_all(outcomes: dict[str, list[Any]]) -> None:
+    assert_all_found(outcomes["estimator_on_a_copy_on_one_rank"], "LP205", 0, "fail", "runs on another module")
 
 
 @pytest.mark.parametrize(
