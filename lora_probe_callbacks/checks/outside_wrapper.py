@@ -14,7 +14,7 @@ def judge(facts: Facts) -> Verdict:
         return alone(facts)
     if wrapping.kind is None:
         return skipped("no wrapper is known")
-    if why_not := explained(ranks):
+    if why_not := explained(ranks, "LP703"):
         return skipped(why_not)
     if not ranks.unmanaged:
         return ok()
