@@ -21,8 +21,14 @@ from lora_probe_callbacks.observe.facts import EstimatorFact
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.repeat import holding, module_state_restored
 from lora_probe_callbacks.observe.scene import Scene
+from lora_probe_callbacks.observe.wrappers import tensor_parallel
 
 __all__ = ["Estimation", "look"]
+
+_SHARDED = (
+    "could not judge: the model is in shards over several ranks, which would all have to run each of its forwards "
+    "together; compute the estimator on a whole copy of the model"
+)
 
 
 def look(
@@ -83,10 +89,9 @@ class Estimation:
         self._waiting: tuple[UpdateDirection, dict[str, torch.Tensor], int, int] | None = None
         self._autocast: tuple[bool, torch.dtype] | None = None
 
-    @property
-    def borrows(self) -> bool:
-        """It waits for the inputs of a training forward."""
-        return self._waiting is not None
+    def borrows(self, step: int) -> bool:
+        """Whether it needs the inputs of a training forward of this step; the same on all ranks."""
+        return self._probe.share is not None and step > 0 and self._probe.due(step - 1)
 
     def forward_begins(self, device: torch.device) -> None:
         """Take note of the precision of a training forward: the estimator is run in the same."""
@@ -118,6 +123,9 @@ class Estimation:
             What was seen of each estimate, and its metrics.
         """
         done = []
+        if self._before and tensor_parallel([self._model]):
+            self._before = {}
+            return [(self._fact(step, framework_step, why_not=_SHARDED), {})]
         if self._waiting is not None:
             direction, at, *when = self._waiting
             inputs, self._inputs, self._waiting = self._inputs, None, None

@@ -223,7 +223,7 @@ class ProbeSession:
 
     @property
     def _probed(self) -> bool:
-        borrows = self._estimation is not None and self._estimation.borrows
+        borrows = self._estimation is not None and self._estimation.borrows(self.step)
         return self.step < ALWAYS or self.step % self.config.every_n_steps == 0 or borrows
 
     def _begin_step(self) -> None:

@@ -24,7 +24,14 @@ from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.updates import Fingerprints
-from lora_probe_callbacks.observe.wrappers import DataParallel, is_flat, is_shard, replicas, tensor_parallel
+from lora_probe_callbacks.observe.wrappers import (
+    DataParallel,
+    is_flat,
+    is_shard,
+    replicas,
+    shards_behind,
+    tensor_parallel,
+)
 
 __all__ = ["FlatParametersError", "Scene", "base_weight"]
 
@@ -70,7 +77,16 @@ class Scene:
         self.base_used: dict[int, bool] = {}  # of units that were left out: was their base weight used?
         self.suspects: set[int] = set()  # units to be watched for that
         self._left: dict[str, torch.Tensor] = {}  # what layers held that are no longer there
+        self._shards: dict[int, torch.Tensor] = {}
+        self._find_shards()
         self.expect(self.active_names())
+
+    def _find_shards(self) -> None:
+        self._shards.clear()
+        self._shards.update(shards_behind(root for _, root in self.roots))
+        for unit in self.inventory.units:
+            for slot in unit.slots:
+                slot.shards = self._shards
 
     # --- what is meant ----------------------------------------------------------------------
 
@@ -151,9 +167,11 @@ class Scene:
     def refresh(self) -> bool:
         """Take the inventory again if a layer was exchanged; returns whether it was."""
         if self.inventory.in_place:
+            self._find_shards()
             return False
         former = {slot.name: t for slot, t in zip(self.slots, self._start_tensors, strict=True) if t is not None}
         self.inventory = take_inventory(self.roots)
+        self._find_shards()
         self.expect(self.expected)
         self._left.update(former)
         for slot in self.slots:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_probe_callbacks.observe.facts import WrapperKind
@@ -28,6 +29,7 @@ __all__ = [
     "is_flat",
     "is_shard",
     "replicas",
+    "shards_behind",
     "tensor_parallel",
 ]
 
@@ -138,9 +140,32 @@ def _reduced(modules: Iterable[nn.Module]) -> frozenset[int]:
 
 def is_shard(tensor: torch.Tensor) -> bool:
     """Tell whether this rank holds a part of a tensor: other ranks hold other values by design."""
-    if getattr(tensor, "_fsdp_flattened", False) or is_flat(tensor):
+    if getattr(tensor, "_fsdp_flattened", False) or is_flat(tensor) or hasattr(tensor, "ds_id"):
         return True
     return any(not p.is_replicate() for p in _placements(tensor))
+
+
+def shards_behind(roots: Iterable[nn.Module]) -> dict[int, torch.Tensor]:
+    """Find the whole tensors that fully_shard shows for a while, and the shards that the optimizer knows.
+
+    It does so inside a forward, and at its root also after one that no backward followed.
+
+    Args:
+        roots: What is trained.
+
+    Returns:
+        The id of every whole tensor to its shard.
+    """
+    found: dict[int, torch.Tensor] = {}
+    sharded = (m for root in roots for m in root.modules() if isinstance(m, FSDPModule))
+    for state in [module._get_fsdp_state() for module in sharded]:
+        # Only its own records tell (torch 2.11 has one group a module, 2.13 a list of them).
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            for one in getattr(group, "fsdp_params", ()):
+                whole = getattr(one, "_unsharded_param", None)
+                if whole is not None:
+                    found[id(whole)] = one.sharded_param
+    return found
 
 
 def is_flat(tensor: torch.Tensor) -> bool:
