@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.agreement import Agreement
-from lora_probe_callbacks.checks.base import Check, Verdict
+from lora_probe_callbacks.checks.base import OF_OWNED_TENSORS, Check, Verdict, skipped
 from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
@@ -598,6 +598,7 @@ class ProbeSession:
             why_not_repeated=None if self._repeat is None else self._repeat.why_not,
             responses=self._responses,
             estimators=tuple(self._estimates),
+            why_not_owned=scene.why_not_owned(),
         )
         self._estimates.clear()
         facts = self._agreement.add_wrapping(facts, scene, observer.called(), readings)
@@ -623,7 +624,8 @@ class ProbeSession:
             if between and not check.code.startswith("LP7"):
                 continue
             try:
-                verdicts[check.code] = check.judge(facts)
+                hidden = facts.why_not_owned and check.code in OF_OWNED_TENSORS
+                verdicts[check.code] = skipped(facts.why_not_owned) if hidden else check.judge(facts)
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)

@@ -521,6 +521,7 @@ class Facts:
     gradient_sample: Sample = (0.0,) * SAMPLE
     ranks: RanksFact | None = None  # None: not exchanged at this decision
     why_alone: str = "there is one process"  # why nothing will be exchanged; empty while ranks decide together
+    why_not_owned: str = ""  # why no tensor of the adapter can be told apart in the optimizer
 
     @property
     def training_forwards(self) -> tuple[ForwardFact, ...]:

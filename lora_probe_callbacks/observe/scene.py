@@ -28,6 +28,7 @@ from lora_probe_callbacks.observe.wrappers import (
     DataParallel,
     is_flat,
     is_shard,
+    master_copies,
     replicas,
     shards_behind,
     tensor_parallel,
@@ -234,6 +235,13 @@ class Scene:
             for index, slot in enumerate(self.slots)
             if (tensor := slot.tensor) is not None and is_shard(tensor)
         }
+
+    def why_not_owned(self) -> str:
+        """Say why no tensor of the adapter can be told apart in the optimizer, or return the empty string."""
+        owners = ownership(self.optimizers)
+        if any(id(slot.tensor) in owners for slot in self.slots):
+            return ""
+        return master_copies(root for _, root in self.roots)
 
     def wrapping(self, parallel: DataParallel | None, called: set[int], *, synced: bool) -> Wrapping:
         """What holds several processes together, and what it leaves out.

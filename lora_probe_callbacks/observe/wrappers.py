@@ -28,6 +28,7 @@ __all__ = [
     "is_compiled",
     "is_flat",
     "is_shard",
+    "master_copies",
     "replicas",
     "shards_behind",
     "tensor_parallel",
@@ -107,6 +108,28 @@ def data_parallel(roots: Iterable[nn.Module]) -> DataParallel | None:
             if matches(module):
                 return DataParallel(kind, module, _ranks(module), _reduced(modules) if kind == _DDP else None)
     return None
+
+
+def master_copies(roots: Iterable[nn.Module]) -> str:
+    """Tell that DeepSpeed's optimizer steps flat master copies in the place of the model's tensors.
+
+    The Transformers Trainer hands out the model inside the engine: then only the marks on the tensors are left
+    (DeepSpeed 0.19: `_hp_mapping` under ZeRO 1 and 2, `ds_id` under ZeRO 3).
+
+    Args:
+        roots: What is trained.
+
+    Returns:
+        A reason why the optimizer cannot be judged, or the empty string.
+    """
+    for root in roots:
+        marked = any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in root.parameters())
+        if marked or any(_KINDS["DeepSpeed"](m) for m in root.modules()):
+            return (
+                "could not judge: DeepSpeed steps master copies of its own, in which no adapter tensor can be told "
+                "apart, and clears the gradients before it does"
+            )
+    return ""
 
 
 def tensor_parallel(roots: Iterable[nn.Module]) -> bool:
