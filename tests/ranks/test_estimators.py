@@ -1,4 +1,4 @@
-"""A VarianceProbe on two ranks: bit-equal training, no reduction of its own, no hang; ranks together are one process."""
+"""A VarianceProbe on two ranks: bit-equal training, no reduction of its own, no hang; together one process."""
 
 from __future__ import annotations
 

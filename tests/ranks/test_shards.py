@@ -87,6 +87,14 @@ def adapter_after_fully_shard(rank: int, world: int) -> Outcome:  # L03
 
 
 @scenario
+def base_trained_after_fully_shard(rank: int, world: int) -> Outcome:  # L07
+    model = lora()
+    sharded(model, model.base_model.model.model.layers, world)
+    model.requires_grad_(True)
+    return loop(model, adamw(model), rank)
+
+
+@scenario
 def optimizer_before_flattening(rank: int, world: int) -> Outcome:  # E04
     model = lora()
     optimizer = adamw(model)
@@ -166,6 +174,7 @@ def test_norms_are_those_of_one_process(outcomes: dict[str, list[Any]], alone: O
     [
         ("optimizer_before_fully_shard", "LP202", 0),
         ("adapter_after_fully_shard", "LP703", 0),
+        ("base_trained_after_fully_shard", "LP206", 0),
         ("optimizer_before_flattening", "LP201", 0),
     ],
 )
