@@ -559,13 +559,13 @@ def launched(names: list[str], backend: str, world: int, folder: str) -> bool:
     progress = time.monotonic()
     for process in processes:
         process.start()
-    seen = 0
+    before = seen = len(list(Path(folder).glob("*.json")))
     while any(process.is_alive() for process in processes):
         time.sleep(0.1)
         written = len(list(Path(folder).glob("*.json")))
         if written > seen:
             seen, progress = written, time.monotonic()
-        if time.monotonic() - progress > LIMIT + 30:  # the modules have to be imported as well
+        if time.monotonic() - progress > (LIMIT + 30 if seen > before else 4 * LIMIT):  # first come the imports
             break
     ended = not any(process.is_alive() for process in processes)
     for process in processes:

@@ -29,7 +29,7 @@ def not_comparable(facts: Facts) -> str:
     Returns:
         A reason.
     """
-    if facts.wrapping is not None and facts.wrapping.kind == "DeepSpeed":
+    if facts.why_not_owned or (facts.wrapping is not None and facts.wrapping.kind == "DeepSpeed"):
         return "DeepSpeed keeps master copies and gradients of its own"
     if facts.wrapping is not None and not facts.wrapping.whole:
         return "every adapter tensor is in shards: no two ranks should hold the same"
