@@ -390,7 +390,7 @@ def test_nothing_is_kept_after_the_run() -> None:
     fit_plain(run, probe, 1)
     estimation = probe._session._estimation
     assert not estimation._before
-    assert not estimation.borrows
+    assert estimation._waiting is None
 
 
 # --- refused at construction --------------------------------------------------------------------
