@@ -5,11 +5,8 @@ when that happens. A **decision** is made once per step, at the first optimizer 
 before the update wherever the event comes before it, and covers everything observed up to then. What
 is seen later is judged by the next one. Nothing raises anywhere else.
 
-Several ranks decide together. They exchange at the same decisions: whether there is one depends on the
-number of the step and the cadence alone. A rank whose probe is broken takes part and has nothing to say.
-What is found before the first forward waits for the first step (ranks may reach that forward at
-different times, and one may be waited for in it), and a rank that is left by an exception exchanges
-nothing: it says so where the others see it without waiting.
+Several ranks decide together (``agreement.py``), so whether there is a decision depends on the number of
+the step and the cadence alone.
 """
 
 from __future__ import annotations
@@ -29,8 +26,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lora_probe_callbacks.agreement import agreed, decode, encode
-from lora_probe_callbacks.checks.base import Check, Verdict
+from lora_probe_callbacks.agreement import Agreement
+from lora_probe_callbacks.checks.base import OF_OWNED_TENSORS, Check, Verdict, skipped
 from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
@@ -40,8 +37,6 @@ from lora_probe_callbacks.observe.facts import (
     EstimatorFact,
     Facts,
     Moment,
-    RankReport,
-    RanksFact,
     SlotHistory,
     StepResponse,
 )
@@ -49,13 +44,11 @@ from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.history import advance
 from lora_probe_callbacks.observe.idle import AdaptersElsewhere
 from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of, unwrap_optimizer
-from lora_probe_callbacks.observe.ranks import AgreementLostError, Ranks
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
 from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, RandomState, random_state
 from lora_probe_callbacks.observe.response import ResponseObserver
 from lora_probe_callbacks.observe.scene import FlatParametersError, Scene
 from lora_probe_callbacks.observe.witness import WeightWitness
-from lora_probe_callbacks.observe.wrappers import DataParallel, data_parallel
 from lora_probe_callbacks.report.console import finding_panel, health_table
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError, LoraProbeWarning, ProbeReport
 from lora_probe_callbacks.report.metrics import (
@@ -63,7 +56,6 @@ from lora_probe_callbacks.report.metrics import (
     metrics_of_response,
     metrics_of_step,
     metrics_of_update,
-    sums_of,
 )
 from lora_probe_callbacks.report.record import Record, Row
 from lora_probe_callbacks.steps import StepTracker
@@ -116,12 +108,8 @@ class ProbeSession:
         self._estimates: list[EstimatorFact] = []
         self._zero_estimates: dict[str, int] = {}  # looks in a row at which all gradients of one were exactly zero
         self._told: set[str] = set()  # why estimates could not be computed
-        self._ranks = Ranks()
-        self._held: dict[str, Verdict] = {}  # found at the start, and not yet told to the other ranks
-        self._equal_at_start: bool | None = None  # the adapter tensors of all ranks
-        self._differed = False  # their gradients, when they were last compared
+        self._agreement = Agreement([check.code for check in self._checks], self._alone)
         self._last_probed = False
-        self._synced = True
         self._overhead_ms = 0.0
         self._probed_steps = 0
         self._handles: list[RemovableHandle] = []
@@ -166,8 +154,7 @@ class ProbeSession:
             return
         self._reader = DeviceReader(self._scene)
         self._estimation = None if config.estimator is None else Estimation(config.estimator, self._scene)
-        self._parallel: DataParallel | None = None
-        self._guarded(self._meet_ranks)
+        self._guarded(lambda: self._agreement.enter([root for _, root in self._scene.roots]))
         self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
@@ -176,11 +163,6 @@ class ProbeSession:
         self._running = True
         self._begin_step()
         self._recorded(self._write_start)
-
-    def _meet_ranks(self) -> None:
-        self._ranks.enter()
-        if self._ranks.world > 1:
-            self._parallel = data_parallel([root for _, root in self._scene.roots])
 
     def _watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
@@ -215,7 +197,7 @@ class ProbeSession:
             if not isinstance(error, LoraProbeError | KeyboardInterrupt | SystemExit | GeneratorExit):
                 self._note_on(error)
         finally:
-            self._ranks.leave(f"the run was left by {type(error).__name__}")
+            self._agreement.leave(f"the run was left by {type(error).__name__}")
             self.close()
             self._finish_report()
 
@@ -229,7 +211,7 @@ class ProbeSession:
             handle.remove()
         self._handles.clear()
         self._let_go()
-        self._ranks.close()
+        self._agreement.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a later session should know: the last healthy state."""
@@ -256,7 +238,7 @@ class ProbeSession:
         self._response: ResponseObserver | None = None
         self._began_with: RandomState | None = None
         self._observer.reset()
-        if not self._probed or (self._broken and not self._ranks.several):
+        if not self._probed or (self._broken and not self._agreement.several):
             self._observer.disarm()
             return
         if self._broken:
@@ -373,7 +355,7 @@ class ProbeSession:
         if not self._now.decided:
             self._now.decided = True
             # Whether something waits may differ between ranks, of which one may have skipped its last step.
-            waiting = self._last_probed if self._ranks.several else (self._reader.waiting or bool(self._estimates))
+            waiting = self._last_probed if self._agreement.several else (self._reader.waiting or bool(self._estimates))
             if self._probed or waiting:
                 self._decide("step", index, final=final)
         elif first and self._probed:  # a further optimizer of a step that is decided already
@@ -413,8 +395,7 @@ class ProbeSession:
                 self._decide("skipped", None)
             self._end_step()
         self._raise_again()
-        if self._parallel is not None:
-            self._synced = self._parallel.syncs
+        self._agreement.forward_begins()
         if self._broken:
             return
         if self._estimation is not None:
@@ -532,18 +513,14 @@ class ProbeSession:
 
     def _decide(self, moment: Moment, optimizer: int | None, *, final: bool = False) -> None:
         """Judge everything observed up to now, once; tell it, and act on it."""
-        together = self._ranks.several
+        together = self._agreement.several
         if self._broken and not together:
             return
         began = time.perf_counter()
         facts, verdicts = self._look(moment, optimizer, final=final)
         if together:
-            if moment == "start":
-                self._held = {code: v for code, v in verdicts.items() if v.status in ("warn", "fail")}
-                verdicts = {code: v for code, v in verdicts.items() if code not in self._held}
-            else:
-                verdicts, self._held = explain({**verdicts, **self._held}), {}
-                facts, verdicts = self._agree(facts, verdicts)
+            judge = partial(self._judge, between=True)
+            facts, verdicts = self._agreement.decide(facts, verdicts, broken=self._broken, judge=judge)
         try:
             changed = self._ledger.add(facts, verdicts)
         except Exception as error:
@@ -567,63 +544,6 @@ class ProbeSession:
         step, framework_step = self.step, self._framework_step()
         return Facts(moment, optimizer, step, framework_step, (), False, (), (), (), (), ()), {}
 
-    def _agree(self, facts: Facts, verdicts: dict[str, Verdict]) -> tuple[Facts, dict[str, Verdict]]:
-        """Hear the other ranks, and come to the verdicts that all of them come to."""
-        ranks = self._ranks
-        message = encode(facts, verdicts, broken=self._broken)
-        in_need = any(v.status == "fail" for v in verdicts.values())
-        if in_need:
-            ranks.post(message)
-        reports = {ranks.rank: decode(message)}
-        if facts.moment == "exception":
-            self._hear_posted(reports)
-        elif self._parallel is None or not self._parallel.joining:
-            try:
-                reports = self._exchanged(message, in_need=in_need)
-                facts = self._with_ranks(facts, reports)
-                if not self._broken:
-                    verdicts = {**verdicts, **self._judge(facts, between=True)}
-                if facts.moment != "end" and any(r.moment == "end" for r in reports.values()):
-                    ranks.leave("a rank has ended its run before the others")
-            except AgreementLostError as lost:
-                self._hear_posted(reports)
-                self._alone(str(lost), facts)
-        known = {check.code for check in self._checks} | set(verdicts)
-        heard = {r: _only(report, known) for r, report in reports.items()}
-        return facts, agreed(verdicts, heard, ranks.world)
-
-    def _exchanged(self, message: bytes, *, in_need: bool) -> dict[int, RankReport]:
-        messages = self._ranks.exchange(message, in_need=in_need)
-        try:
-            return dict(enumerate(map(decode, messages)))
-        except ValueError as error:
-            self._ranks.leave(str(error))
-            raise AgreementLostError(str(error)) from error
-
-    def _hear_posted(self, reports: dict[int, RankReport]) -> None:
-        """What a rank has found that will not come to a decision any more."""
-        posted = self._ranks.posted()
-        if posted is not None and posted[0] not in reports:
-            reports[posted[0]] = decode(posted[1])
-
-    def _alone(self, reason: str, facts: Facts) -> None:
-        checks = [check for check in self._checks if check.code.startswith("LP7")]
-        self._ledger.not_judged(f"the ranks do not decide together: {reason}", facts.step, facts.framework_step, checks)
-
-    def _with_ranks(self, facts: Facts, reports: Mapping[int, RankReport]) -> Facts:
-        ranks = RanksFact(tuple(reports[r] for r in range(self._ranks.world)), self._ranks.rank)
-        if self._equal_at_start is None:
-            self._equal_at_start = ranks.tensors_differ is None
-        ranks = dataclasses.replace(ranks, equal_at_start=self._equal_at_start, differed_before=self._differed)
-        if ranks.stepping:
-            self._differed = ranks.gradients_differ is not None
-        mine = ranks.reports[ranks.rank]
-        sums = sums_of(facts, {i: 1.0 for i in range(len(facts.slots)) if i not in facts.shards})
-        for report in ranks.reports:
-            if report.first == mine.first:
-                sums += report.shards
-        return dataclasses.replace(facts, ranks=ranks, sums=sums)
-
     def _collect(self, moment: Moment, optimizer: int | None, *, final: bool) -> Facts:
         if self._scene.refresh():
             history = self._history
@@ -633,7 +553,7 @@ class ProbeSession:
         probed = optimizer is not None and self._probed
         if probed and optimizer is not None:
             self._reader.read_gradients(optimizer, unowned=True)
-        if self._ranks.several:
+        if self._agreement.several:
             self._reader.read_samples(optimizer if probed else None)
         readings = self._reader.fetch(
             final=optimizer if final and probed else None,
@@ -700,29 +620,19 @@ class ProbeSession:
             why_not_repeated=None if self._repeat is None else self._repeat.why_not,
             responses=self._responses,
             estimators=tuple(self._estimates),
+            why_not_owned=scene.why_not_owned(),
         )
         self._estimates.clear()
-        if self._ranks.world > 1:
-            facts = self._with_wrapping(facts, readings)
+        facts = self._agreement.add_wrapping(facts, scene, observer.called(), readings)
         others_train = any(scene.has_gradients(i) for i in range(len(scene.optimizers)))
         if facts.nobody_called and not others_train:  # else something beside the adapter is trained first
             elsewhere = self._elsewhere.look([layer.module for layer in scene.inventory.layers])
             facts = dataclasses.replace(facts, elsewhere=elsewhere)
         return facts
 
-    def _with_wrapping(self, facts: Facts, readings: Readings) -> Facts:
-        shards = self._scene.shards()
-        joining = self._parallel is not None and self._parallel.joining
-        uneven = "the inputs of the ranks are uneven (Join): every rank decides by itself"
-        return dataclasses.replace(
-            facts,
-            wrapping=self._scene.wrapping(self._parallel, self._observer.called(), synced=self._synced),
-            shards=shards,
-            shard_sums=sums_of(facts, shards),
-            tensor_sample=readings.tensor_sample,
-            gradient_sample=readings.gradient_sample,
-            why_alone=uneven if joining else self._ranks.why_alone,
-        )
+    def _alone(self, reason: str, facts: Facts) -> None:
+        checks = [check for check in self._checks if check.code.startswith("LP7")]
+        self._ledger.not_judged(reason, facts.step, facts.framework_step, checks)
 
     def _step_of(self, moment: Moment) -> int:
         """At the end, the step that would come next has not begun unless a forward was seen."""
@@ -736,7 +646,8 @@ class ProbeSession:
             if between and not check.code.startswith("LP7"):
                 continue
             try:
-                verdicts[check.code] = check.judge(facts)
+                hidden = facts.why_not_owned and check.code in OF_OWNED_TENSORS
+                verdicts[check.code] = skipped(facts.why_not_owned) if hidden else check.judge(facts)
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)
@@ -855,7 +766,7 @@ class ProbeSession:
             return
         self._broken = True
         self._internal(error)
-        if self._ranks.several:
+        if self._agreement.several:
             self._observer.bare = True  # the others count on this rank at every decision
         else:
             self._observer.disarm()
@@ -874,8 +785,3 @@ class ProbeSession:
         if self._console is not None:
             self._console.print(f"LoRA probe: {what}, training goes on: {type(error).__name__}: {error}")
         self._recorded(lambda record: record.error(self.step, text))
-
-
-def _only(report: RankReport, codes: set[str]) -> RankReport:
-    """Without what this rank was not asked to judge."""
-    return dataclasses.replace(report, bad=tuple((c, s) for c, s in report.bad if c in codes))

@@ -583,7 +583,9 @@ def test_memory_that_runs_out_before_the_step_ends_nothing(monkeypatch: pytest.M
 
 def test_reason_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     run = Training(model())
-    fit_plain(run, LoraProbeMonitor(run.model, run.built_optimizer(), estimator=VarianceProbe([], nll, every_n_steps=1)), 6)
+    fit_plain(
+        run, LoraProbeMonitor(run.model, run.built_optimizer(), estimator=VarianceProbe([], nll, every_n_steps=1)), 6
+    )
     told = " ".join(capsys.readouterr().out.split())
     assert told.count("LoRA probe, estimator 'estimator': could not judge: ValueError: the loader") == 1
 

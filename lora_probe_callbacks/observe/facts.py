@@ -399,19 +399,26 @@ class RanksFact:
         rank: This rank.
         equal_at_start: Tensors were equal at the first decision.
         differed_before: Gradients differed when they were last compared.
+        causes: Codes of what was found at former decisions and explains that ranks differ from then on.
     """
 
     reports: tuple[RankReport, ...]
     rank: int
     equal_at_start: bool = True
     differed_before: bool = False
+    causes: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Codes of what failed on some rank, judged by that rank alone."""
+        codes = {c for r in self.reports for c, status in r.bad if status == "fail"}
+        return tuple(sorted(c for c in codes if not c.startswith("LP7")))
 
     @property
     def found(self) -> tuple[str, ...]:
         """Codes of what some rank saw of itself, apart from mere hints: causes of what differs between ranks."""
         hints = ("LP104", "LP301", "LP302", "LP303")
-        codes = {c for r in self.reports for c, status in r.bad if status == "fail" or c in hints}
-        return tuple(sorted(c for c in codes if not c.startswith("LP7")))
+        return tuple(sorted({*self.failed, *(c for r in self.reports for c, _ in r.bad if c in hints)}))
 
     @property
     def tensors_differ(self) -> tuple[int, int, float] | None:
@@ -446,14 +453,17 @@ class RanksFact:
     def _differ(self, samples: list[Sample]) -> tuple[int, int, float] | None:
         worst: tuple[int, int, float] | None = None
         for b in range(1, len(samples)):
-            same = [a for a in range(b) if self.reports[a].first == self.reports[b].first]
-            if not same or self.reports[same[0]].whole != self.reports[b].whole:
-                continue
-            a = same[0]
+            mine = self.reports[b]
+            a = next((a for a in range(b) if _comparable(self.reports[a], mine)), b)
             apart = _apart(samples[a], samples[b])
             if apart > NEAR and (worst is None or apart > worst[2]):
                 worst = (a, b, apart)
         return worst
+
+
+def _comparable(some: RankReport, other: RankReport) -> bool:
+    """They stand below one wrapper and hold as many whole tensors."""
+    return some.first == other.first and some.whole == other.whole
 
 
 def _apart(some: Sample, others: Sample) -> float:
@@ -522,6 +532,7 @@ class Facts:
     gradient_sample: Sample = (0.0,) * SAMPLE
     ranks: RanksFact | None = None  # None: not exchanged at this decision
     why_alone: str = "there is one process"  # why nothing will be exchanged; empty while ranks decide together
+    why_not_owned: str = ""  # why no tensor of the adapter can be told apart in the optimizer
 
     @cached_property
     def training_forwards(self) -> tuple[ForwardFact, ...]:

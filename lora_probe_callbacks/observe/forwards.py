@@ -359,7 +359,7 @@ class ForwardObserver:
                 candidate.with_grad.add(index)
             candidate.calls[index] = (good + (mode == "active"), total + 1, bad if mode == "active" else mode)
             if self.sharded:
-                for slot, tensor in enumerate((s.tensor for s in unit.slots), start=self._first_slot[index]):
+                for slot, tensor in enumerate((s.shown for s in unit.slots), start=self._first_slot[index]):
                     if tensor is None:  # FSDP1 shows a view of its flat parameter, and the graph ends in that
                         candidate.why_unknown = "parameters are views of flat ones inside the forward"
                     else:

@@ -24,7 +24,15 @@ from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.updates import Fingerprints
-from lora_probe_callbacks.observe.wrappers import DataParallel, is_flat, is_shard, replicas, tensor_parallel
+from lora_probe_callbacks.observe.wrappers import (
+    DataParallel,
+    is_flat,
+    is_shard,
+    master_copies,
+    replicas,
+    shards_behind,
+    tensor_parallel,
+)
 
 __all__ = ["FlatParametersError", "Scene", "base_weight"]
 
@@ -71,7 +79,18 @@ class Scene:
         self.suspects: set[int] = set()  # units to be watched for that
         self._left: dict[str, torch.Tensor] = {}  # what layers held that are no longer there
         self._four_bit = [m for _, root in roots for m in root.modules() if type(m).__name__ == "Linear4bit"]
+        self._shards: dict[int, torch.Tensor] = {}
+        self._find_shards()
         self.expect(self.active_names())
+
+    def _find_shards(self) -> None:
+        self._shards.clear()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return  # a walk over all modules
+        self._shards.update(shards_behind(root for _, root in self.roots))
+        for unit in self.inventory.units:
+            for slot in unit.slots:
+                slot.shards = self._shards
 
     # --- what is meant ----------------------------------------------------------------------
 
@@ -166,10 +185,12 @@ class Scene:
     def refresh(self) -> bool:
         """Look, and take the inventory again if a layer was exchanged; returns whether it was."""
         if self.inventory.in_place:
+            self._find_shards()
             self.look()
             return False
         former = {slot.name: t for slot, t in zip(self.slots, self._start_tensors, strict=True) if t is not None}
         self.inventory = take_inventory(self.roots)
+        self._find_shards()
         self.expect(self.expected)
         self._left.update(former)
         for slot in self.slots:
@@ -235,6 +256,13 @@ class Scene:
             for index, tensor in enumerate(self._tensors)
             if tensor is not None and is_shard(tensor)
         }
+
+    def why_not_owned(self) -> str:
+        """Say why no tensor of the adapter can be told apart in the optimizer, or return the empty string."""
+        owners = ownership(self.optimizers)
+        if any(id(slot.tensor) in owners for slot in self.slots):
+            return ""
+        return master_copies(root for _, root in self.roots)
 
     def wrapping(self, parallel: DataParallel | None, called: set[int], *, synced: bool) -> Wrapping:
         """What holds several processes together, and what it leaves out.
