@@ -129,6 +129,7 @@ class ForwardObserver:
         self.without_grad = 0
         self.active_seen: set[str] = set()
         self.merged_seen = False
+        self.beside: set[Mode] = set()  # states in which layers ran beside training: no gradients, or disabled
         self.witness: WeightWitness | None = None
         self.paused = False  # while the probe itself runs the model
         self.bare = False  # only follow the steps, observe nothing: after an error of the probe, for the other ranks
@@ -188,7 +189,7 @@ class ForwardObserver:
     def reset(self) -> None:
         """Forget what the last step showed."""
         self.candidates, self.without_grad, self._walked = [], 0, {}
-        self.active_seen, self.merged_seen = set(), False
+        self.active_seen, self.merged_seen, self.beside = set(), False, set()
         self._stack = threading.local()
         self.close_witness()
         self.witness = None
@@ -252,7 +253,9 @@ class ForwardObserver:
         if stack:
             candidate = stack[-1][1]
             stack.append((module, candidate, None))
-            if candidate is not None:
+            if candidate is None:
+                self._note_beside(module)
+            else:
                 try:
                     self._note_call(candidate, module)
                 except Exception as error:
@@ -264,6 +267,7 @@ class ForwardObserver:
             self.without_grad += 1
             self.active_seen.update(self.inventory.active)
             self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
+            self._note_beside(module)
             return
         try:
             self._before(module)
@@ -349,6 +353,10 @@ class ForwardObserver:
                         candidate.why_unknown = "parameters are views of flat ones inside the forward"
                     else:
                         candidate.inside[id(tensor)] = slot
+
+    def _note_beside(self, module: nn.Module) -> None:
+        for index in self._units_of.get(id(module), ()):
+            self.beside.add(self.units[index].layer.mode(self.units[index].adapter))
 
     def _finish(self, candidate: Candidate, output: Any) -> None:
         outputs = [t for t in tensors_in(output) if t.requires_grad]

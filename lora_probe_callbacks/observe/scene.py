@@ -12,18 +12,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer, Inventory, Slot, Unit, take_inventory
+from lora_probe_callbacks.observe.coverage import adapter_configs, read_coverage
 from lora_probe_callbacks.observe.facts import (
+    Coverage,
     ForwardFact,
     GradientFact,
     OtherAdapter,
     SlotFact,
+    StartFact,
     UnitFact,
     Wrapping,
 )
 from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
-from lora_probe_callbacks.observe.updates import Fingerprints
+from lora_probe_callbacks.observe.start import read_start, scaling
+from lora_probe_callbacks.observe.updates import Fingerprints, Followers
 from lora_probe_callbacks.observe.wrappers import DataParallel, is_flat, is_shard, replicas, tensor_parallel
 
 __all__ = ["FlatParametersError", "Scene", "base_weight"]
@@ -131,6 +135,8 @@ class Scene:
             for name, slots in self._others.items()
             if name not in self._lagged
         }
+        lagged = {name: [t for s in self._others.get(name, ()) if (t := s.tensor) is not None] for name in self._lagged}
+        self.followers = Followers(lagged)
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -273,6 +279,7 @@ class Scene:
             frozen_by_intent=self._kept(slot),
             half=tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16),
             numel=0 if tensor is None else local(tensor).numel(),
+            part=slot.path[0],
         )
 
     def _kept(self, slot: Slot) -> bool:
@@ -309,6 +316,7 @@ class Scene:
             elif watched:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
+            factor, natural = scaling(unit)
             facts.append(
                 UnitFact(
                     name=unit.layer.name,
@@ -317,9 +325,25 @@ class Scene:
                     idle_part=part,
                     base_weight_used=self.base_used.get(index),
                     lora=unit.layer.lora,
+                    scaling=factor,
+                    natural=natural,
                 )
             )
         return tuple(facts)
+
+    def start(self, framework_step: int) -> StartFact:
+        """What the expected units hold before the first training forward."""
+        state = {id(t) for optimizer in self.optimizers for t, held in optimizer.state.items() if held}
+        return read_start(
+            self.units,
+            adapter_configs(self.roots),
+            framework_step=framework_step,
+            optimizer_state=any(id(slot.tensor) in state for slot in self.slots),
+        )
+
+    def coverage(self, expect_targets: Sequence[str], new_token_ids: Sequence[int]) -> Coverage:
+        """What was asked for, and what the expected units cover."""
+        return read_coverage(self.roots, self.units, expect_targets=expect_targets, new_token_ids=new_token_ids)
 
     def suspected_weights(self) -> dict[int, int]:
         """Id of the base weight to unit, for layers that were left out while their surroundings ran."""
@@ -422,6 +446,8 @@ class Scene:
                     was_active=name in was_active,
                     ever_changed=name in self.ever_changed,
                     active_now=name in active,
+                    half=any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors),
+                    **self.followers.counts(name),
                 )
             )
         return tuple(facts)
