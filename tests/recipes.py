@@ -544,8 +544,8 @@ from_selftest(
     "embedding_missing_from_loraplus",
     "LP210",
     0,
-    "1 B have the learning rate of their A",
-    "lora_embedding_B",
+    "lora_embedding_B has the learning rate of A",
+    "while every other B has",
     status="warn",
 )
 from_selftest("E08", "master_copies_from_before", "LP407", 0, "one step erased the adapter", "all 4 adapted layers")

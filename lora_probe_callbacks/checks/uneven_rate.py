@@ -23,7 +23,7 @@ def judge(facts: Facts) -> Verdict:
         return ok()
     rate_a, rate_b = next(iter(apart))
     return warn(
-        f"{len(passed_over)} B have the learning rate of their A, {rate_a:g}, while all others have {rate_b:g}: "
+        f"{', '.join(sorted(kinds))} has the learning rate of A, {rate_a:g}, while every other B has {rate_b:g}: "
         f"{some([facts.slots[b].name for b in passed_over])}",
         passed_over,
         got=f"learning rate {rate_a:g} for {sorted(kinds)}",

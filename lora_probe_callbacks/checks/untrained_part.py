@@ -19,12 +19,11 @@ def judge(facts: Facts) -> Verdict:
     judged = [i for i in sorted(facts.intended) if facts.modes[facts.slots[i].unit] in ("active", "merged")]
     if not judged:
         return pending("the adapter is not active at this moment")
-    if not any(facts.slots[i].requires_grad for i in judged if facts.slots[i].role != "other"):
-        return ok()  # LP203: the whole adapter
     for part in dict.fromkeys(facts.slots[i].part for i in judged if facts.slots[i].role == "other"):
         mine = [i for i in judged if facts.slots[i].part == part]
-        if any(facts.slots[i].requires_grad for i in mine):
-            continue
+        rest = [i for i in judged if facts.slots[i].part != part]
+        if any(facts.slots[i].requires_grad for i in mine) or not any(facts.slots[i].requires_grad for i in rest):
+            continue  # where nothing trains LP203 says so
         if any(facts.history[i].had_gradient for i in mine) or _other_turn(facts, mine):
             continue  # frozen for a time: A and B train, and the rest has its turn
         return fail(

@@ -43,7 +43,7 @@ def _names(facts: Facts, units: Sequence[int]) -> str:
 
 def _fresh(facts: Facts, changed: list[int], plain: list[int]) -> Verdict:
     return fail(
-        f"the new adapter is not the identity: B is not zero in {len(changed)} of {len(plain)} adapted layers, {_names(facts, changed)}",
+        f"the new adapter is not the identity: BA is not zero in {len(changed)} of {len(plain)} adapted layers, {_names(facts, changed)}",
         facts.slots_of_units(changed),
         cause="fresh",
         got=f"BA other than 0 in {len(changed)} layers before the first step, with resumed=False",
