@@ -210,10 +210,18 @@ def _experts_left_out(modules: Mapping[str, nn.Module], config: LoraConfig) -> I
         for parameter, tensor in module._parameters.items():
             if tensor is None or tensor.ndim != 3 or not tensor.is_floating_point() or id(tensor) in wrapped:
                 continue
-            # gate_proj and up_proj are the halves of gate_up_proj, w1 and w3 those of w13.
-            meant = [e for e in entries if len(s := e.rpartition(".")[2].removesuffix("_proj")) > 1 and s in parameter]
+            meant = [entry for entry in entries if _is_part_of(entry.rpartition(".")[2], parameter)]
             if meant and not name.rpartition(".")[2].startswith("lora_"):
                 yield f"{name}.{parameter}", meant
+
+
+def _is_part_of(projection: str, fused: str) -> bool:
+    """gate_proj and up_proj are the halves of gate_up_proj, w1 and w3 those of w13."""
+    stem = projection.removesuffix("_proj")
+    numbered = re.match(r"([a-z]+)(\d)$", stem)
+    if numbered:
+        return bool(re.match(rf"{numbered[1]}\d*{numbered[2]}", fused))
+    return len(stem) > 1 and stem in fused
 
 
 # --- heads and tables ----------------------------------------------------------------------------
