@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lora_probe_callbacks.estimators._trial_step import needs_closure, trial_ste
 from lora_probe_callbacks.estimators._untouched import own_gradients, untouched
 from lora_probe_callbacks.observe.forwards import tensors_in
 from lora_probe_callbacks.observe.optimizers import tensors_of, unwrap_optimizer
-from lora_probe_callbacks.report.findings import ProbeReport
+from lora_probe_callbacks.report.findings import LoraProbeError, ProbeReport
 from lora_probe_callbacks.session import ProbeSession
 
 __all__ = ["preflight"]
@@ -69,7 +69,8 @@ def preflight(
             if not session.report.failures:
                 raise
         else:
-            session.end()
+            with suppress(LoraProbeError):  # what the update itself shows is judged here, and told by the report
+                session.end()
         finally:
             session.close()
     return session.report

@@ -15,7 +15,7 @@ def judge(facts: Facts) -> Verdict:
     trained, stays = facts.coverage.untied[0]
     return warn(
         f"{trained} is trained as a copy of its own, and {stays}, which is tied to it in the base model, stays as it is",
-        cause=trained,
+        cause="tie",
         got="one of two tied tables in modules_to_save",
         expected="both, and tied, or neither",
         fix="pass ensure_weight_tying=True in the LoraConfig, so that both train as one; if they are meant to part, set "

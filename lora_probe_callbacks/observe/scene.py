@@ -6,6 +6,7 @@ Built from the inventory and the names that are meant; asked at every decision f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -333,12 +334,14 @@ class Scene:
 
     def start(self, framework_step: int) -> StartFact:
         """What the expected units hold before the first training forward."""
-        state = {id(t) for optimizer in self.optimizers for t, held in optimizer.state.items() if held}
+        held = {id(t): state for optimizer in self.optimizers for t, state in optimizer.state.items()}
+        first: Mapping[str, Any] = next((held[i] for slot in self.slots if (i := id(slot.tensor)) in held), {})
         return read_start(
             self.units,
             adapter_configs(self.roots),
             framework_step=framework_step,
-            optimizer_state=any(id(slot.tensor) in state for slot in self.slots),
+            # Adagrad makes its state before the first step, with a count of 0; LBFGS before its first closure.
+            optimizer_state=float(first.get("step", 0)) > 0 or first.get("momentum_buffer") is not None,
         )
 
     def coverage(self, expect_targets: Sequence[str], new_token_ids: Sequence[int]) -> Coverage:

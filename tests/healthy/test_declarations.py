@@ -261,6 +261,7 @@ def test_frozen_a_of_lora_fa() -> None:
     judged(Training(model), "LP203", "LP503", "LP504", "LP605", resumed=False, frozen=("lora_A",))
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.parametrize("resumed", [True, None])
 def test_restored_adapter(resumed: bool | None) -> None:
     old, model = lora(**EMBEDDED), lora(**EMBEDDED)
@@ -296,6 +297,12 @@ def test_copy_of_the_adapter_as_reference_of_a_trained_one() -> None:
         return preference(next_token_loss(model, batch, step), reference)
 
     judged(Training(model, loss), "LP504", adapter="default", reference_adapters=("ref",), resumed=True)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, SGD])
+def test_optimizer_that_makes_its_state_before_the_first_step(kind: Any) -> None:
+    model = lora()
+    judged(Training(model, optimizer=kind(adapter_tensors(model).values(), lr=0.1)), "LP504")
 
 
 # --- LP601, LP602 -------------------------------------------------------------------------------
