@@ -27,7 +27,7 @@ from lora_probe_callbacks.observe.facts import (
 from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
-from lora_probe_callbacks.observe.start import read_start, scaling
+from lora_probe_callbacks.observe.start import natural_scaling, read_start, scaling
 from lora_probe_callbacks.observe.updates import Fingerprints, Followers
 from lora_probe_callbacks.observe.wrappers import DataParallel, is_flat, is_shard, replicas, tensor_parallel
 
@@ -141,6 +141,7 @@ class Scene:
         }
         lagged = {name: [t for s in self._others.get(name, ()) if (t := s.tensor) is not None] for name in self._lagged}
         self.followers = Followers(lagged)
+        self._naturals = [natural_scaling(unit) for unit in self.units]
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -337,7 +338,7 @@ class Scene:
             elif watched:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
-            factor, natural = scaling(unit)
+            natural = self._naturals[index]
             facts.append(
                 UnitFact(
                     name=unit.layer.name,
@@ -346,7 +347,7 @@ class Scene:
                     idle_part=part,
                     base_weight_used=self.base_used.get(index),
                     lora=unit.layer.lora,
-                    scaling=factor,
+                    scaling=None if natural is None else scaling(unit),
                     natural=natural,
                 )
             )

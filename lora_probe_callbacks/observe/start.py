@@ -18,7 +18,7 @@ from lora_probe_callbacks.observe.facts import StartFact, UnitStart
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.wrappers import is_shard
 
-__all__ = ["moves_base", "read_start", "scaling"]
+__all__ = ["moves_base", "natural_scaling", "read_start", "scaling"]
 
 # Initialisations that begin with a part of the base weight in BA, and take it out of that weight (peft 0.21).
 _MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -37,22 +37,36 @@ def moves_base(config: PeftConfig | None) -> bool:
     return isinstance(kind, str) and kind.lower().startswith(_MOVING)
 
 
-def scaling(unit: Unit) -> tuple[float | None, float | None]:
-    """The factor of BA in one unit, and what it should be.
+def natural_scaling(unit: Unit) -> float | None:
+    """The factor of BA that rank and alpha of one unit say.
 
     Args:
         unit: One adapter in one layer.
 
     Returns:
-        (factor now, alpha/r or alpha/sqrt(r)); None where the method has no such factor, or changes it by design.
+        alpha/r, or alpha/sqrt(r) under rsLoRA; None where the method has no such factor, or changes it by design.
     """
     module, name = unit.layer.module, unit.adapter
     if not _of_two_factors(module) or not isinstance(module, LoraLayer) or name not in module.scaling:
-        return None, None
-    factor, r, alpha = module.scaling[name], module.r.get(name), module.lora_alpha.get(name)
-    if not isinstance(factor, int | float) or not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1:
-        return None, None
-    return float(factor), alpha / (r**0.5 if module.use_rslora.get(name) else r)
+        return None
+    r, alpha = module.r.get(name), module.lora_alpha.get(name)
+    if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1:
+        return None
+    return alpha / float(r**0.5 if module.use_rslora.get(name) else r)
+
+
+def scaling(unit: Unit) -> float | None:
+    """The factor of BA in one unit now.
+
+    Args:
+        unit: One for which :func:`natural_scaling` knows what it should be.
+
+    Returns:
+        The factor, or None if it is no plain number any more.
+    """
+    scalings: dict[str, object] = unit.layer.module.scaling  # type: ignore[assignment]
+    factor = scalings.get(unit.adapter)
+    return float(factor) if isinstance(factor, int | float) else None
 
 
 def read_start(
