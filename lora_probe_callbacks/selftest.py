@@ -118,9 +118,8 @@ def outcome_of(fault: Fault) -> Outcome:
     """
     began = time.perf_counter()
     # PEFT and torch warn of some of these themselves, among many other lines: that is not what is tested.
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _quiet("transformers"):
         warnings.simplefilter("ignore")
-        logging.getLogger("transformers").setLevel(logging.ERROR)
         trial = trial_of(fault)
         findings = _findings(trial, steps=trial.begins + fault.by_step + 2)
     right = [f for f in findings if f.code == fault.code]
@@ -132,6 +131,17 @@ def outcome_of(fault: Fault) -> Outcome:
         due=trial.begins + fault.by_step,
         seconds=time.perf_counter() - began,
     )
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _findings(trial: Trial, steps: int) -> list[Finding]:

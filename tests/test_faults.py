@@ -25,7 +25,6 @@ from training import (
 from lora_probe_callbacks import LoraProbeError, faults
 from lora_probe_callbacks.checks.catalogue import all_checks
 from lora_probe_callbacks.faults import FAULTS, Fault
-from lora_probe_callbacks.selftest import selftest
 
 
 @pytest.mark.parametrize("recipe", parameters(RECIPES))
@@ -203,13 +202,6 @@ def test_every_fault_is_run_by_a_recipe_that_expects_its_code_and_step() -> None
             assert recipes, fault
             # The first of them injects the fault before step 0, but for the drift of a base weight.
             assert recipes[0].step == fault.by_step + (2 if fault.entry == "B09" else 0), (fault, recipes[0])
-
-
-def test_selftest_finds_every_fault() -> None:
-    """What ``lora-probe selftest`` runs: a plain loop with the declarations that a fault needs."""
-    outcomes = list(selftest())
-    assert {o.fault.name for o in outcomes} == set(FAULTS)
-    assert [o for o in outcomes if not o.found] == []
 
 
 def test_faults_load_no_framework() -> None:

@@ -10,7 +10,7 @@ def judge(facts: Facts) -> Verdict:
     """Look for forwards beside training that never ran with the adapters disabled."""
     reference = facts.reference
     if reference is None:
-        return skipped("reference='disabled' was not declared")
+        return skipped("the reference was not declared to be the disabled model")
     if reference.disabled:
         return ok()
     if reference.active < PERSISTENT:
