@@ -111,6 +111,7 @@ class ProbeSession:
         self._merges = 0
         self._was_active: set[str] = set()
         self._elsewhere = AdaptersElsewhere()
+        self._looked_at_start = False
         self._start: StartFact | None = None
         self._coverage: Coverage | None = None
         self._reference = None if config.reference is None else ReferenceFact(disabled=False, active=0)
@@ -643,9 +644,9 @@ class ProbeSession:
         modes, active = observer.state()
         forwards = observer.facts(scene.slot_of())
         self._history = advance(self._history, slots, readings.gradients, readings.update, self.step)
-        if self._start is None:
-            self._start = scene.start(self._framework_step())
-            self._coverage = scene.coverage(self.config.expect_targets, self.config.new_token_ids)
+        if not self._looked_at_start:
+            self._looked_at_start = True
+            self._look_at_start()
         if readings.followers is not None:
             scene.followers.advance(readings.followers, self.step, moved=_moved(readings))
         self._look_beside(forwards, moment)
@@ -713,6 +714,18 @@ class ProbeSession:
             elsewhere = self._elsewhere.look([layer.module for layer in scene.inventory.layers])
             facts = dataclasses.replace(facts, elsewhere=elsewhere)
         return facts
+
+    def _look_at_start(self) -> None:
+        """Values and names, once; models differ most here, and what cannot be read ends these checks alone."""
+        try:
+            self._start = self._scene.start(self._framework_step())
+            self._coverage = self._scene.coverage(self.config.expect_targets, self.config.new_token_ids)
+        except Exception as error:
+            self._internal(error)
+            left = [c for c in self._checks if c.code in ("LP503", "LP504") or c.code.startswith("LP6")]
+            self._checks = [c for c in self._checks if c not in left]
+            reason = f"could not judge: {type(error).__name__} when the model was looked at"
+            self._ledger.not_judged(reason, self.step, self._framework_step(), left)
 
     def _look_beside(self, forwards: tuple[ForwardFact, ...], moment: Moment) -> None:
         """Did a forward run with the adapters disabled, where the loss compares with it?"""

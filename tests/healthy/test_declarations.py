@@ -29,6 +29,7 @@ from training import (
     assert_healthy,
     batches,
     config,
+    fit_lightning,
     llama,
     lora,
     next_token_loss,
@@ -37,6 +38,8 @@ from training import (
 )
 from transformers import BertConfig, BertForSequenceClassification, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from unlisted_declared import EMBEDDED, Masters, Mixture, by_rule, classified, preference, pretrained, squares, teacher
+
+from lora_probe_callbacks import LoraProbe
 
 TIED = "ignore:Model has `tie_word_embeddings=True`"
 
@@ -533,3 +536,21 @@ def test_one_look_at_the_start_changes_nothing() -> None:
     after = model.state_dict()
     assert all(torch.equal(after[n], t) for n, t in twin.state_dict().items())
     assert any(not torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_model_that_cannot_be_asked_for_its_tables_ends_these_checks_alone() -> None:
+    """Its own code raises when its embeddings are asked for."""
+    base = llama()
+    model = lora(base=base)
+
+    class Broken(type(base)):
+        def get_input_embeddings(self) -> nn.Module:
+            raise RuntimeError("the embeddings live on another host")
+
+    base.__class__ = Broken
+    probe = LoraProbe(verbose=False, every_n_steps=1)
+    fit_lightning(Training(model), probe)
+    status = {f.code: f.status for f in probe.report.findings}
+    assert {status[code] for code in ("LP503", "LP504", "LP601", "LP607")} == {"skipped"}
+    assert status["LP203"] == status["LP302"] == "pass"
+    assert len(probe.report.internal_errors) == 1
