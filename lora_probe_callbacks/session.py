@@ -15,7 +15,7 @@ import dataclasses
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -34,10 +34,15 @@ from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
 from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.facts import (
+    Coverage,
     EstimatorFact,
     Facts,
+    ForwardFact,
+    Mode,
     Moment,
+    ReferenceFact,
     SlotHistory,
+    StartFact,
     StepResponse,
 )
 from lora_probe_callbacks.observe.forwards import ForwardObserver
@@ -104,6 +109,10 @@ class ProbeSession:
         self._merges = 0
         self._was_active: set[str] = set()
         self._elsewhere = AdaptersElsewhere()
+        self._looked_at_start = False
+        self._start: StartFact | None = None
+        self._coverage: Coverage | None = None
+        self._reference = None if config.reference is None else ReferenceFact(disabled=False, active=0)
         self._responses: tuple[StepResponse, ...] = ()
         self._estimates: list[EstimatorFact] = []
         self._zero_estimates: dict[str, int] = {}  # looks in a row at which all gradients of one were exactly zero
@@ -569,6 +578,12 @@ class ProbeSession:
         modes, active = observer.state()
         forwards = observer.facts(scene.slot_of())
         self._history = advance(self._history, slots, readings.gradients, readings.update, self.step)
+        if not self._looked_at_start:
+            self._looked_at_start = True
+            self._look_at_start()
+        if readings.followers is not None:
+            scene.followers.advance(readings.followers, self.step, moved=_moved(readings))
+        self._look_beside(forwards, moment)
         scaler = self._scaler is not None or any(grad_scale(o) is not None for o in scene.optimizers)
         overflow = scaler and any(g is not None and not g.finite for g in readings.gradients)
         if readings.skipped_inside:
@@ -621,6 +636,11 @@ class ProbeSession:
             responses=self._responses,
             estimators=tuple(self._estimates),
             why_not_owned=scene.why_not_owned(),
+            resumed=self.config.resumed,
+            reference=self._reference,
+            new_tokens=tuple(self.config.new_token_ids),
+            start=self._start if self._start and len(self._start.units) == len(scene.units) else None,
+            coverage=self._coverage,
         )
         self._estimates.clear()
         facts = self._agreement.add_wrapping(facts, scene, observer.called(), readings)
@@ -633,6 +653,32 @@ class ProbeSession:
     def _alone(self, reason: str, facts: Facts) -> None:
         checks = [check for check in self._checks if check.code.startswith("LP7")]
         self._ledger.not_judged(reason, facts.step, facts.framework_step, checks)
+
+    def _look_at_start(self) -> None:
+        """Values and names, once; models differ most here, and what cannot be read ends these checks alone."""
+        try:
+            self._start = self._scene.start(self._framework_step())
+            self._coverage = self._scene.coverage(self.config.expect_targets, self.config.new_token_ids)
+        except Exception as error:
+            self._internal(error)
+            left = [c for c in self._checks if c.code in ("LP503", "LP504") or c.code.startswith("LP6")]
+            self._checks = [c for c in self._checks if c not in left]
+            reason = f"could not judge: {type(error).__name__} when the model was looked at"
+            self._ledger.not_judged(reason, self.step, self._framework_step(), left)
+
+    def _look_beside(self, forwards: tuple[ForwardFact, ...], moment: Moment) -> None:
+        """Did a forward run with the adapters disabled, where the loss compares with it?"""
+        if self._reference is None:
+            return
+        modes = {*self._observer.beside, *(m for f in forwards for m in _ran_in(f))}
+        # With gradients and never differentiated: a reference that is detached afterwards.
+        if any(f.received for f in forwards):
+            aside = [f for f in forwards if not f.received]
+            modes |= {f.mode(u) for f in aside for u in range(len(self._scene.units)) if f.called(u) is not False}
+        active = "active" in modes and moment in ("step", "skipped")
+        self._reference = ReferenceFact(
+            disabled=self._reference.disabled or "disabled" in modes, active=self._reference.active + active
+        )
 
     def _step_of(self, moment: Moment) -> int:
         """At the end, the step that would come next has not begun unless a forward was seen."""
@@ -785,3 +831,15 @@ class ProbeSession:
         if self._console is not None:
             self._console.print(f"LoRA probe: {what}, training goes on: {type(error).__name__}: {error}")
         self._recorded(lambda record: record.error(self.step, text))
+
+
+def _moved(readings: Readings) -> bool:
+    """The last update has moved the adapter."""
+    return readings.update is not None and any(u is not None and u.moved > 0 for u in readings.update.slots)
+
+
+def _ran_in(forward: ForwardFact) -> Iterator[Mode]:
+    """Other states in which layers ran inside one forward."""
+    for _, _, other in forward.calls or ():
+        if other is not None:
+            yield other

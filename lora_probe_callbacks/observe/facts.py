@@ -51,6 +51,7 @@ class SlotFact:
     frozen_by_intent: bool
     half: bool
     numel: int
+    part: str = ""  # PEFT's name of the kind of tensor: "lora_A", "lora_magnitude_vector", "modules_to_save"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ class UnitFact:
     # Its base weight was used in a forward that left the layer out; None where nobody watched.
     base_weight_used: bool | None = None
     lora: bool = True
+    scaling: float | None = None  # the factor of the product BA now; None where the method has no such factor
+    natural: float | None = None  # alpha/r, or alpha/sqrt(r) under rsLoRA
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,121 @@ class OtherAdapter:
     was_active: bool  # active in some forward of this session
     ever_changed: bool
     active_now: bool
+    half: bool = False  # some tensor is stored in 16 bits
+    still: int = 0  # probed steps in a row after which it was bit-equal, while the expected adapter moved; lagged only
+    still_since: int = 0  # the step in which that row began
+    written: int = 0  # of these, those in which something wrote to it all the same
+
+
+@dataclass(frozen=True, slots=True)
+class UnitStart:
+    """What one unit held before the first training forward.
+
+    Attributes:
+        a: Largest element of A, by size; of the part that this rank holds.
+        b: The same of B.
+        product: Frobenius norm of BA over the product of the norms of B and A: 0 if the adapter is the identity.
+        moves_base: Its initialisation takes the product out of the base weight, so that it is not zero by design.
+    """
+
+    a: float
+    b: float
+    product: float
+    moves_base: bool
+
+    @property
+    def identity(self) -> bool:
+        """The adapter adds nothing. Orthogonal factors cancel up to the rounding of 16 bits."""
+        return not self.a or not self.b or self.product < 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class StartFact:
+    """The state in which training began.
+
+    Attributes:
+        units: One entry a unit; None where there is no pair of A and B, or it cannot be read.
+        framework_step: The framework's number of the first step: above 0 in a run that was resumed.
+        optimizer_state: The optimizer holds a state for some adapter tensor already.
+    """
+
+    units: tuple[UnitStart | None, ...]
+    framework_step: int
+    optimizer_state: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One name that PEFT's configuration asks for.
+
+    Attributes:
+        adapter: Whose configuration.
+        argument: ``"target_modules"``, ``"target_parameters"`` or ``"modules_to_save"``.
+        name: As it stands there.
+        exists: Some module or parameter of the model has this name.
+    """
+
+    adapter: str
+    argument: str
+    name: str
+    exists: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """An embedding or head with one row for each token.
+
+    Attributes:
+        name: Its name.
+        side: ``"input"`` or ``"output"``.
+        rows: How many tokens it knows.
+        untrained: Declared tokens whose row nobody trains.
+    """
+
+    name: str
+    side: Literal["input", "output"]
+    rows: int
+    untrained: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What was asked for, and what the adapters cover. Read once, when training starts.
+
+    Attributes:
+        unmet: Names in a configuration that own no adapted module.
+        expected: Declared name parts, and how many adapted modules have each.
+        patterns: Keys of ``rank_pattern`` and ``alpha_pattern`` that match no adapted module, as (argument, key).
+        sparse: Stacks of layers of which few are adapted, as (name, adapted, all).
+        experts: Fused expert weights without an adapter, although projections of their name were asked for.
+        untied: Of a tied pair of embedding and head, the one that is trained as a copy and the one that stays.
+        fresh_heads: Heads that look freshly initialised, are frozen and carry no adapter.
+        tokens: Tables with a row for each token; only if tokens were declared.
+        unmade: (part, adapted modules that lack it) of parts that the configuration asks for.
+    """
+
+    unmet: tuple[Request, ...] = ()
+    expected: tuple[tuple[str, int], ...] = ()
+    patterns: tuple[tuple[str, str], ...] = ()
+    sparse: tuple[tuple[str, int, int], ...] = ()
+    experts: tuple[str, ...] = ()
+    untied: tuple[tuple[str, str], ...] = ()
+    fresh_heads: tuple[str, ...] = ()
+    tokens: tuple[TokenTable, ...] = ()
+    unmade: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFact:
+    """The forwards beside training, where the loss compares with this model, its adapters disabled.
+
+    Attributes:
+        disabled: Some forward of this session ran with the adapters disabled.
+        active: Probed steps up to now in which forwards beside training ran, all with an adapter active.
+    """
+
+    disabled: bool
+    active: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -531,6 +649,11 @@ class Facts:
     tensor_sample: Sample = (0.0,) * SAMPLE
     gradient_sample: Sample = (0.0,) * SAMPLE
     ranks: RanksFact | None = None  # None: not exchanged at this decision
+    resumed: bool | None = None  # as declared
+    reference: ReferenceFact | None = None  # None: not declared
+    new_tokens: tuple[int, ...] = ()  # as declared
+    start: StartFact | None = None  # read before the first training forward, and kept
+    coverage: Coverage | None = None  # likewise
     why_alone: str = "there is one process"  # why nothing will be exchanged; empty while ranks decide together
     why_not_owned: str = ""  # why no tensor of the adapter can be told apart in the optimizer
 

@@ -6,24 +6,29 @@ Built from the inventory and the names that are meant; asked at every decision f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer, Inventory, Slot, Unit, take_inventory
+from lora_probe_callbacks.observe.coverage import adapter_configs, read_coverage
 from lora_probe_callbacks.observe.facts import (
+    Coverage,
     ForwardFact,
     GradientFact,
     OtherAdapter,
     SlotFact,
+    StartFact,
     UnitFact,
     Wrapping,
 )
 from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
-from lora_probe_callbacks.observe.updates import Fingerprints
+from lora_probe_callbacks.observe.start import natural_scaling, read_start, scaling
+from lora_probe_callbacks.observe.updates import Fingerprints, Followers
 from lora_probe_callbacks.observe.wrappers import (
     DataParallel,
     is_flat,
@@ -154,6 +159,9 @@ class Scene:
             for name, slots in self._others.items()
             if name not in self._lagged
         }
+        lagged = {name: [t for s in self._others.get(name, ()) if (t := s.tensor) is not None] for name in self._lagged}
+        self.followers = Followers(lagged)
+        self._naturals = [natural_scaling(unit) for unit in self.units]
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -258,9 +266,12 @@ class Scene:
         }
 
     def why_not_owned(self) -> str:
-        """Say why no tensor of the adapter can be told apart in the optimizer, or return the empty string."""
-        owners = ownership(self.optimizers)
-        if any(id(slot.tensor) in owners for slot in self.slots):
+        """Say why no tensor of the adapter can be told apart in the optimizer, or give the empty string.
+
+        Returns:
+            The reason.
+        """
+        if any(own is not None for own in self._owned):
             return ""
         return master_copies(root for _, root in self.roots)
 
@@ -325,6 +336,7 @@ class Scene:
             frozen_by_intent=self._kept[index],
             half=tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16),
             numel=size,
+            part=slot.path[0],
         )
 
     def unit_facts(
@@ -358,6 +370,7 @@ class Scene:
             elif watched:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
+            natural = self._naturals[index]
             facts.append(
                 UnitFact(
                     name=unit.layer.name,
@@ -366,9 +379,27 @@ class Scene:
                     idle_part=part,
                     base_weight_used=self.base_used.get(index),
                     lora=unit.layer.lora,
+                    scaling=None if natural is None else scaling(unit),
+                    natural=natural,
                 )
             )
         return tuple(facts)
+
+    def start(self, framework_step: int) -> StartFact:
+        """What the expected units hold before the first training forward."""
+        held = {id(t): state for optimizer in self.optimizers for t, state in optimizer.state.items()}
+        first: Mapping[str, Any] = next((held[i] for slot in self.slots if (i := id(slot.tensor)) in held), {})
+        return read_start(
+            self.units,
+            adapter_configs(self.roots),
+            framework_step=framework_step,
+            # Adagrad makes its state before the first step, with a count of 0; LBFGS before its first closure.
+            optimizer_state=float(first.get("step", 0)) > 0 or first.get("momentum_buffer") is not None,
+        )
+
+    def coverage(self, expect_targets: Sequence[str], new_token_ids: Sequence[int]) -> Coverage:
+        """What was asked for, and what the expected units cover."""
+        return read_coverage(self.roots, self.units, expect_targets=expect_targets, new_token_ids=new_token_ids)
 
     def suspected_weights(self) -> dict[int, int]:
         """Id of the base weight to unit, for layers that were left out while their surroundings ran."""
@@ -479,6 +510,8 @@ class Scene:
                     was_active=name in was_active,
                     ever_changed=name in self.ever_changed,
                     active_now=name in active,
+                    half=any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors),
+                    **self.followers.counts(name),
                 )
             )
         return tuple(facts)
