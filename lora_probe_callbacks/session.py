@@ -15,6 +15,7 @@ nothing: it says so where the others see it without waiting.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 import traceback
 import warnings
@@ -30,6 +31,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.agreement import agreed, decode, encode
+from lora_probe_callbacks.checkpoints import Checkpoints
 from lora_probe_callbacks.checks.base import Check, Verdict
 from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
@@ -42,6 +44,7 @@ from lora_probe_callbacks.observe.facts import (
     Moment,
     RankReport,
     RanksFact,
+    SavedFact,
     SlotHistory,
     StepResponse,
 )
@@ -65,6 +68,7 @@ from lora_probe_callbacks.steps import StepTracker
 __all__ = ["ProbeConfig", "ProbeSession"]
 
 ALWAYS = 4  # the first steps are always probed: most faults are there from the start
+_OF_FILES = ("LP801", "LP802", "LP803", "LP805", "LP807")  # what a saved file alone can be judged by
 REPEATS_EVERY = 16  # after them, one probed step in so many runs a forward a second time
 
 
@@ -107,6 +111,9 @@ class ProbeSession:
         self._was_active: set[str] = set()
         self._elsewhere = AdaptersElsewhere()
         self._responses: tuple[StepResponse, ...] = ()
+        self._checkpoints: Checkpoints | None = None
+        self._restored: tuple[Mapping[str, Any], str, bool] | None = None  # before the start
+        self._reads_files = main_rank
         self._estimates: list[EstimatorFact] = []
         self._zero_estimates: dict[str, int] = {}  # looks in a row at which all gradients of one were exactly zero
         self._ranks = Ranks()
@@ -161,6 +168,7 @@ class ProbeSession:
         self._estimation = None if config.estimator is None else Estimation(config.estimator, self._scene)
         self._parallel: DataParallel | None = None
         self._guarded(self._meet_ranks)
+        self._saving(self._begin_saving)
         self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
@@ -169,6 +177,13 @@ class ProbeSession:
         self._running = True
         self._begin_step()
         self._recorded(self._write_start)
+
+    def _begin_saving(self) -> None:
+        if any(check.code.startswith("LP8") for check in self._checks):
+            self._checkpoints = Checkpoints(self._scene, reads=self._reads_files)
+            if self._restored is not None:
+                state, source, whole = self._restored
+                self._checkpoints.restored(state, source, whole=whole)
 
     def _meet_ranks(self) -> None:
         self._ranks.enter()
@@ -225,16 +240,115 @@ class ProbeSession:
         self._ranks.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later session should know: the last healthy state."""
-        return {"baseline": self._ledger.baseline}
+        """What a later session should know: the last healthy state, and a fingerprint of what is trained now."""
+        state: dict[str, Any] = {"baseline": self._ledger.baseline}
+        checkpoints = self._checkpoints
+        if checkpoints is not None:
+            self._saving(lambda: state.update(fingerprint=checkpoints.state()))
+        return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the last healthy state of an earlier session.
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, source: str = "the checkpoint", whole: bool = False
+    ) -> None:
+        """Take over what an earlier session knew; the next decision compares its fingerprint with what is here.
 
         Args:
             state: What :meth:`state_dict` returned.
+            source: Where it comes from, for messages.
+            whole: The adapter and the optimizer are restored from the same place, by a framework.
         """
         self._ledger.baseline = state.get("baseline")
+        if state.get("fingerprint") is not None:
+            self._restored = (state["fingerprint"], source, whole)
+            if self._checkpoints is not None:
+                self._checkpoints.restored(state["fingerprint"], source, whole=whole)
+
+    # --- saves ------------------------------------------------------------------------------
+
+    def save_announced(self, path: str | os.PathLike[str]) -> None:
+        """A framework writes a checkpoint: the adapter is sampled now, and the file read at the next event.
+
+        Args:
+            path: The file or folder.
+        """
+        checkpoints = self._checkpoints
+        if checkpoints is not None and not self._broken:
+            step, framework_step = self._step_of("end"), self._framework_step()
+            self._saving(lambda: checkpoints.announced(path, step, framework_step))
+
+    def saves_written(self) -> None:
+        """What was announced is complete: read it. After the end of the run it is judged at once."""
+        checkpoints = self._checkpoints
+        if checkpoints is None or self._broken:
+            return
+        if self._running:
+            self._saving(checkpoints.look)
+            return
+        found: list[SavedFact] = []
+        self._saving(lambda: found.extend(checkpoints.take(end=True)))
+        if found:
+            self._judge_saves(found, self._ledger)
+            self.report.findings = self._ledger.findings
+
+    def restored_from(self, path: str | os.PathLike[str]) -> None:
+        """The run goes on from a checkpoint that holds no state of this probe: the adapter should be its own.
+
+        Args:
+            path: The checkpoint.
+        """
+        checkpoints = self._checkpoints
+        if checkpoints is not None and self._reads_files and os.path.exists(path):
+            self._saving(lambda: checkpoints.check(path, self.step, self._framework_step(), running=True) and None)
+
+    def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
+        """Read a saved file back and compare every element with the adapter; see :class:`Checkpoints`.
+
+        While training goes on, what fails is acted upon by the next decision as well. Nothing is raised here.
+
+        Args:
+            path: A folder or file of an adapter, or a checkpoint of the whole module.
+
+        Returns:
+            What was found in this file.
+        """
+        report = ProbeReport(judged_steps=1)
+        checks = [check for check in self._checks if check.code in _OF_FILES]
+        ledger = Ledger(checks)
+        found: list[SavedFact] = []
+        checkpoints = self._checkpoints
+        if checkpoints is not None and not self._broken:
+            step, framework_step = self._step_of("end"), self._framework_step()
+            self._saving(lambda: found.extend(checkpoints.check(path, step, framework_step, running=self._running)))
+        if found:
+            self._judge_saves(found, ledger)
+            if not self._running:
+                self._judge_saves(found, self._ledger)
+                self.report.findings = self._ledger.findings
+        else:
+            ledger.not_judged("could not judge: the probe has not begun, or has stepped aside", self.step, self.step)
+        report.findings = ledger.findings
+        return report
+
+    def _judge_saves(self, found: list[SavedFact], ledger: Ledger) -> None:
+        """The verdicts on saved files alone, outside a decision."""
+        facts = Facts("end", None, found[0].step, found[0].framework_step, (), False, (), (), (), (), ())
+        facts = dataclasses.replace(facts, slots=self._scene.slot_facts(), saves=tuple(found))
+        verdicts = {code: v for code, v in self._judge(facts, only=_OF_FILES).items() if v.status != "pending"}
+        for finding in ledger.add(facts, verdicts):
+            if self._console is not None and ledger is self._ledger:
+                self._console.print(finding_panel(finding))
+
+    def _saving(self, work: Callable[[], object]) -> None:
+        """An error of our own about a file ends these checks, and nothing else."""
+        try:
+            work()
+        except Exception as error:
+            self._internal(error)
+            self._checkpoints = None
+            checks = [check for check in self._checks if check.code.startswith("LP8")]
+            reason = f"could not judge: {type(error).__name__} while a checkpoint was looked at: {error}"
+            self._ledger.not_judged(reason, self.step, self._framework_step(), checks)
+            self.report.findings = self._ledger.findings
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -341,6 +455,8 @@ class ProbeSession:
                 return
             if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
+            if self._checkpoints is not None:
+                self._checkpoints.stepped_at = time.time()
             self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
@@ -364,7 +480,7 @@ class ProbeSession:
         if not self._now.decided:
             self._now.decided = True
             # Whether something waits may differ between ranks, of which one may have skipped its last step.
-            waiting = self._last_probed if self._ranks.several else (self._reader.waiting or bool(self._estimates))
+            waiting = self._last_probed if self._ranks.several else self._waits
             if self._probed or waiting:
                 self._decide("step", index, final=final)
         elif first and self._probed:  # a further optimizer of a step that is decided already
@@ -377,6 +493,12 @@ class ProbeSession:
             self._guarded(self._reader.read_others_before)
             if self._response is not None:
                 self._guarded(self._response.stepping)
+
+    @property
+    def _waits(self) -> bool:
+        """Something was observed that no decision has judged yet."""
+        files = self._checkpoints is not None and self._checkpoints.waiting
+        return self._reader.waiting or bool(self._estimates) or files
 
     def _begins_again(self, index: int) -> None:
         self._now.begins_again(index, self._scene.owners(), self._scene.has_gradients)
@@ -620,7 +742,19 @@ class ProbeSession:
         if self._ranks.several:
             self._reader.read_samples(optimizer if probed else None)
         readings = self._reader.fetch(cotangents=self._observer.cotangents(), sample=probed, merges=self._merges)
-        return self._facts(moment, optimizer, readings, final=final)
+        facts = self._facts(moment, optimizer, readings, final=final)
+        return self._with_files(facts)
+
+    def _with_files(self, facts: Facts) -> Facts:
+        """What was saved and restored since the last decision."""
+        checkpoints = self._checkpoints
+        if checkpoints is None:
+            return facts
+        checkpoints.moved |= any(h.had_move and s.role == "B" for h, s in zip(facts.history, facts.slots, strict=True))
+        found: dict[str, Any] = {}
+        self._saving(lambda: found.update(saves=checkpoints.take(end=facts.moment == "end")))
+        self._saving(lambda: found.update(resumed=checkpoints.resumed()))
+        return dataclasses.replace(facts, **found)
 
     def _facts(self, moment: Moment, optimizer: int | None, readings: Readings, *, final: bool) -> Facts:
         scene, observer = self._scene, self._observer
@@ -706,11 +840,11 @@ class ProbeSession:
         over = moment == "end" and self.step and not self._observer.candidates
         return self.step - 1 if over else self.step
 
-    def _judge(self, facts: Facts, *, between: bool = False) -> dict[str, Verdict]:
+    def _judge(self, facts: Facts, *, between: bool = False, only: Iterable[str] = ()) -> dict[str, Verdict]:
         """The verdicts on one set of facts; those ``between`` ranks need what the other ranks have sent."""
         verdicts: dict[str, Verdict] = {}
         for check in list(self._checks):
-            if between and not check.code.startswith("LP7"):
+            if (between and not check.code.startswith("LP7")) or (only and check.code not in only):
                 continue
             try:
                 verdicts[check.code] = check.judge(facts)

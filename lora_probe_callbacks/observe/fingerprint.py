@@ -1,0 +1,247 @@
+"""What a checkpoint says of the adapter, the optimizer's state and the base: enough to know them again, and small.
+
+Of every tensor its norm and a few elements; plain values, so that JSON keeps them.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lora_probe_callbacks.observe.facts import ResumedFact
+from lora_probe_callbacks.observe.optimizers import ownership
+from lora_probe_callbacks.observe.readout import Readout, local
+from lora_probe_callbacks.observe.saving import bare
+from lora_probe_callbacks.observe.scene import Scene, base_weight
+from lora_probe_callbacks.observe.wrappers import is_shard
+
+__all__ = ["compared", "fingerprint"]
+
+_FEW = 4  # elements of a tensor of the adapter and of the optimizer's state, and its norm
+_BASE_LAYERS, _BASE_FEW = 16, 32
+_NORM = 1e-4  # relative: the order of a sum differs between devices
+# How far two roundings of one number are apart, relative to the largest number of the sample.
+_ROUNDING = {"torch.bfloat16": 2.0**-7, "torch.float16": 2.0**-10}
+
+
+def fingerprint(scene: Scene) -> dict[str, Any]:
+    """Take the fingerprint of what is trained.
+
+    Args:
+        scene: What is expected to train.
+
+    Returns:
+        Plain values: ``adapter``, ``optimizer`` and ``base``.
+    """
+    readout = Readout()
+    adapter = _adapter(scene)
+    states = _states(scene)
+    base = _base(scene)
+    tickets = {
+        "adapter": [_add(readout, t, _FEW) for t in adapter.values()],
+        "optimizer": [[_add(readout, t, _FEW) for t in entries] for _, entries in states.values()],
+        "base": [_add(readout, t, _BASE_FEW) for t in base.values()],
+    }
+    readout.fetch()
+    slots, owners = scene.slots, ownership(scene.optimizers)
+    return {
+        "adapter": {
+            "names": [bare(slots[i].name) for i in adapter],
+            "roles": "".join({"A": "A", "B": "B"}.get(slots[i].role, "o") for i in adapter),
+            "kinds": [f"{t.dtype}{list(t.shape)}" for t in adapter.values()],
+            "values": [_packed(readout.get(t)) for t in tickets["adapter"]],  # type: ignore[arg-type]
+        },
+        "optimizer": {
+            "names": [bare(slots[i].name) for i in states],
+            "keys": [keys for keys, _ in states.values()],
+            "values": [[_packed(readout.get(t)) for t in row] for row in tickets["optimizer"]],  # type: ignore[union-attr]
+            "rates": [owners[id(slots[i].tensor)].learning_rate for i in states],
+        },
+        "base": {
+            "names": [bare(name) for name in base],
+            "kinds": [f"{t.dtype}{list(t.shape)}" for t in base.values()],
+            "values": [_packed(readout.get(t)) for t in tickets["base"]],  # type: ignore[arg-type]
+        },
+    }
+
+
+def _adapter(scene: Scene) -> dict[int, torch.Tensor]:
+    """Slots of which this rank holds all: shards differ between ranks, and a checkpoint has one state."""
+    tensors = {i: t for i, s in enumerate(scene.slots) if (t := s.tensor) is not None}
+    return {i: t for i, t in tensors.items() if not is_shard(t) and t.device.type != "meta" and t.numel()}
+
+
+def _states(scene: Scene) -> dict[int, tuple[list[str], list[torch.Tensor]]]:
+    owners = ownership(scene.optimizers)
+    found = {}
+    for i, tensor in _adapter(scene).items():
+        own = owners.get(id(tensor))
+        state = {} if own is None else scene.optimizers[own.optimizer].state.get(tensor, {})
+        entries = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() >= tensor.numel() > 1}
+        if own is not None:
+            keys = sorted(entries)[:2]
+            found[i] = (keys, [entries[k] for k in keys])
+    return found
+
+
+def _base(scene: Scene) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for unit in scene.units:
+        weight = base_weight(unit)
+        usable = weight is not None and weight.device.type != "meta" and weight.numel() and not is_shard(weight)
+        if usable and weight is not None and not weight.requires_grad and not unit.layer.merged:
+            found[unit.layer.name] = weight
+    names = list(found)
+    step = max(1, -(-len(names) // _BASE_LAYERS))
+    return {name: found[name] for name in names[::step]}
+
+
+def _add(readout: Readout, tensor: torch.Tensor, few: int) -> range:
+    flat = local(tensor).reshape(-1)
+    count = flat.numel()
+    chosen = flat[:: max(1, count // few)][:few]
+    if not flat.is_floating_point():
+        chosen, flat = chosen.double(), flat[: 1 << 16].double()
+    return readout.add(torch.cat([flat.norm().reshape(1).double(), chosen.double()]))
+
+
+def _packed(values: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+def _unpacked(text: str) -> list[float]:
+    data = base64.b64decode(text)
+    return list(struct.unpack(f"<{len(data) // 4}f", data))
+
+
+def compared(state: Mapping[str, Any], scene: Scene, source: str, *, whole: bool) -> ResumedFact | None:
+    """Compare what is here with what was saved.
+
+    Args:
+        state: The fingerprint that was saved.
+        scene: What is expected to train now.
+        source: Where the saved state comes from.
+        whole: The optimizer is restored together with it.
+
+    Returns:
+        The fact, or None if the state holds no fingerprint.
+    """
+    if not state or "adapter" not in state:
+        return None
+    now = fingerprint(scene)
+    slot_of = {bare(slot.name): i for i, slot in enumerate(scene.slots)}
+    saved, here = state["adapter"], now["adapter"]
+    at = _aligned(saved, here)
+    differing = [
+        slot_of[here["names"][j]]
+        for i, j in at.items()
+        if not _agree(saved["values"][i], here["values"][j], saved["kinds"][i], here["kinds"][j])
+    ]
+    b_saved = [_unpacked(saved["values"][i])[0] for i, r in enumerate(saved["roles"]) if r == "B"]
+    b_here = [_unpacked(v)[0] for v, r in zip(here["values"], here["roles"], strict=True) if r == "B"]
+    fresh = bool(b_here) and not any(b_here) and any(b_saved)
+    wrong, lost, optimizer, rates = _optimizer(state["optimizer"], now["optimizer"], saved, here, at, slot_of)
+    base, layer, why_no_base = _base_apart(state.get("base", {}), now["base"])
+    return ResumedFact(
+        source=source,
+        whole=whole,
+        known=frozenset(slot_of[here["names"][j]] for j in at.values()),
+        unknown=len(saved["names"]) - len(at),
+        differing=tuple(differing),
+        fresh=fresh,
+        optimizer=optimizer,
+        wrong=wrong,
+        lost=lost,
+        rates=rates,
+        base=base,
+        base_layer=layer,
+        why_no_base=why_no_base,
+    )
+
+
+def _aligned(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[int, int]:
+    """Index of what was saved to index of what is here: by name; where no name fits, by order and shape."""
+    index = {name: j for j, name in enumerate(here["names"])}
+    found = {i: index[name] for i, name in enumerate(saved["names"]) if name in index}
+    shapes = [[kind.partition("[")[2] for kind in one["kinds"]] for one in (saved, here)]
+    if not found and shapes[0] == shapes[1]:
+        return {i: i for i in range(len(saved["names"]))}
+    return {i: j for i, j in found.items() if shapes[0][i] == shapes[1][j]}
+
+
+def _agree(a: str, b: str, kind_a: str = "", kind_b: str = "") -> bool:
+    x, y = _unpacked(a), _unpacked(b)
+    if len(x) != len(y):
+        return False
+    types = {kind.partition("[")[0] for kind in (kind_a, kind_b)}
+    rounding = max((_ROUNDING.get(t, 0.0) for t in types), default=0.0) if len(types) > 1 else 0.0
+    largest = max(map(abs, x[1:]), default=0.0)
+    near = all(_close(p, q, rounding * largest) for p, q in zip(x[1:], y[1:], strict=True))
+    return near and _close(x[0], y[0], max(_NORM, rounding) * abs(x[0]))
+
+
+def _close(a: float, b: float, tolerance: float) -> bool:
+    return abs(a - b) <= tolerance or (a != a and b != b)
+
+
+def _optimizer(
+    saved: Mapping[str, Any],
+    here: Mapping[str, Any],
+    adapter_saved: Mapping[str, Any],
+    adapter_here: Mapping[str, Any],
+    at: Mapping[int, int],
+    slot_of: Mapping[str, int],
+) -> tuple[tuple[tuple[int, str], ...], tuple[int, ...], frozenset[int], tuple[int, ...]]:
+    """Slots with another's state, slots without one, slots compared, and slots with another's learning rate."""
+    renamed = {adapter_saved["names"][i]: adapter_here["names"][j] for i, j in at.items()}
+    now = {name: j for j, name in enumerate(here["names"])}
+    wrong, lost, known, rates = [], [], set(), []
+    for i, name in enumerate(saved["names"]):
+        target = renamed.get(name)
+        if target is None or not saved["keys"][i]:
+            continue
+        slot = slot_of[target]
+        known.add(slot)
+        j = now.get(target)
+        common = [] if j is None else [k for k in saved["keys"][i] if k in here["keys"][j]]
+        if j is None or not common:
+            lost.append(slot)
+            continue
+        mine = [here["values"][j][here["keys"][j].index(k)] for k in common]
+        then = [saved["values"][i][saved["keys"][i].index(k)] for k in common]
+        if not all(map(_agree, then, mine)):
+            owner = next((saved["names"][o] for o, v in enumerate(saved["values"]) if o != i and v == here["values"][j]), "")
+            wrong.append((slot, owner))
+        elif saved["rates"][i] != here["rates"][j] and sorted(saved["rates"]) == sorted(here["rates"]):
+            rates.append(slot)
+    return tuple(wrong), tuple(lost), frozenset(known), tuple(rates)
+
+
+def _base_apart(saved: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[float | None, str, str | None]:
+    """The largest relative distance of a sampled base weight, and where it is."""
+    index = {name: j for j, name in enumerate(here["names"])}
+    worst: tuple[float, str] | None = None
+    for i, name in enumerate(saved.get("names", ())):
+        j = index.get(name)
+        if j is None:
+            continue
+        quantised = not all("float" in one["kinds"][k] for one, k in ((saved, i), (here, j)))
+        if saved["kinds"][i] != here["kinds"][j] and quantised:
+            return None, "", "the base is stored in another way than it was"
+        if saved["kinds"][i].partition("[")[2] != here["kinds"][j].partition("[")[2]:
+            return float("inf"), name, None
+        x, y = _unpacked(saved["values"][i])[1:], _unpacked(here["values"][j])[1:]
+        if quantised:  # codes
+            apart = sum(p != q for p, q in zip(x, y, strict=True)) / len(x)
+        else:
+            size = sum(p * p for p in x) ** 0.5
+            apart = sum((p - q) ** 2 for p, q in zip(x, y, strict=True)) ** 0.5 / size if size else 0.0
+        if worst is None or apart > worst[0]:
+            worst = (apart, name)
+    if worst is None:
+        return None, "", "no base weight under the adapter was known then and is now"
+    return worst[0], worst[1], None

@@ -1,0 +1,272 @@
+"""How an adapter stands in a file: under which names, with which settings, and beside what.
+
+The names are PEFT's own: its function that builds the state dict is given the model's parameters, copies
+none of them, and tells the name of each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from lora_probe_callbacks.observe.adapters import Slot, Unit
+from lora_probe_callbacks.observe.checkpoints import UnreadableError
+from lora_probe_callbacks.observe.optimizers import tensors_of
+from lora_probe_callbacks.observe.scene import Scene
+
+__all__ = ["AdapterNames", "adapter_names", "bare", "changed_settings", "left_out"]
+
+# Names that wrappers put into the names of what they wrap; "module" only at the front, where DataParallel puts it.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_ddp_module"}
+_PEFT = "base_model.model."
+
+
+def bare(name: str) -> str:
+    """A qualified name without the names of wrappers."""
+    parts = name.split(".")
+    while parts and parts[0] == "module":
+        del parts[0]
+    return ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+@dataclass(eq=False, slots=True)
+class AdapterNames:
+    """One adapter of one model, and the names of its tensors in a file.
+
+    Attributes:
+        adapter: PEFT's name of it.
+        top: The module that would save it.
+        config: Its configuration.
+        units: Its units.
+        saved: Name in an adapter file to what gives the live tensor.
+        full: Name in the state dict of the whole module, likewise.
+        slots: Name in an adapter file, or of the whole module, to slot.
+        why_not: Why its names in an adapter file are not known.
+    """
+
+    adapter: str
+    top: nn.Module | None
+    config: Any
+    units: list[Unit]
+    saved: dict[str, Callable[[], torch.Tensor | None]] = field(default_factory=dict)
+    full: dict[str, Callable[[], torch.Tensor | None]] = field(default_factory=dict)
+    slots: dict[str, Slot] = field(default_factory=dict)
+    why_not: str = ""
+
+    def live(self, form: str) -> dict[str, torch.Tensor]:
+        """Name to live tensor, in an adapter file or in the state of a whole module."""
+        names = self.saved if form == "adapter" else self.full
+        return {name: tensor for name, get in names.items() if (tensor := get()) is not None}
+
+    def role(self, name: str) -> str:
+        """A, B or other."""
+        slot = self.slots.get(name)
+        return "other" if slot is None else slot.role
+
+
+def adapter_names(adapter: str, units: Iterable[Unit]) -> AdapterNames:
+    """Find the names under which an adapter is saved.
+
+    Args:
+        adapter: Its name.
+        units: Its units, all of one model.
+
+    Returns:
+        Its names; nothing in it holds a copy of a tensor.
+    """
+    mine = list(units)
+    slots = [slot for unit in mine for slot in unit.slots]
+    top = _top(mine)
+    config = None if top is None else getattr(top, "peft_config", {}).get(adapter)
+    names = AdapterNames(adapter, top, config, mine)
+    for slot in slots:
+        name = bare(slot.name)
+        names.full[name] = lambda slot=slot: slot.tensor
+        names.slots[name] = slot
+    if top is None or config is None or isinstance(top, PeftMixedModel):
+        names.why_not = "no module of PEFT or transformers stands above it that would save it"
+    elif config.is_prompt_learning:
+        names.why_not = "prompt learning computes what it saves"
+    elif getattr(top, "_tp_size", None):
+        names.why_not = "its tensors are split by tensor parallelism"
+    else:
+        by_id = {id(t): slot for slot in slots if (t := slot.tensor) is not None}
+        for name, tensor in _state_dict(top, adapter).items():
+            name = bare(name)
+            name = name if isinstance(top, PeftModel) else _PEFT + name
+            slot = by_id.get(id(tensor))
+            if slot is not None:
+                names.slots[name] = slot
+                names.saved[name] = lambda slot=slot: slot.tensor
+            else:  # a bias that the adapter trains, a buffer of a saved module
+                names.saved[name] = lambda tensor=tensor: tensor
+    return names
+
+
+def _state_dict(top: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    held = dict(top.named_parameters(remove_duplicate=False))
+    held.update(top.named_buffers(remove_duplicate=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # "auto" would ask the hub for the base model's configuration.
+        saved: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            top, state_dict=held, adapter_name=adapter, save_embedding_layers=False
+        )
+    return saved
+
+
+def _top(units: Iterable[Unit]) -> nn.Module | None:
+    """The PeftModel above the units, else the module of transformers that holds the configuration."""
+    for unit in units:
+        above = (*unit.layer.chain, unit.layer.module)
+        for module in above:
+            if isinstance(module, PeftModel | PeftMixedModel):
+                return module
+        for module in above:
+            if isinstance(getattr(module, "peft_config", None), dict):
+                return module
+    return None
+
+
+def changed_settings(names: AdapterNames, folder: Path) -> list[tuple[str, str, str]]:
+    """Ranks and scales that a reload would give, where they are not the live ones.
+
+    Args:
+        names: The adapter.
+        folder: Where its ``adapter_config.json`` is.
+
+    Returns:
+        (setting, saved, live); empty if there is no such file.
+
+    Raises:
+        UnreadableError: If that file is damaged.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return []
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UnreadableError(f"its adapter_config.json cannot be read ({type(error).__name__})") from error
+    kind = str(getattr(names.config, "peft_type", "")).rpartition(".")[2]
+    if kind and saved.get("peft_type") != kind:
+        return [("peft_type", str(saved.get("peft_type")), kind)]
+    found: dict[str, tuple[str, str, str]] = {}
+    for unit in names.units:
+        layer = unit.layer.module
+        if not isinstance(layer, LoraLayer) or names.adapter not in layer.scaling:
+            continue
+        name = bare(unit.layer.name)
+        try:
+            rank = _of(saved.get("rank_pattern"), name, saved["r"])
+            alpha = _of(saved.get("alpha_pattern"), name, saved["lora_alpha"])
+            scale = alpha / (math.sqrt(rank) if saved.get("use_rslora") else rank)
+        except (KeyError, TypeError, ZeroDivisionError):
+            return [("adapter_config.json", "no r or lora_alpha", "r and lora_alpha")]
+        live_rank, live_scale = layer.r[names.adapter], layer.scaling[names.adapter]
+        if not isinstance(live_rank, int) or not isinstance(live_scale, float | int):
+            continue
+        if rank != live_rank:
+            found.setdefault("r", ("r", str(rank), str(live_rank)))
+        elif not math.isclose(scale, live_scale, rel_tol=1e-6):
+            what = "scaling" if alpha == layer.lora_alpha[names.adapter] else "lora_alpha"
+            found.setdefault(what, (what, f"{scale:g} = scaling of lora_alpha {alpha}", f"{live_scale:g}"))
+    return list(found.values())
+
+
+def _of(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def left_out(names: AdapterNames, scene: Scene, stored: Iterable[str]) -> list[tuple[str, str]]:
+    """What was trained or resized beside the adapter, and is not in an adapter file.
+
+    Args:
+        names: The adapter.
+        scene: Everything around it.
+        stored: Names in the file.
+
+    Returns:
+        (name, "trained embedding", "resized embedding" or "trained").
+    """
+    top = names.top
+    if top is None:
+        return []
+    base = top.get_base_model() if isinstance(top, PeftModel) else top
+    in_file = {bare(name) for name in stored}
+    adapters = {id(t) for u in scene.inventory.units for s in u.slots if (t := s.tensor) is not None}
+    saved = {id(t) for t in names.live("adapter").values()}
+    trained = {id(t) for t in tensors_of(scene.optimizers) if t.requires_grad} - adapters - saved
+    embeddings = {id(w) for m in _embeddings(base) if isinstance(w := getattr(m, "weight", None), torch.Tensor)}
+    found: dict[int, tuple[str, str]] = {}
+    present: set[int] = set()
+    prefix = "" if isinstance(top, PeftModel) else _PEFT
+    for name, tensor in top.named_parameters(remove_duplicate=False) if trained else ():
+        if id(tensor) not in trained:
+            continue
+        kept = prefix + bare(name)
+        if kept in in_file or kept.replace(".base_layer.", ".") in in_file:
+            present.add(id(tensor))  # tied tensors may stand there under either name
+        else:
+            kind = "trained embedding" if id(tensor) in embeddings else "trained"
+            found.setdefault(id(tensor), (bare(name), kind))
+    result = [what for key, what in found.items() if key not in present]
+    resized = _resized(base, names, in_file)
+    if resized and not any(kind == "trained embedding" for _, kind in result):
+        result.append((resized, "resized embedding"))
+    return result
+
+
+def _embeddings(base: nn.Module) -> list[nn.Module]:
+    found = []
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        method = getattr(base, ask, None)
+        try:
+            module = None if method is None else method()
+        except NotImplementedError:
+            module = None
+        if isinstance(module, nn.Module):
+            found.append(module)
+    return found
+
+
+def _resized(base: nn.Module, names: AdapterNames, in_file: set[str]) -> str:
+    """In words, how the vocabulary differs from that of the model the adapter will be put on."""
+    source = getattr(names.config, "base_model_name_or_path", None) or getattr(base, "name_or_path", None)
+    embeddings = _embeddings(base)
+    if not source or not embeddings:
+        return ""
+    weight = getattr(embeddings[0], "weight", None)
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            cached = try_to_load_from_cache(source, "config.json")  # asks the disk, never the network
+        except Exception:  # a name that no hub knows
+            return ""
+        if not isinstance(cached, str):
+            return ""
+        path = Path(cached)
+    try:
+        before = json.loads(path.read_text()).get("vocab_size")
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(before, int) or not isinstance(weight, torch.Tensor) or weight.shape[0] == before:
+        return ""
+    name = next((n for n, m in base.named_modules() if m is embeddings[0]), "")
+    if any(f"{name}." in key for key in in_file):
+        return ""
+    return f"{name} ({before} rows in {source}, {weight.shape[0]} here)"
