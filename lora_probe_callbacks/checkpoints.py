@@ -285,6 +285,7 @@ class Checkpoints:
                 empty.append(name)
             elif table[key].shape != full:
                 shapes.append((name, str(list(table[key].shape)), str(list(full))))
+        converted = _converted(names, expected, at, table)
         wrapped, foreign = self._strangers(names, table, set(at.values())) if form == "adapter" else ((), ())
         missing = [n for n in expected if n not in at and not self._tied(expected, n, at)]
         fact = replace(
@@ -296,12 +297,13 @@ class Checkpoints:
             wrapped=wrapped,
             foreign=foreign,
             shapes=tuple(shapes),
-            settings=tuple(changed_settings(names, place)) if form == "adapter" else (),
+            converted=converted,
+            settings=tuple(changed_settings(names, place)) if form == "adapter" and not converted else (),
         )
         if form == "adapter":
             out = left_out(names, self._scene, table)
             fact = replace(fact, left_out=tuple(out), beside=_beside(file.path) if out else None)  # type: ignore[arg-type]
-        if missing or empty or not at:
+        if missing or empty or converted or not at:
             return fact
         same_shape = {n: key for n, key in at.items() if _full_shape(expected[n]) == table[key].shape}
         return self._values(fact, names, file, table, same_shape, live, why_no_values, whole=whole)
@@ -541,6 +543,23 @@ def _plain(unit: Unit, table: Mapping[str, StoredTensor]) -> str | None:
 
 def _full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))  # DeepSpeed ZeRO-3 keeps it beside an empty tensor
+
+
+def _converted(
+    names: AdapterNames, expected: Mapping[str, torch.Tensor], at: Mapping[str, str], table: Mapping[str, StoredTensor]
+) -> bool:
+    """Every A and B has twice the rank, where the adapter was made by a method that changes the base."""
+    init = str(getattr(names.config, "init_lora_weights", "")).lower()
+    if not init.startswith(("pissa", "olora", "corda", "lora_ga")):
+        return False
+    for name, key in at.items():
+        shape, role = list(expected[name].shape), names.role(name)
+        if role in ("A", "B"):
+            axis = 0 if role == "A" else 1
+            shape[axis] *= 2
+        if list(table[key].shape) != shape:
+            return False
+    return bool(at)
 
 
 def _shares(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -152,6 +152,8 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # A checkpoint written without this callback lacks its entry, and the next save asks for it (transformers 5.23).
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if self._session is not None:
             self._session.close()  # what an exception in an earlier train() left behind
         self._session = None

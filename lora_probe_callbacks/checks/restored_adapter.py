@@ -88,6 +88,7 @@ CHECK = Check(
         "huggingface/peft#1932",
         "Lightning-AI/pytorch-lightning#19281",
         "huggingface/peft#793",
+        "MakazhanAlpamys/Soup#351",
     ),
     judge=judge,
 )

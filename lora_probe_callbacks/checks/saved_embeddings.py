@@ -47,7 +47,7 @@ CHECK = Check(
     fix="Name them in modules_to_save, or save them with save_embedding_layers=True.",
     quiet="Frozen embeddings; modules_to_save and trainable_token_indices; tied embeddings that are in the file under one of their names; checkpoints of a whole "
     "module. A second file of weights beside it makes it a warning. Whether a vocabulary was resized is known where the base's config.json is on this disk.",
-    threads=("huggingface/peft#1300", "huggingface/sentence-transformers#3274"),
+    threads=("huggingface/peft#1300", "huggingface/peft#1457", "huggingface/sentence-transformers#3274"),
     explained_by=("LP206",),
     judge=judge,
 )

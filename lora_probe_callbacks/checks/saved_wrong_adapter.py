@@ -48,7 +48,7 @@ CHECK = Check(
     why="Every adapter of a model has the same names in a file, which drops the adapter's name, and the scale is not among the tensors: both load without a word.",
     fix="Save by name, and change rank and scale through the configuration only.",
     quiet="Adapters that are equal to each other; rank and alpha patterns; rsLoRA; PiSSA converted to LoRA; checkpoints of a whole module, which name the adapter.",
-    threads=("huggingface/peft#1444", "unslothai/unsloth#1592"),
+    threads=("huggingface/peft#1059", "huggingface/peft#699", "huggingface/peft#3639"),
     explained_by=("LP502",),
     judge=judge,
 )

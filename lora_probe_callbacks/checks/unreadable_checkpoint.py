@@ -35,6 +35,6 @@ CHECK = Check(
     why="A full disk, a killed writer or a file system with a delay leaves a file of the right name. Nobody opens it before it is needed.",
     fix="Write the file again.",
     quiet="A file that somebody still writes to; one that was deleted meanwhile, as rotated checkpoints are. Bytes that were changed within a tensor are LP801's.",
-    threads=("huggingface/accelerate#3508",),
+    threads=("Comfy-Org/ComfyUI#6744", "Comfy-Org/ComfyUI#15602", "lyogavin/airllm#137"),
     judge=judge,
 )

@@ -492,6 +492,8 @@ class SavedFact:
         apart: Relative distance of the values.
         why_no_values: Why they were not compared.
         other: The adapter whose values these are.
+        converted: PEFT's conversion of PiSSA and its like to plain LoRA: A and B of the trained adapter beside those
+            of the initial one, at twice the rank.
         settings: Setting, saved and live, where a reload would compute something else.
         left_out: What was trained or resized beside the adapter and is not in the file, and how.
         beside: Another file of weights in the same folder, which may hold that.
@@ -518,6 +520,7 @@ class SavedFact:
     apart: float = 0.0
     why_no_values: str | None = None
     other: str | None = None
+    converted: bool = False
     settings: tuple[tuple[str, str, str], ...] = ()
     left_out: tuple[tuple[str, Literal["trained embedding", "resized embedding", "trained"]], ...] = ()
     beside: str | None = None

@@ -111,7 +111,30 @@ def adapter_names(adapter: str, units: Iterable[Unit]) -> AdapterNames:
                 names.saved[name] = lambda slot=slot: slot.tensor
             else:  # a bias that the adapter trains, a buffer of a saved module
                 names.saved[name] = lambda tensor=tensor: tensor
+        _complete(names, top)
     return names
+
+
+def _complete(names: AdapterNames, top: nn.Module) -> None:
+    """Name the tensors that PEFT would leave out.
+
+    It drops every name with another adapter's name in it, of a module's too (huggingface/peft#3584, peft 0.21).
+    """
+    if str(getattr(names.config, "peft_type", "")).rpartition(".")[2] != "LORA":
+        return
+    known = {id(t) for t in names.live("adapter").values()}
+    modules = {id(module): name for name, module in top.named_modules()}
+    for slot in {id(s): s for u in names.units for s in u.slots}.values():
+        name = modules.get(id(slot.layer.module))
+        if name is None or slot.tensor is None or id(slot.tensor) in known or not slot.layer.lora:
+            continue
+        path = [part for part in slot.path if part != names.adapter]
+        if path[0] == "lora_magnitude_vector":
+            path = path[:1]
+        name = bare(".".join((name, *path)))
+        name = name if isinstance(top, PeftModel) else _PEFT + name
+        names.slots[name] = slot
+        names.saved[name] = lambda slot=slot: slot.tensor
 
 
 def _state_dict(top: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
