@@ -124,9 +124,7 @@ class Checkpoints:
         found, self._found = self._found, []
         return tuple(found)
 
-    def check(
-        self, path: str | os.PathLike[str], step: int, framework_step: int, *, running: bool
-    ) -> list[SavedFact]:
+    def check(self, path: str | os.PathLike[str], step: int, framework_step: int, *, running: bool) -> list[SavedFact]:
         """Compare a file with the adapter as it is now, or as it was when that file was announced.
 
         Args:
@@ -276,7 +274,9 @@ class Checkpoints:
         if form != "adapter" and _is_export(file.path):
             return self._export(fact, names, file, table)
         if form != "adapter" and not _any_of(table, expected):
-            return replace(fact, form="state", why_not="no tensor of the adapter is in the file, which is not an adapter's")
+            return replace(
+                fact, form="state", why_not="no tensor of the adapter is in the file, which is not an adapter's"
+            )
         at = _matched(expected, table, exact=form == "adapter")
         shapes, empty = [], []
         for name, key in at.items():
@@ -348,9 +348,7 @@ class Checkpoints:
             values = "fresh"
         elif _all_zero(names, saved):
             values = "untrained"
-        elif moved and 4 * len(right) >= len(moved):
-            values = "partly"
-        elif not moved and len(differing) < len(saved):
+        elif (moved and 4 * len(right) >= len(moved)) or (not moved and len(differing) < len(saved)):
             values = "partly"
         elif _equal_sampled(saved, start):
             values = "start"
@@ -369,7 +367,11 @@ class Checkpoints:
         """The other adapter that the file holds."""
         for other, tensors in self._others(fact.adapter, fact.form).items():
             at = _matched(tensors, table, exact=True)
-            if not at or len(at) < len(tensors) or any(_full_shape(tensors[n]) != table[k].shape for n, k in at.items()):
+            if (
+                not at
+                or len(at) < len(tensors)
+                or any(_full_shape(tensors[n]) != table[k].shape for n, k in at.items())
+            ):
                 continue
             saved = file.samples({k: table[k] for k in at.values()})
             live = sample_of({n: t for n, t in tensors.items() if not is_shard(t)})
@@ -415,9 +417,15 @@ class Checkpoints:
             saved = file.samples({key: table[key]})
             seen += 1
             same += key in saved and _equal(saved[key], sample_of({key: weight})[key])
-        if seen and same == seen and any(bool(t.detach().any()) for n, t in names.live("state").items() if names.role(n) == "B"):
+        if (
+            seen
+            and same == seen
+            and any(bool(t.detach().any()) for n, t in names.live("state").items() if names.role(n) == "B")
+        ):
             return replace(fact, form="model", values="base")
-        return replace(fact, form="model", why_not="it holds a whole model, merged: the adapter in it cannot be told apart")
+        return replace(
+            fact, form="model", why_not="it holds a whole model, merged: the adapter in it cannot be told apart"
+        )
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -467,7 +475,9 @@ def _is_export(path: Path) -> bool:
 def _beside(path: Path) -> str | None:
     """Another file of weights that the user may have written for what the adapter file does not take."""
     for file in sorted(path.parent.iterdir()):
-        training = file.name.startswith(("optimizer", "scheduler", "rng_state", "random_states", "training_args", "scaler"))
+        training = file.name.startswith(
+            ("optimizer", "scheduler", "rng_state", "random_states", "training_args", "scaler")
+        )
         if file != path and file.suffix in (".safetensors", ".bin", ".pt", ".pth") and not training:
             return file.name
     return None
@@ -502,11 +512,19 @@ def _any_of(table: Mapping[str, StoredTensor], expected: Mapping[str, torch.Tens
 
 
 def _matched(expected: Iterable[str], table: Mapping[str, StoredTensor], *, exact: bool) -> dict[str, str]:
-    """Live name to the name in the file.
+    """Find the names of live tensors in a file.
 
     The state of a whole module is restored into a module that is wrapped alike, so wrappers' names do not
     count there, nor does how far up the module stands that was saved. In an adapter file they do count, but
     for one thing: a tensor is there, under a wrong name, which is told apart from one that is not there.
+
+    Args:
+        expected: Live names.
+        table: The tensors of the file.
+        exact: It is an adapter file.
+
+    Returns:
+        Live name to the name in the file, for those that are there.
     """
     by_bare = {bare(key): key for key in table}
     names = list(expected)

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -183,12 +184,12 @@ class LoraProbe(Callback):
 
 def _path_of_save() -> str | None:
     """Where the checkpoint goes that is being made: no callback is told (lightning 2.6), the caller's caller knows."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:  # as few frames as the profiler and the module's own hooks put between
         if frame.f_code is pl.Trainer.save_checkpoint.__code__:
             path = frame.f_locals.get("filepath")
             return None if path is None else str(path)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

@@ -108,7 +108,10 @@ class LoraProbeMonitor:
         return self._session.check_saved(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """What tells a later run whether it goes on from this one; ``accelerator.register_for_checkpointing(probe)``."""
+        """What tells a later run whether it goes on from this one.
+
+        Under Accelerate: ``accelerator.register_for_checkpointing(probe)``.
+        """
         return self._session.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -247,9 +247,7 @@ class ProbeSession:
             self._saving(lambda: state.update(fingerprint=checkpoints.state()))
         return state
 
-    def load_state_dict(
-        self, state: Mapping[str, Any], *, source: str = "the checkpoint", whole: bool = False
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the checkpoint", whole: bool = False) -> None:
         """Take over what an earlier session knew; the next decision compares its fingerprint with what is here.
 
         Args:

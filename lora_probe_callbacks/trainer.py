@@ -153,7 +153,9 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A checkpoint written without this callback lacks its entry, and the next save asks for it (transformers 5.23).
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        callbacks: Any = state.stateful_callbacks
+        if isinstance(callbacks, dict):
+            callbacks.setdefault(type(self).__name__, self.state())
         if self._session is not None:
             self._session.close()  # what an exception in an earlier train() left behind
         self._session = None
@@ -168,7 +170,7 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
         self._rows = {}
         # Without a reference to this object: the session is closed when nobody holds it any more.
         session = ProbeSession(self._config, log=partial(_keep, self._rows), main_rank=state.is_world_process_zero)
-        checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        checkpoint = _folder(args, state)
         stored = _stored(state, type(self).__name__)
         if state.global_step:  # resumed; else what is stored is this callback's own state of a moment ago
             session.load_state_dict(stored, source=checkpoint, whole=not args.save_only_model)
@@ -202,7 +204,7 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._session is not None:
-            self._session.save_announced(os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+            self._session.save_announced(_folder(args, state))
             self._session.saves_written()
 
     @override
@@ -253,6 +255,11 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
             then.global_step = step
             for reporter in self._reporters:
                 reporter.on_log(args, then, control, logs=dict(metrics), model=None)
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> str:
+    """The checkpoint of the present step."""
+    return os.path.join(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _keep(rows: dict[int, dict[str, float]], metrics: dict[str, float], framework_step: int) -> None:

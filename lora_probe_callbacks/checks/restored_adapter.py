@@ -31,7 +31,9 @@ def judge(facts: Facts) -> Verdict:
             fix=_FIX,
         )
     if not resumed.known:
-        return skipped(f"no tensor of the adapter in {resumed.source} has a name in this model, or this rank holds parts only")
+        return skipped(
+            f"no tensor of the adapter in {resumed.source} has a name in this model, or this rank holds parts only"
+        )
     if resumed.differing:
         names = [facts.slots[i].name for i in resumed.differing]
         return fail(

@@ -16,7 +16,11 @@ def judge(facts: Facts) -> Verdict:
     total = len(resumed.optimizer)
     if resumed.wrong:
         slot, owner = resumed.wrong[0]
-        swapped = f"{facts.slots[slot].name} has that of {owner}" if owner else some([facts.slots[i].name for i, _ in resumed.wrong])
+        swapped = (
+            f"{facts.slots[slot].name} has that of {owner}"
+            if owner
+            else some([facts.slots[i].name for i, _ in resumed.wrong])
+        )
         return fail(
             f"the optimizer's state of {len(resumed.wrong)} of {total} adapter tensors is not theirs: {swapped}",
             [i for i, _ in resumed.wrong],

@@ -66,7 +66,8 @@ def _names(save: SavedFact) -> Verdict | None:
             f"{where} lacks {len(save.missing)} of its {save.tensors} tensors: {some(save.missing)}",
             save.slots,
             cause="missing",
-            got=f"{save.tensors - len(save.missing)} tensors of it" + (f", and {some(save.foreign, 1)}" if save.foreign else ""),
+            got=f"{save.tensors - len(save.missing)} tensors of it"
+            + (f", and {some(save.foreign, 1)}" if save.foreign else ""),
             expected=f"{save.tensors}",
         )
     if save.converted:
@@ -86,8 +87,18 @@ def _names(save: SavedFact) -> Verdict | None:
 _VALUES = {
     "untrained": ("untrained", "every B in it is zero", "every B exactly 0", "the B of the trained adapter"),
     "start": ("start", "it is the adapter as it was when training began", "the values of the start", "those of now"),
-    "previous": ("stale", "it has not changed since the last save, and the adapter has", "the values of the last save", "those of now"),
-    "unrelated": ("unrelated", "its values have nothing in common with the trained ones", "unrelated values", "the live ones"),
+    "previous": (
+        "stale",
+        "it has not changed since the last save, and the adapter has",
+        "the values of the last save",
+        "those of now",
+    ),
+    "unrelated": (
+        "unrelated",
+        "its values have nothing in common with the trained ones",
+        "unrelated values",
+        "the live ones",
+    ),
     "not finite": ("not finite", "it holds values that are not finite", "NaN or infinity", "the live, finite values"),
 }
 

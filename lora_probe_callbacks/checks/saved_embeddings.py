@@ -24,7 +24,8 @@ def _judge(save: SavedFact) -> Verdict | None:
         return report(
             f"{what} embeddings are not in {save.path}: {some(names)}",
             cause=what,
-            got=f"{len(names)} {what} embedding(s) left out" + (f"; {save.beside} may hold them" if save.beside else ""),
+            got=f"{len(names)} {what} embedding(s) left out"
+            + (f"; {save.beside} may hold them" if save.beside else ""),
             expected="in the file, or in modules_to_save",
             fix="name them in modules_to_save (or trainable_token_indices) of the LoraConfig, or pass save_embedding_layers=True to save_pretrained",
         )

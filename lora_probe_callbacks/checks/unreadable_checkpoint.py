@@ -21,10 +21,16 @@ def judge(facts: Facts) -> Verdict:
 
 def _verdict(save: SavedFact) -> Verdict:
     words = f"{save.path} cannot be read: {save.unreadable}"
-    got, expected, fix = str(save.unreadable), "a complete file", "look at the free space of the disk and write the file again"
+    got, expected, fix = (
+        str(save.unreadable),
+        "a complete file",
+        "look at the free space of the disk and write the file again",
+    )
     if save.final:
         return fail(words, got=got, expected=expected, fix=fix)
-    return warn(words, got=got, expected=expected, fix=f"{fix}; if it is still being written, check_saved(path) tells later")
+    return warn(
+        words, got=got, expected=expected, fix=f"{fix}; if it is still being written, check_saved(path) tells later"
+    )
 
 
 CHECK = Check(

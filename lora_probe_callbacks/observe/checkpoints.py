@@ -81,9 +81,7 @@ class StoredFile:
     path: Path
     tables: dict[str, dict[str, StoredTensor]]
 
-    def samples(
-        self, tensors: Mapping[str, StoredTensor], *, whole: bool = False
-    ) -> dict[str, torch.Tensor]:
+    def samples(self, tensors: Mapping[str, StoredTensor], *, whole: bool = False) -> dict[str, torch.Tensor]:
         """Elements of some tensors, in their own type.
 
         Args:
@@ -103,7 +101,8 @@ class StoredFile:
         found: dict[str, torch.Tensor] = {}
         with _opened(self.path) as handle:
             for dtype, names in by_type.items():
-                counts, parts = [], []
+                counts: list[int] = []
+                parts: list[bytes] = []
                 for name in names:
                     stored = tensors[name]
                     chosen = spans(stored.numel, whole=whole)
@@ -113,12 +112,13 @@ class StoredFile:
                 if len(data) != sum(counts) * dtype.itemsize:
                     raise UnreadableError("the file ends before its tensors do")
                 flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-                found.update(zip(names, flat.split(counts), strict=True))
+                found.update(zip(names, torch.split(flat, counts), strict=True))
         return found
 
 
 def _read(descriptor: int, stored: StoredTensor, chosen: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    assert stored.dtype is not None and stored.offset is not None
+    assert stored.dtype is not None
+    assert stored.offset is not None
     size = stored.dtype.itemsize
     for start, stop in chosen:
         yield os.pread(descriptor, (stop - start) * size, stored.offset + start * size)
@@ -164,7 +164,7 @@ def sample_of(tensors: Mapping[str, torch.Tensor], *, whole: bool = False) -> di
             found.update({name: torch.empty(0) for name in names})
             continue
         # A copy even on the host: the values as they are now, whatever training does to them next.
-        found.update(zip(names, torch.cat(parts).cpu().split(counts), strict=True))
+        found.update(zip(names, torch.split(torch.cat(parts).cpu(), counts), strict=True))
     return found
 
 
@@ -229,28 +229,26 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _pickled(path: Path) -> dict[str, dict[str, StoredTensor]]:
-    """The tables of tensors in a file of ``torch.save``, with the places of their bytes.
-
-    Loaded to the meta device nothing but the pickle is read, and every storage says where it stands.
-    """
-    try:
-        if not zipfile.is_zipfile(path) and path.read_bytes()[:2] == b"PK":
+    # Loaded to the meta device nothing but the pickle is read, and every storage says where it stands.
+    with path.open("rb") as handle:
+        if handle.read(2) == b"PK" and not zipfile.is_zipfile(path):
             raise UnreadableError("it begins as a zip archive and has no end: it is cut short")
-        with path.open("rb") as handle:
-            content = torch.load(handle, map_location="meta", weights_only=True)
-    except UnreadableError:
-        raise
-    except FileNotFoundError:
-        raise
+        handle.seek(0)
+        content = _loaded(handle, path)
+    tables: dict[str, dict[str, StoredTensor]] = {}
+    _collect("", content, tables, depth=3)
+    return tables
+
+
+def _loaded(handle: Any, path: Path) -> object:
+    try:
+        return torch.load(handle, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and zipfile.is_zipfile(path):
             raise NotImplementedError("it holds objects that a safe load (weights_only) refuses") from error
         raise UnreadableError("torch.load finds no pickle in it") from error
     except Exception as error:  # a damaged archive fails in as many ways as there are bytes
         raise UnreadableError(f"torch.load: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
-    tables: dict[str, dict[str, StoredTensor]] = {}
-    _collect("", content, tables, depth=3)
-    return tables
 
 
 def _collect(place: str, content: object, tables: dict[str, dict[str, StoredTensor]], depth: int) -> None:

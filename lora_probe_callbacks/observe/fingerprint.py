@@ -41,11 +41,9 @@ def fingerprint(scene: Scene) -> dict[str, Any]:
     adapter = _adapter(scene)
     states = _states(scene)
     base = _base(scene)
-    tickets = {
-        "adapter": [_add(readout, t, _FEW) for t in adapter.values()],
-        "optimizer": [[_add(readout, t, _FEW) for t in entries] for _, entries in states.values()],
-        "base": [_add(readout, t, _BASE_FEW) for t in base.values()],
-    }
+    of_adapter = [_add(readout, t, _FEW) for t in adapter.values()]
+    of_states = [[_add(readout, t, _FEW) for t in entries] for _, entries in states.values()]
+    of_base = [_add(readout, t, _BASE_FEW) for t in base.values()]
     readout.fetch()
     slots, owners = scene.slots, ownership(scene.optimizers)
     return {
@@ -53,18 +51,18 @@ def fingerprint(scene: Scene) -> dict[str, Any]:
             "names": [bare(slots[i].name) for i in adapter],
             "roles": "".join({"A": "A", "B": "B"}.get(slots[i].role, "o") for i in adapter),
             "kinds": [f"{t.dtype}{list(t.shape)}" for t in adapter.values()],
-            "values": [_packed(readout.get(t)) for t in tickets["adapter"]],  # type: ignore[arg-type]
+            "values": [_packed(readout.get(t)) for t in of_adapter],
         },
         "optimizer": {
             "names": [bare(slots[i].name) for i in states],
             "keys": [keys for keys, _ in states.values()],
-            "values": [[_packed(readout.get(t)) for t in row] for row in tickets["optimizer"]],  # type: ignore[union-attr]
+            "values": [[_packed(readout.get(t)) for t in row] for row in of_states],
             "rates": [owners[id(slots[i].tensor)].learning_rate for i in states],
         },
         "base": {
             "names": [bare(name) for name in base],
             "kinds": [f"{t.dtype}{list(t.shape)}" for t in base.values()],
-            "values": [_packed(readout.get(t)) for t in tickets["base"]],  # type: ignore[arg-type]
+            "values": [_packed(readout.get(t)) for t in of_base],
         },
     }
 
@@ -214,7 +212,9 @@ def _optimizer(
         mine = [here["values"][j][here["keys"][j].index(k)] for k in common]
         then = [saved["values"][i][saved["keys"][i].index(k)] for k in common]
         if not all(map(_agree, then, mine)):
-            owner = next((saved["names"][o] for o, v in enumerate(saved["values"]) if o != i and v == here["values"][j]), "")
+            owner = next(
+                (saved["names"][o] for o, v in enumerate(saved["values"]) if o != i and v == here["values"][j]), ""
+            )
             wrong.append((slot, owner))
         elif saved["rates"][i] != here["rates"][j] and sorted(saved["rates"]) == sorted(here["rates"]):
             rates.append(slot)

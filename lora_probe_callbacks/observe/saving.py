@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -92,7 +92,7 @@ def adapter_names(adapter: str, units: Iterable[Unit]) -> AdapterNames:
     names = AdapterNames(adapter, top, config, mine)
     for slot in slots:
         name = bare(slot.name)
-        names.full[name] = lambda slot=slot: slot.tensor
+        names.full[name] = _at(slot)
         names.slots[name] = slot
     if top is None or config is None or isinstance(top, PeftMixedModel):
         names.why_not = "no module of PEFT or transformers stands above it that would save it"
@@ -105,14 +105,22 @@ def adapter_names(adapter: str, units: Iterable[Unit]) -> AdapterNames:
         for name, tensor in _state_dict(top, adapter).items():
             name = bare(name)
             name = name if isinstance(top, PeftModel) else _PEFT + name
-            slot = by_id.get(id(tensor))
-            if slot is not None:
-                names.slots[name] = slot
-                names.saved[name] = lambda slot=slot: slot.tensor
+            mine_at = by_id.get(id(tensor))
+            if mine_at is not None:
+                names.slots[name] = mine_at
+                names.saved[name] = _at(mine_at)
             else:  # a bias that the adapter trains, a buffer of a saved module
-                names.saved[name] = lambda tensor=tensor: tensor
+                names.saved[name] = _held(tensor)
         _complete(names, top)
     return names
+
+
+def _at(slot: Slot) -> Callable[[], torch.Tensor | None]:
+    return lambda: slot.tensor
+
+
+def _held(tensor: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+    return lambda: tensor
 
 
 def _complete(names: AdapterNames, top: nn.Module) -> None:
@@ -134,11 +142,11 @@ def _complete(names: AdapterNames, top: nn.Module) -> None:
         name = bare(".".join((name, *path)))
         name = name if isinstance(top, PeftModel) else _PEFT + name
         names.slots[name] = slot
-        names.saved[name] = lambda slot=slot: slot.tensor
+        names.saved[name] = _at(slot)
 
 
 def _state_dict(top: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    held = dict(top.named_parameters(remove_duplicate=False))
+    held: dict[str, torch.Tensor] = dict(top.named_parameters(remove_duplicate=False))
     held.update(top.named_buffers(remove_duplicate=False))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
