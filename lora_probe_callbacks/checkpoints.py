@@ -91,9 +91,9 @@ class Checkpoints:
             del self._pending[:-_REMEMBERED]
 
     @property
-    def waiting(self) -> bool:
-        """Something is ready to be judged."""
-        return bool(self._found or self._restored is not None or any(p.state is None for p in self._pending))
+    def to_compare(self) -> bool:
+        """A saved state was restored and not compared yet."""
+        return self._restored is not None
 
     def look(self) -> None:
         """Read what has been announced, now that it is written; what cannot be read yet is looked at again later."""
@@ -116,8 +116,9 @@ class Checkpoints:
         Returns:
             One fact for each file and adapter.
         """
-        self.look()
-        if end:
+        if self._pending:
+            self.look()
+        if end and self._pending:
             for one in self._pending:
                 one.state = _state_of(one.path)
             self.look()
@@ -486,6 +487,8 @@ def _beside(path: Path) -> str | None:
 def _table(file: StoredFile, names: AdapterNames) -> tuple[Any, dict[str, StoredTensor]]:
     """The table of a file that holds most of an adapter, and in which form."""
     best: tuple[int, Any, dict[str, StoredTensor]] | None = None
+    if file.path.name in ADAPTER_FILES:
+        return "adapter", max(file.tables.values(), key=len, default={})
     state, saved = names.live("state"), names.live("adapter")
     for place, table in file.tables.items():
         if place.startswith(("optimizer", "callbacks", "loops", "lr_schedulers")):
@@ -497,8 +500,6 @@ def _table(file: StoredFile, names: AdapterNames) -> tuple[Any, dict[str, Stored
             best = (max(as_saved, as_state), form, table)
     if best is None:
         return "adapter", {}
-    if file.path.name in ADAPTER_FILES:
-        return "adapter", best[2]
     if not best[0]:  # nothing fits: an adapter's file has nothing else in it
         return ("adapter" if best[2] and all("lora_" in key for key in best[2]) else "state"), best[2]
     return best[1], best[2]

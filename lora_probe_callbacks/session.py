@@ -19,7 +19,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -285,8 +285,11 @@ class ProbeSession:
         found: list[SavedFact] = []
         self._saving(lambda: found.extend(checkpoints.take(end=True)))
         if found:
-            self._judge_saves(found, self._ledger)
-            self.report.findings = self._ledger.findings
+            self._show(self._judge_saves(found, self._ledger)[1])
+
+    def _show(self, findings: Iterable[Finding]) -> None:
+        for finding in findings if self._console is not None else ():
+            self._console.print(finding_panel(finding))
 
     def restored_from(self, path: str | os.PathLike[str]) -> None:
         """The run goes on from a checkpoint that holds no state of this probe: the adapter should be its own.
@@ -320,21 +323,33 @@ class ProbeSession:
         if found:
             self._judge_saves(found, ledger)
             if not self._running:
-                self._judge_saves(found, self._ledger)
-                self.report.findings = self._ledger.findings
+                self._show(self._judge_saves(found, self._ledger)[1])
         else:
             ledger.not_judged("could not judge: the probe has not begun, or has stepped aside", self.step, self.step)
         report.findings = ledger.findings
         return report
 
-    def _judge_saves(self, found: list[SavedFact], ledger: Ledger) -> None:
+    def _judge_saves(self, found: Sequence[SavedFact], ledger: Ledger) -> tuple[dict[str, Verdict], list[Finding]]:
         """The verdicts on saved files alone, outside a decision."""
-        facts = Facts("end", None, found[0].step, found[0].framework_step, (), False, (), (), (), (), ())
-        facts = dataclasses.replace(facts, slots=self._scene.slot_facts(), saves=tuple(found))
+        first = found[0]
+        facts = Facts("step", None, first.step, first.framework_step, (), False, (), (), (), (), ())
+        facts = dataclasses.replace(facts, saves=tuple(found))
         verdicts = {code: v for code, v in self._judge(facts, only=_OF_FILES).items() if v.status != "pending"}
-        for finding in ledger.add(facts, verdicts):
-            if self._console is not None and ledger is self._ledger:
-                self._console.print(finding_panel(finding))
+        changed = ledger.add(facts, verdicts)
+        if ledger is self._ledger:
+            self.report.findings = ledger.findings
+        if ledger is self._ledger and changed and self._running:
+            self._recorded(lambda record: self._write_record(record, facts, verdicts, changed))
+        return verdicts, changed
+
+    def _decide_on_files(self) -> None:
+        """Between two probed steps nothing but a file may wait: the rest is not looked at for that."""
+        checkpoints = self._checkpoints
+        found: list[SavedFact] = []
+        if checkpoints is not None:
+            self._saving(lambda: found.extend(checkpoints.take(end=False)))
+        if found:
+            self._act(*self._judge_saves(found, self._ledger), "step")
 
     def _saving(self, work: Callable[[], object]) -> None:
         """An error of our own about a file ends these checks, and nothing else."""
@@ -481,6 +496,8 @@ class ProbeSession:
             waiting = self._last_probed if self._ranks.several else self._waits
             if self._probed or waiting:
                 self._decide("step", index, final=final)
+            elif self._checkpoints is not None and not self._broken and not self._ranks.several:
+                self._decide_on_files()
         elif first and self._probed:  # a further optimizer of a step that is decided already
             self._guarded(lambda: self._reader.read_gradients(index, unowned=False))
         estimation = self._estimation
@@ -495,8 +512,8 @@ class ProbeSession:
     @property
     def _waits(self) -> bool:
         """Something was observed that no decision has judged yet."""
-        files = self._checkpoints is not None and self._checkpoints.waiting
-        return self._reader.waiting or bool(self._estimates) or files
+        restored = self._checkpoints is not None and self._checkpoints.to_compare
+        return self._reader.waiting or bool(self._estimates) or restored
 
     def _begins_again(self, index: int) -> None:
         self._now.begins_again(index, self._scene.owners(), self._scene.has_gradients)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lora_probe_callbacks.observe.facts import ResumedFact
 from lora_probe_callbacks.observe.optimizers import ownership
-from lora_probe_callbacks.observe.readout import Readout, local
+from lora_probe_callbacks.observe.readout import Readout, local, norms
 from lora_probe_callbacks.observe.saving import bare
 from lora_probe_callbacks.observe.scene import Scene, base_weight
 from lora_probe_callbacks.observe.wrappers import is_shard
@@ -37,34 +37,33 @@ def fingerprint(scene: Scene) -> dict[str, Any]:
     Returns:
         Plain values: ``adapter``, ``optimizer`` and ``base``.
     """
+    adapter, states, base = _adapter(scene), _states(scene), _base(scene)
+    entries = [t for _, entries in states.values() for t in entries]
     readout = Readout()
-    adapter = _adapter(scene)
-    states = _states(scene)
-    base = _base(scene)
-    of_adapter = [_add(readout, t, _FEW) for t in adapter.values()]
-    of_states = [[_add(readout, t, _FEW) for t in entries] for _, entries in states.values()]
-    of_base = [_add(readout, t, _BASE_FEW) for t in base.values()]
+    tickets = [_add(readout, list(adapter.values()), _FEW), _add(readout, entries, _FEW)]
+    tickets.append(_add(readout, list(base.values()), _BASE_FEW))
     readout.fetch()
+    of_adapter, of_states, of_base = (_packed(readout.get(ticket)) for ticket in tickets)
     slots, owners = scene.slots, ownership(scene.optimizers)
     return {
         "adapter": {
             "names": [bare(slots[i].name) for i in adapter],
             "roles": "".join({"A": "A", "B": "B"}.get(slots[i].role, "o") for i in adapter),
-            "kinds": [f"{t.dtype}{list(t.shape)}" for t in adapter.values()],
-            "values": [_packed(readout.get(t)) for t in of_adapter],
+            "kinds": _kinds(adapter.values()),
+            "values": of_adapter,
         },
         "optimizer": {
             "names": [bare(slots[i].name) for i in states],
-            "keys": [keys for keys, _ in states.values()],
-            "values": [[_packed(readout.get(t)) for t in row] for row in of_states],
+            "keys": [" ".join(keys) for keys, _ in states.values()],
+            "values": of_states,
             "rates": [owners[id(slots[i].tensor)].learning_rate for i in states],
         },
-        "base": {
-            "names": [bare(name) for name in base],
-            "kinds": [f"{t.dtype}{list(t.shape)}" for t in base.values()],
-            "values": [_packed(readout.get(t)) for t in of_base],
-        },
+        "base": {"names": [bare(name) for name in base], "kinds": _kinds(base.values()), "values": of_base},
     }
+
+
+def _kinds(tensors: Iterable[torch.Tensor]) -> list[str]:
+    return [f"{t.dtype}{list(t.shape)}" for t in tensors]
 
 
 def _adapter(scene: Scene) -> dict[int, torch.Tensor]:
@@ -98,22 +97,36 @@ def _base(scene: Scene) -> dict[str, torch.Tensor]:
     return {name: found[name] for name in names[::step]}
 
 
-def _add(readout: Readout, tensor: torch.Tensor, few: int) -> range:
-    flat = local(tensor).reshape(-1)
-    count = flat.numel()
-    chosen = flat[:: max(1, count // few)][:few]
-    if not flat.is_floating_point():
-        chosen, flat = chosen.double(), flat[: 1 << 16].double()
-    return readout.add(torch.cat([flat.norm().reshape(1).double(), chosen.double()]))
+def _add(readout: Readout, tensors: Sequence[torch.Tensor], few: int) -> range:
+    """For each tensor its norm and a few of its elements, as rows of ``1 + few`` numbers."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(index)
+    rows: list[torch.Tensor | None] = [None] * len(tensors)
+    for (device, _), indices in by_kind.items():
+        flat = [local(tensors[i]).reshape(-1) for i in indices]
+        if not flat[0].is_floating_point():  # codes
+            flat = [f[: 1 << 16].double() for f in flat]
+        chosen = [f[:: max(1, f.numel() // few)][:few] for f in flat]
+        short = few - min(len(c) for c in chosen)
+        if short:
+            chosen = [torch.cat([c, c.new_zeros(few - len(c))]) for c in chosen]
+        block = torch.cat(chosen).double().reshape(len(flat), few)
+        block = torch.cat([norms(flat, 2).to(device).double()[:, None], block], 1)
+        for i, row in zip(indices, block, strict=True):
+            rows[i] = row
+    return readout.add(torch.cat([r.cpu() for r in rows if r is not None])) if rows else readout.add(torch.empty(0))
 
 
 def _packed(values: Sequence[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
-def _unpacked(text: str) -> list[float]:
+def _rows(text: str, few: int) -> list[list[float]]:
+    """The inverse: one row a tensor, its norm first."""
     data = base64.b64decode(text)
-    return list(struct.unpack(f"<{len(data) // 4}f", data))
+    flat = struct.unpack(f"<{len(data) // 4}f", data)
+    return [list(flat[i : i + 1 + few]) for i in range(0, len(flat), 1 + few)]
 
 
 def compared(state: Mapping[str, Any], scene: Scene, source: str, *, whole: bool) -> ResumedFact | None:
@@ -131,6 +144,7 @@ def compared(state: Mapping[str, Any], scene: Scene, source: str, *, whole: bool
     if not state or "adapter" not in state:
         return None
     now = fingerprint(scene)
+    state, now = _unpacked(state), _unpacked(now)
     slot_of = {bare(slot.name): i for i, slot in enumerate(scene.slots)}
     saved, here = state["adapter"], now["adapter"]
     at = _aligned(saved, here)
@@ -139,8 +153,8 @@ def compared(state: Mapping[str, Any], scene: Scene, source: str, *, whole: bool
         for i, j in at.items()
         if not _agree(saved["values"][i], here["values"][j], saved["kinds"][i], here["kinds"][j])
     ]
-    b_saved = [_unpacked(saved["values"][i])[0] for i, r in enumerate(saved["roles"]) if r == "B"]
-    b_here = [_unpacked(v)[0] for v, r in zip(here["values"], here["roles"], strict=True) if r == "B"]
+    b_saved = [v[0] for v, r in zip(saved["values"], saved["roles"], strict=True) if r == "B"]
+    b_here = [v[0] for v, r in zip(here["values"], here["roles"], strict=True) if r == "B"]
     fresh = bool(b_here) and not any(b_here) and any(b_saved)
     wrong, lost, optimizer, rates = _optimizer(state["optimizer"], now["optimizer"], saved, here, at, slot_of)
     base, layer, why_no_base = _base_apart(state.get("base", {}), now["base"])
@@ -161,6 +175,20 @@ def compared(state: Mapping[str, Any], scene: Scene, source: str, *, whole: bool
     )
 
 
+def _unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint with its numbers in the place of their code."""
+    optimizer, base = dict(state["optimizer"]), dict(state["base"])
+    rows = iter(_rows(optimizer["values"], _FEW))
+    optimizer["keys"] = [keys.split() for keys in optimizer["keys"]]
+    optimizer["values"] = [[next(rows) for _ in keys] for keys in optimizer["keys"]]
+    base["values"] = _rows(base["values"], _BASE_FEW)
+    return {
+        "adapter": {**state["adapter"], "values": _rows(state["adapter"]["values"], _FEW)},
+        "optimizer": optimizer,
+        "base": base,
+    }
+
+
 def _aligned(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[int, int]:
     """Index of what was saved to index of what is here: by name; where no name fits, by order and shape."""
     index = {name: j for j, name in enumerate(here["names"])}
@@ -171,10 +199,7 @@ def _aligned(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[int, int
     return {i: j for i, j in found.items() if shapes[0][i] == shapes[1][j]}
 
 
-def _agree(a: str, b: str, kind_a: str = "", kind_b: str = "") -> bool:
-    x, y = _unpacked(a), _unpacked(b)
-    if len(x) != len(y):
-        return False
+def _agree(x: Sequence[float], y: Sequence[float], kind_a: str = "", kind_b: str = "") -> bool:
     types = {kind.partition("[")[0] for kind in (kind_a, kind_b)}
     rounding = max((_ROUNDING.get(t, 0.0) for t in types), default=0.0) if len(types) > 1 else 0.0
     largest = max(map(abs, x[1:]), default=0.0)
@@ -234,7 +259,7 @@ def _base_apart(saved: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[floa
             return None, "", "the base is stored in another way than it was"
         if saved["kinds"][i].partition("[")[2] != here["kinds"][j].partition("[")[2]:
             return float("inf"), name, None
-        x, y = _unpacked(saved["values"][i])[1:], _unpacked(here["values"][j])[1:]
+        x, y = saved["values"][i][1:], here["values"][j][1:]
         if quantised:  # codes
             apart = sum(p != q for p, q in zip(x, y, strict=True)) / len(x)
         else:

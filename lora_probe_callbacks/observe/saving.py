@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 _PEFT = "base_model.model."
 
 
+@lru_cache(maxsize=1 << 16)
 def bare(name: str) -> str:
     """A qualified name without the names of wrappers."""
     parts = name.split(".")
