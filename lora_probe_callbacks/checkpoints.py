@@ -10,6 +10,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,14 @@ from lora_probe_callbacks.observe.checkpoints import (
 )
 from lora_probe_callbacks.observe.facts import ResumedFact, SavedFact
 from lora_probe_callbacks.observe.fingerprint import compared, fingerprint
-from lora_probe_callbacks.observe.saving import AdapterNames, adapter_names, bare, changed_settings, left_out
+from lora_probe_callbacks.observe.saving import (
+    AdapterNames,
+    adapter_names,
+    bare,
+    changed_settings,
+    full_shape,
+    left_out,
+)
 from lora_probe_callbacks.observe.scene import Scene, base_weight
 from lora_probe_callbacks.observe.wrappers import is_shard
 
@@ -39,6 +47,8 @@ _REMEMBERED = 16  # saves of which the sample is kept: a file may be looked at a
 _UNRELATED = 0.5  # cosine between the A of one run at two times is near 1; of two initialisations near 0
 _MOMENT = 0.05  # seconds: clocks of file systems are coarse
 _STILL_WRITING = 0.2  # seconds after which a file that nobody writes to has not changed
+
+_AT_A_SAVE = 64  # tensors whose values are compared: half of them always, the others in turn; by hand all
 
 Sample = dict[str, torch.Tensor]
 
@@ -74,6 +84,7 @@ class Checkpoints:
         self._restored: tuple[Mapping[str, Any], str, bool] | None = None
         self.stepped_at = 0.0  # seconds since the epoch, of the last optimizer step
         self.moved = False  # some B was moved by a step
+        self._turn = 0
         self._start = self._live() if reads else {}
 
     # --- saves ------------------------------------------------------------------------------
@@ -87,7 +98,8 @@ class Checkpoints:
             framework_step: Its number in the framework.
         """
         if self._reads:
-            self._pending.append(_Announced(Path(path), step, framework_step, self._live()))
+            self._turn += 1
+            self._pending.append(_Announced(Path(path), step, framework_step, self._live(few=True)))
             del self._pending[:-_REMEMBERED]
 
     @property
@@ -99,13 +111,14 @@ class Checkpoints:
         """Read what has been announced, now that it is written; what cannot be read yet is looked at again later."""
         pending, self._pending = self._pending, []
         for one in pending:
-            state = _state_of(one.path)
             facts = self._read(one.path, one.live, one.step, one.framework_step)
-            if any(f.unreadable or f.why_not for f in facts) and (one.state is None or one.state != state):
-                one.state = state
-                self._pending.append(one)
-            else:
-                self._found += facts
+            if any(f.unreadable or f.why_not for f in facts):
+                state = _state_of(one.path)
+                if one.state != state:  # at the first look, or somebody writes
+                    one.state = state
+                    self._pending.append(one)
+                    continue
+            self._found += facts
 
     def take(self, *, end: bool) -> tuple[SavedFact, ...]:
         """What was found since the last decision.
@@ -140,8 +153,7 @@ class Checkpoints:
         place = Path(path)
         self._pending = [p for p in self._pending if p.path != place]
         known = self._saved.get(os.path.realpath(place))
-        files = _files_below(place)
-        written = max((f.stat().st_mtime for f in files), default=time.time())
+        written = self._written(place)
         if known is not None and abs(known[0] - written) < 1e-6:
             facts = self._read(place, known[1], step, framework_step)
         else:
@@ -150,7 +162,7 @@ class Checkpoints:
                 why = "the file is older than the last step: the adapter has moved since"
             facts = self._read(place, self._live(whole=True), step, framework_step, why_no_values=why, whole=True)
             if facts and all(f.values == "equal" for f in facts):
-                self._save_of(place, self._live())
+                self._save_of(place, self._live(few=True))
             if any(f.unreadable for f in facts):
                 before = _state_of(place)
                 time.sleep(_STILL_WRITING)
@@ -196,14 +208,27 @@ class Checkpoints:
             self._names = {a: adapter_names(a, units) for a, units in by_adapter.items()}
         return self._names
 
-    def _live(self, *, whole: bool = False) -> dict[str, Sample]:
+    def _live(self, *, few: bool = False, whole: bool = False) -> dict[str, Sample]:
+        """Samples of the adapters by name, under the names of an adapter file and of a whole module."""
         samples = {}
         for adapter, names in self._adapters().items():
-            tensors = {**names.live("state"), **names.live("adapter")}
-            distinct = {id(t): t for t in tensors.values() if not is_shard(t) and t.device.type != "meta"}
-            values = sample_of({str(i): t for i, t in distinct.items()}, whole=whole)
-            samples[adapter] = {name: values[str(id(t))] for name, t in tensors.items() if id(t) in distinct}
+            chosen = [*names.full, *(name for name in names.saved if name not in names.slots)]
+            if few and len(chosen) > _AT_A_SAVE:
+                step = -(-len(chosen) // (_AT_A_SAVE // 2))
+                chosen = [*chosen[::step], *chosen[self._turn % (step - 1) + 1 :: step]]
+            tensors = {n: t for n in chosen if (t := (names.full.get(n) or names.saved[n])()) is not None}
+            tensors = {n: t for n, t in tensors.items() if not is_shard(t) and t.device.type != "meta"}
+            sample = sample_of(tensors, whole=whole)
+            samples[adapter] = {**sample, **{names.other[n]: v for n, v in sample.items() if n in names.other}}
         return samples
+
+    def _written(self, place: Path) -> float:
+        """When the files of the adapters were written, in seconds since the epoch; now, if there is none."""
+        times = []
+        for adapter in self._adapters():
+            with suppress(OSError):
+                times.append(_file_of(place, adapter).stat().st_mtime)
+        return max(times, default=time.time())
 
     def _others(self, adapter: str, form: str) -> dict[str, dict[str, torch.Tensor]]:
         """The other adapters of the model under the names that this one has in an adapter file."""
@@ -246,14 +271,13 @@ class Checkpoints:
                 traceback.clear_frames(error.__traceback__)
                 fact = replace(fact, why_not=f"{type(error).__name__}: {error}")
             facts.append(fact)
-        if not whole and place.exists():
+        if not whole and any(f.why_not is None and f.unreadable is None for f in facts):
             self._save_of(place, live)
         return facts
 
     def _save_of(self, place: Path, live: Mapping[str, Sample]) -> None:
         """Keep what a file was written from: looked at again, it need not be what is live then."""
-        times = [f.stat().st_mtime for f in _files_below(place)]
-        self._saved[os.path.realpath(place)] = (max(times, default=0.0), dict(live))
+        self._saved[os.path.realpath(place)] = (self._written(place), dict(live))
         while len(self._saved) > _REMEMBERED:
             del self._saved[next(iter(self._saved))]
 
@@ -268,7 +292,7 @@ class Checkpoints:
         whole: bool,
     ) -> SavedFact:
         form, table = _table(file, names)
-        expected = names.live("adapter" if form == "adapter" else "state")
+        expected = names.shapes["adapter" if form == "adapter" else "state"]
         if form == "adapter" and names.why_not:
             return replace(fact, form="adapter", why_not=f"could not compare: {names.why_not}")
         place = file.path.parent
@@ -281,14 +305,17 @@ class Checkpoints:
         at = _matched(expected, table, exact=form == "adapter")
         shapes, empty = [], []
         for name, key in at.items():
-            full = _full_shape(expected[name])
-            if not table[key].numel and full != table[key].shape:
-                empty.append(name)
-            elif table[key].shape != full:
-                shapes.append((name, str(list(table[key].shape)), str(list(full))))
+            if table[key].shape != expected[name]:
+                if 0 in table[key].shape:
+                    empty.append(name)
+                else:
+                    shapes.append((name, str(list(table[key].shape)), str(list(expected[name]))))
         converted = _converted(names, expected, at, table)
         wrapped, foreign = self._strangers(names, table, set(at.values())) if form == "adapter" else ((), ())
-        missing = [n for n in expected if n not in at and not self._tied(expected, n, at)]
+        missing = [n for n in expected if n not in at]
+        if missing and at:
+            tensors = names.live("adapter" if form == "adapter" else "state")
+            missing = [n for n in missing if not self._tied(tensors, n, at)]
         fact = replace(
             fact,
             form=form,
@@ -306,7 +333,7 @@ class Checkpoints:
             fact = replace(fact, left_out=tuple(out), beside=_beside(file.path) if out else None)  # type: ignore[arg-type]
         if missing or empty or converted or not at:
             return fact
-        same_shape = {n: key for n, key in at.items() if _full_shape(expected[n]) == table[key].shape}
+        same_shape = {n: key for n, key in at.items() if n in live and expected[n] == table[key].shape}
         return self._values(fact, names, file, table, same_shape, live, why_no_values, whole=whole)
 
     def _values(
@@ -368,11 +395,7 @@ class Checkpoints:
         """The other adapter that the file holds."""
         for other, tensors in self._others(fact.adapter, fact.form).items():
             at = _matched(tensors, table, exact=True)
-            if (
-                not at
-                or len(at) < len(tensors)
-                or any(_full_shape(tensors[n]) != table[k].shape for n, k in at.items())
-            ):
+            if not at or len(at) < len(tensors) or any(full_shape(tensors[n]) != table[k].shape for n, k in at.items()):
                 continue
             saved = file.samples({k: table[k] for k in at.values()})
             live = sample_of({n: t for n, t in tensors.items() if not is_shard(t)})
@@ -395,10 +418,10 @@ class Checkpoints:
         return wrapped, tuple(key for key in rest if key not in wrapped and key not in known)
 
     @staticmethod
-    def _tied(expected: Mapping[str, torch.Tensor], name: str, at: Mapping[str, str]) -> bool:
+    def _tied(live: Mapping[str, torch.Tensor], name: str, at: Mapping[str, str]) -> bool:
         """The same storage stands in the file under another name."""
-        tensor = expected[name]
-        return any(expected[n] is tensor or _shares(expected[n], tensor) for n in at)
+        tensor = live.get(name)
+        return tensor is not None and any(n in live and _shares(live[n], tensor) for n in at)
 
     def _export(
         self, fact: SavedFact, names: AdapterNames, file: StoredFile, table: Mapping[str, StoredTensor]
@@ -451,8 +474,7 @@ def _files_below(place: Path) -> list[Path]:
         return [place]
     if not place.is_dir():
         return []
-    patterns = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*/adapter_model.*")
-    return sorted({f for pattern in patterns for f in place.glob(pattern) if f.is_file()})
+    return sorted(f for pattern in ("*.*", "*/adapter_model.*") for f in place.glob(pattern) if f.is_file())
 
 
 def _state_of(place: Path) -> tuple[tuple[str, int, int], ...]:
@@ -489,7 +511,7 @@ def _table(file: StoredFile, names: AdapterNames) -> tuple[Any, dict[str, Stored
     best: tuple[int, Any, dict[str, StoredTensor]] | None = None
     if file.path.name in ADAPTER_FILES:
         return "adapter", max(file.tables.values(), key=len, default={})
-    state, saved = names.live("state"), names.live("adapter")
+    state, saved = names.full, names.saved
     for place, table in file.tables.items():
         if place.startswith(("optimizer", "callbacks", "loops", "lr_schedulers")):
             continue
@@ -505,7 +527,7 @@ def _table(file: StoredFile, names: AdapterNames) -> tuple[Any, dict[str, Stored
     return best[1], best[2]
 
 
-def _any_of(table: Mapping[str, StoredTensor], expected: Mapping[str, torch.Tensor]) -> bool:
+def _any_of(table: Mapping[str, StoredTensor], expected: Iterable[str]) -> bool:
     tails = {name.rpartition("lora_")[2] for name in expected}
     return any(key.rpartition("lora_")[2] in tails and "lora_" in key for key in table) or bool(
         _matched(expected, table, exact=False)
@@ -560,19 +582,18 @@ def _plain(unit: Unit, table: Mapping[str, StoredTensor]) -> str | None:
 # --- values -------------------------------------------------------------------------------------
 
 
-def _full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))  # DeepSpeed ZeRO-3 keeps it beside an empty tensor
-
-
 def _converted(
-    names: AdapterNames, expected: Mapping[str, torch.Tensor], at: Mapping[str, str], table: Mapping[str, StoredTensor]
+    names: AdapterNames,
+    expected: Mapping[str, tuple[int, ...]],
+    at: Mapping[str, str],
+    table: Mapping[str, StoredTensor],
 ) -> bool:
     """Every A and B has twice the rank, where the adapter was made by a method that changes the base."""
     init = str(getattr(names.config, "init_lora_weights", "")).lower()
     if not init.startswith(("pissa", "olora", "corda", "lora_ga")):
         return False
     for name, key in at.items():
-        shape, role = list(expected[name].shape), names.role(name)
+        shape, role = list(expected[name]), names.role(name)
         if role in ("A", "B"):
             axis = 0 if role == "A" else 1
             shape[axis] *= 2
@@ -592,7 +613,8 @@ def _equal(saved: torch.Tensor, live: torch.Tensor) -> bool:
 
 
 def _same(a: Sample, b: Sample) -> bool:
-    return a.keys() <= b.keys() and all(torch.equal(v, b[n]) for n, v in a.items())
+    common = a.keys() & b.keys()
+    return bool(common) and all(torch.equal(a[n], b[n]) for n in common)
 
 
 def _equal_sampled(saved: Sample, start: Sample) -> bool:

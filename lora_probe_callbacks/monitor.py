@@ -111,6 +111,9 @@ class LoraProbeMonitor:
         """What tells a later run whether it goes on from this one.
 
         Under Accelerate: ``accelerator.register_for_checkpointing(probe)``.
+
+        Returns:
+            Plain values, for a checkpoint.
         """
         return self._session.state_dict()
 

@@ -288,8 +288,9 @@ class ProbeSession:
             self._show(self._judge_saves(found, self._ledger)[1])
 
     def _show(self, findings: Iterable[Finding]) -> None:
-        for finding in findings if self._console is not None else ():
-            self._console.print(finding_panel(finding))
+        for finding in findings:
+            if self._console is not None:
+                self._console.print(finding_panel(finding))
 
     def restored_from(self, path: str | os.PathLike[str]) -> None:
         """The run goes on from a checkpoint that holds no state of this probe: the adapter should be its own.

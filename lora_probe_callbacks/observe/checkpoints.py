@@ -38,7 +38,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_BLOCKS, _WIDTH = 4, 16  # of a sample: so many runs of so many elements, evenly spread, the first and the last included
+_BLOCKS, _WIDTH = 4, 16  # of a sample: so many runs of so many elements, evenly spread from the first to the last
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -136,7 +136,8 @@ def spans(numel: int, *, whole: bool = False) -> list[tuple[int, int]]:
     """
     if whole or numel <= _BLOCKS * _WIDTH:
         return [(0, numel)] if numel else []
-    return [(s, s + _WIDTH) for s in ((numel - _WIDTH) * i // (_BLOCKS - 1) for i in range(_BLOCKS))]
+    gap = (numel - _WIDTH) // (_BLOCKS - 1)
+    return [(i * gap, i * gap + _WIDTH) for i in range(_BLOCKS)]
 
 
 def sample_of(tensors: Mapping[str, torch.Tensor], *, whole: bool = False) -> dict[str, torch.Tensor]:
@@ -156,10 +157,17 @@ def sample_of(tensors: Mapping[str, torch.Tensor], *, whole: bool = False) -> di
     for names in by_kind.values():
         counts, parts = [], []
         for name in names:
-            flat = local(tensors[name]).reshape(-1)
-            chosen = spans(flat.numel(), whole=whole)
-            counts.append(sum(stop - start for start, stop in chosen))
-            parts += [flat[start:stop] for start, stop in chosen]
+            here = local(tensors[name])
+            numel = here.numel()
+            if whole or numel <= _BLOCKS * _WIDTH or not here.is_contiguous():
+                few = here.reshape(-1)
+                if not whole and numel > _BLOCKS * _WIDTH:
+                    few = torch.cat([few[start:stop] for start, stop in spans(numel)])
+            else:  # the runs of spans(), in one view
+                few = here.as_strided((_BLOCKS, _WIDTH), ((numel - _WIDTH) // (_BLOCKS - 1), 1), here.storage_offset())
+                few = few.reshape(-1)
+            counts.append(few.numel())
+            parts.append(few)
         if not parts:
             found.update({name: torch.empty(0) for name in names})
             continue

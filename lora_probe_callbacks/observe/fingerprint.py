@@ -1,6 +1,6 @@
 """What a checkpoint says of the adapter, the optimizer's state and the base: enough to know them again, and small.
 
-Of every tensor its norm and a few elements; plain values, so that JSON keeps them.
+Of every tensor a few elements; plain values, so that JSON keeps them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Any
 import torch
 
 from lora_probe_callbacks.observe.facts import ResumedFact
-from lora_probe_callbacks.observe.optimizers import ownership
-from lora_probe_callbacks.observe.readout import Readout, local, norms
+from lora_probe_callbacks.observe.optimizers import Ownership, ownership
+from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.saving import bare
 from lora_probe_callbacks.observe.scene import Scene, base_weight
 from lora_probe_callbacks.observe.wrappers import is_shard
 
 __all__ = ["compared", "fingerprint"]
 
-_FEW = 4  # elements of a tensor of the adapter and of the optimizer's state, and its norm
+_FEW = 4  # elements of a tensor of the adapter and of the optimizer's state
 _BASE_LAYERS, _BASE_FEW = 16, 32
-_NORM = 1e-4  # relative: the order of a sum differs between devices
 # How far two roundings of one number are apart, relative to the largest number of the sample.
 _ROUNDING = {"torch.bfloat16": 2.0**-7, "torch.float16": 2.0**-10}
 
@@ -37,14 +36,15 @@ def fingerprint(scene: Scene) -> dict[str, Any]:
     Returns:
         Plain values: ``adapter``, ``optimizer`` and ``base``.
     """
-    adapter, states, base = _adapter(scene), _states(scene), _base(scene)
+    adapter, owners, base = _adapter(scene), ownership(scene.optimizers), _base(scene)
+    states = _states(scene, adapter, owners)
     entries = [t for _, entries in states.values() for t in entries]
     readout = Readout()
     tickets = [_add(readout, list(adapter.values()), _FEW), _add(readout, entries, _FEW)]
     tickets.append(_add(readout, list(base.values()), _BASE_FEW))
     readout.fetch()
     of_adapter, of_states, of_base = (_packed(readout.get(ticket)) for ticket in tickets)
-    slots, owners = scene.slots, ownership(scene.optimizers)
+    slots = scene.slots
     return {
         "adapter": {
             "names": [bare(slots[i].name) for i in adapter],
@@ -72,50 +72,51 @@ def _adapter(scene: Scene) -> dict[int, torch.Tensor]:
     return {i: t for i, t in tensors.items() if not is_shard(t) and t.device.type != "meta" and t.numel()}
 
 
-def _states(scene: Scene) -> dict[int, tuple[list[str], list[torch.Tensor]]]:
-    owners = ownership(scene.optimizers)
+def _states(
+    scene: Scene, adapter: Mapping[int, torch.Tensor], owners: Mapping[int, Ownership]
+) -> dict[int, tuple[list[str], list[torch.Tensor]]]:
+    """The first two states of every owned tensor that have its size, such as Adam's moments."""
     found = {}
-    for i, tensor in _adapter(scene).items():
+    for i, tensor in adapter.items():
         own = owners.get(id(tensor))
-        state = {} if own is None else scene.optimizers[own.optimizer].state.get(tensor, {})
-        entries = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() >= tensor.numel() > 1}
-        if own is not None:
-            keys = sorted(entries)[:2]
-            found[i] = (keys, [entries[k] for k in keys])
+        if own is None:
+            continue
+        numel = tensor.numel()
+        state = scene.optimizers[own.optimizer].state.get(tensor, {})
+        keys = sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() == numel > 1)[:2]
+        found[i] = (keys, [state[k] for k in keys])
     return found
 
 
 def _base(scene: Scene) -> dict[str, torch.Tensor]:
+    """Frozen weights under some of the adapted layers, evenly spread."""
     found: dict[str, torch.Tensor] = {}
-    for unit in scene.units:
+    for unit in scene.units[:: max(1, -(-len(scene.units) // _BASE_LAYERS))]:
         weight = base_weight(unit)
-        usable = weight is not None and weight.device.type != "meta" and weight.numel() and not is_shard(weight)
-        if usable and weight is not None and not weight.requires_grad and not unit.layer.merged:
+        if weight is None or weight.requires_grad or unit.layer.merged:
+            continue
+        if weight.device.type != "meta" and weight.numel() and not is_shard(weight):
             found[unit.layer.name] = weight
-    names = list(found)
-    step = max(1, -(-len(names) // _BASE_LAYERS))
-    return {name: found[name] for name in names[::step]}
+    return found
 
 
 def _add(readout: Readout, tensors: Sequence[torch.Tensor], few: int) -> range:
-    """For each tensor its norm and a few of its elements, as rows of ``1 + few`` numbers."""
+    """A few elements of each tensor, as rows of ``few`` numbers."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(index)
-    rows: list[torch.Tensor | None] = [None] * len(tensors)
-    for (device, _), indices in by_kind.items():
-        flat = [local(tensors[i]).reshape(-1) for i in indices]
-        if not flat[0].is_floating_point():  # codes
-            flat = [f[: 1 << 16].double() for f in flat]
-        chosen = [f[:: max(1, f.numel() // few)][:few] for f in flat]
-        short = few - min(len(c) for c in chosen)
-        if short:
-            chosen = [torch.cat([c, c.new_zeros(few - len(c))]) for c in chosen]
-        block = torch.cat(chosen).double().reshape(len(flat), few)
-        block = torch.cat([norms(flat, 2).to(device).double()[:, None], block], 1)
-        for i, row in zip(indices, block, strict=True):
-            rows[i] = row
-    return readout.add(torch.cat([r.cpu() for r in rows if r is not None])) if rows else readout.add(torch.empty(0))
+    rows = torch.empty(len(tensors), few, dtype=torch.float64)
+    for indices in by_kind.values():
+        rows[indices] = torch.stack([_few(local(tensors[i]), few) for i in indices]).cpu().double()
+    return readout.add(rows.reshape(-1))
+
+
+def _few(tensor: torch.Tensor, few: int) -> torch.Tensor:
+    numel = tensor.numel()
+    if numel < few or not tensor.is_contiguous():
+        flat = tensor.reshape(-1)[:: max(1, numel // few)][:few]
+        return torch.cat([flat, flat.new_zeros(few - len(flat))])
+    return tensor.as_strided((few,), (numel // few,), tensor.storage_offset())
 
 
 def _packed(values: Sequence[float]) -> str:
@@ -123,10 +124,10 @@ def _packed(values: Sequence[float]) -> str:
 
 
 def _rows(text: str, few: int) -> list[list[float]]:
-    """The inverse: one row a tensor, its norm first."""
+    """The inverse: one row a tensor."""
     data = base64.b64decode(text)
     flat = struct.unpack(f"<{len(data) // 4}f", data)
-    return [list(flat[i : i + 1 + few]) for i in range(0, len(flat), 1 + few)]
+    return [list(flat[i : i + few]) for i in range(0, len(flat), few)]
 
 
 def compared(state: Mapping[str, Any], scene: Scene, source: str, *, whole: bool) -> ResumedFact | None:
@@ -153,8 +154,8 @@ def compared(state: Mapping[str, Any], scene: Scene, source: str, *, whole: bool
         for i, j in at.items()
         if not _agree(saved["values"][i], here["values"][j], saved["kinds"][i], here["kinds"][j])
     ]
-    b_saved = [v[0] for v, r in zip(saved["values"], saved["roles"], strict=True) if r == "B"]
-    b_here = [v[0] for v, r in zip(here["values"], here["roles"], strict=True) if r == "B"]
+    b_saved = [any(v) for v, r in zip(saved["values"], saved["roles"], strict=True) if r == "B"]
+    b_here = [any(v) for v, r in zip(here["values"], here["roles"], strict=True) if r == "B"]
     fresh = bool(b_here) and not any(b_here) and any(b_saved)
     wrong, lost, optimizer, rates = _optimizer(state["optimizer"], now["optimizer"], saved, here, at, slot_of)
     base, layer, why_no_base = _base_apart(state.get("base", {}), now["base"])
@@ -202,13 +203,8 @@ def _aligned(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[int, int
 def _agree(x: Sequence[float], y: Sequence[float], kind_a: str = "", kind_b: str = "") -> bool:
     types = {kind.partition("[")[0] for kind in (kind_a, kind_b)}
     rounding = max((_ROUNDING.get(t, 0.0) for t in types), default=0.0) if len(types) > 1 else 0.0
-    largest = max(map(abs, x[1:]), default=0.0)
-    near = all(_close(p, q, rounding * largest) for p, q in zip(x[1:], y[1:], strict=True))
-    return near and _close(x[0], y[0], max(_NORM, rounding) * abs(x[0]))
-
-
-def _close(a: float, b: float, tolerance: float) -> bool:
-    return abs(a - b) <= tolerance or (a != a and b != b)
+    tolerance = rounding * max(map(abs, x), default=0.0)
+    return all(abs(p - q) <= tolerance or (p != p and q != q) for p, q in zip(x, y, strict=True))
 
 
 def _optimizer(
@@ -259,7 +255,7 @@ def _base_apart(saved: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[floa
             return None, "", "the base is stored in another way than it was"
         if saved["kinds"][i].partition("[")[2] != here["kinds"][j].partition("[")[2]:
             return float("inf"), name, None
-        x, y = saved["values"][i][1:], here["values"][j][1:]
+        x, y = saved["values"][i], here["values"][j]
         if quantised:  # codes
             apart = sum(p != q for p, q in zip(x, y, strict=True)) / len(x)
         else:

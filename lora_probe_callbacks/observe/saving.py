@@ -26,7 +26,7 @@ from lora_probe_callbacks.observe.checkpoints import UnreadableError
 from lora_probe_callbacks.observe.optimizers import tensors_of
 from lora_probe_callbacks.observe.scene import Scene
 
-__all__ = ["AdapterNames", "adapter_names", "bare", "changed_settings", "left_out"]
+__all__ = ["AdapterNames", "adapter_names", "bare", "changed_settings", "full_shape", "left_out"]
 
 # Names that wrappers put into the names of what they wrap; "module" only at the front, where DataParallel puts it.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_ddp_module"}
@@ -54,6 +54,9 @@ class AdapterNames:
         saved: Name in an adapter file to what gives the live tensor.
         full: Name in the state dict of the whole module, likewise.
         slots: Name in an adapter file, or of the whole module, to slot.
+        other: Name of the whole module to the name in an adapter file.
+        shapes: By form, name to the shape of the live tensor.
+        beside: Trained tensors that are not the adapter's, as (name in a file, kind); see :func:`left_out`.
         why_not: Why its names in an adapter file are not known.
     """
 
@@ -64,6 +67,9 @@ class AdapterNames:
     saved: dict[str, Callable[[], torch.Tensor | None]] = field(default_factory=dict)
     full: dict[str, Callable[[], torch.Tensor | None]] = field(default_factory=dict)
     slots: dict[str, Slot] = field(default_factory=dict)
+    other: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    beside: tuple[object, list[tuple[str, str, int]]] | None = None
     why_not: str = ""
 
     def live(self, form: str) -> dict[str, torch.Tensor]:
@@ -114,7 +120,15 @@ def adapter_names(adapter: str, units: Iterable[Unit]) -> AdapterNames:
             else:  # a bias that the adapter trains, a buffer of a saved module
                 names.saved[name] = _held(tensor)
         _complete(names, top)
+    by_slot = {id(names.slots[name]): name for name in names.saved if name in names.slots}
+    names.other = {n: by_slot[id(names.slots[n])] for n in names.full if id(names.slots[n]) in by_slot}
+    names.shapes = {form: {n: full_shape(t) for n, t in names.live(form).items()} for form in ("adapter", "state")}
     return names
+
+
+def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a whole tensor; DeepSpeed ZeRO-3 keeps it beside an empty one."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def _at(slot: Slot) -> Callable[[], torch.Tensor | None]:
@@ -237,29 +251,39 @@ def left_out(names: AdapterNames, scene: Scene, stored: Iterable[str]) -> list[t
     top = names.top
     if top is None:
         return []
-    base = top.get_base_model() if isinstance(top, PeftModel) else top
+    key = (id(scene.inventory), [len(g["params"]) for o in scene.optimizers for g in o.param_groups])
+    if names.beside is None or names.beside[0] != key:
+        names.beside = (key, _beside(names, top, scene))
+    if not names.beside[1]:
+        return []
     in_file = {bare(name) for name in stored}
+    in_file |= {name.replace(".base_layer.", ".") for name in in_file}
+    # Tied tensors may stand there under either name.
+    present = {tensor for name, _, tensor in names.beside[1] if name.replace(".base_layer.", ".") in in_file}
+    found = {tensor: (name, kind) for name, kind, tensor in reversed(names.beside[1]) if tensor not in present}
+    lost = list(reversed(found.values()))
+    trained = any(kind == "trained embedding" for _, kind in lost)
+    return [(name, kind) for name, kind in lost if kind != "resized embedding" or not trained]
+
+
+def _beside(names: AdapterNames, top: nn.Module, scene: Scene) -> list[tuple[str, str, int]]:
+    """(name in a file, kind, id of the tensor) of what is trained beside the adapter, and of resized embeddings."""
+    base = top.get_base_model() if isinstance(top, PeftModel) else top
     adapters = {id(t) for u in scene.inventory.units for s in u.slots if (t := s.tensor) is not None}
     saved = {id(t) for t in names.live("adapter").values()}
     trained = {id(t) for t in tensors_of(scene.optimizers) if t.requires_grad} - adapters - saved
     embeddings = {id(w) for m in _embeddings(base) if isinstance(w := getattr(m, "weight", None), torch.Tensor)}
-    found: dict[int, tuple[str, str]] = {}
-    present: set[int] = set()
+    resized = _resized(base, names)
     prefix = "" if isinstance(top, PeftModel) else _PEFT
-    for name, tensor in top.named_parameters(remove_duplicate=False) if trained else ():
-        if id(tensor) not in trained:
-            continue
-        kept = prefix + bare(name)
-        if kept in in_file or kept.replace(".base_layer.", ".") in in_file:
-            present.add(id(tensor))  # tied tensors may stand there under either name
-        else:
-            kind = "trained embedding" if id(tensor) in embeddings else "trained"
-            found.setdefault(id(tensor), (bare(name), kind))
-    result = [what for key, what in found.items() if key not in present]
-    resized = _resized(base, names, in_file)
-    if resized and not any(kind == "trained embedding" for _, kind in result):
-        result.append((resized, "resized embedding"))
-    return result
+    found = []
+    for name, tensor in top.named_parameters(remove_duplicate=False) if trained or resized else ():
+        if id(tensor) in trained:
+            found.append(
+                (prefix + bare(name), "trained embedding" if id(tensor) in embeddings else "trained", id(tensor))
+            )
+        elif resized and id(tensor) in embeddings - saved:
+            found.append((prefix + bare(name), "resized embedding", id(tensor)))
+    return found
 
 
 def _embeddings(base: nn.Module) -> list[nn.Module]:
@@ -275,12 +299,12 @@ def _embeddings(base: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _resized(base: nn.Module, names: AdapterNames, in_file: set[str]) -> str:
-    """In words, how the vocabulary differs from that of the model the adapter will be put on."""
+def _resized(base: nn.Module, names: AdapterNames) -> bool:
+    """The vocabulary differs from that of the model that the adapter will be put on, as far as this disk knows it."""
     source = getattr(names.config, "base_model_name_or_path", None) or getattr(base, "name_or_path", None)
     embeddings = _embeddings(base)
     if not source or not embeddings:
-        return ""
+        return False
     weight = getattr(embeddings[0], "weight", None)
     path = Path(source) / "config.json"
     if not path.is_file():
@@ -289,17 +313,12 @@ def _resized(base: nn.Module, names: AdapterNames, in_file: set[str]) -> str:
         try:
             cached = try_to_load_from_cache(source, "config.json")  # asks the disk, never the network
         except Exception:  # a name that no hub knows
-            return ""
+            return False
         if not isinstance(cached, str):
-            return ""
+            return False
         path = Path(cached)
     try:
         before = json.loads(path.read_text()).get("vocab_size")
     except (OSError, ValueError):
-        return ""
-    if not isinstance(before, int) or not isinstance(weight, torch.Tensor) or weight.shape[0] == before:
-        return ""
-    name = next((n for n, m in base.named_modules() if m is embeddings[0]), "")
-    if any(f"{name}." in key for key in in_file):
-        return ""
-    return f"{name} ({before} rows in {source}, {weight.shape[0]} here)"
+        return False
+    return isinstance(before, int) and isinstance(weight, torch.Tensor) and weight.shape[0] != before
