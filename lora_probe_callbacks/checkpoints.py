@@ -107,10 +107,17 @@ class Checkpoints:
         """A saved state was restored and not compared yet."""
         return self._restored is not None
 
-    def look(self) -> None:
-        """Read what has been announced, now that it is written; what cannot be read yet is looked at again later."""
+    def look(self, *, again: bool = False) -> None:
+        """Read what has been announced, now that it is written.
+
+        Args:
+            again: Look again at what could not be read the first time: it may be written by another thread.
+        """
         pending, self._pending = self._pending, []
         for one in pending:
+            if one.state is not None and not again:
+                self._pending.append(one)
+                continue
             facts = self._read(one.path, one.live, one.step, one.framework_step)
             if any(f.unreadable or f.why_not for f in facts):
                 state = _state_of(one.path)
@@ -120,21 +127,21 @@ class Checkpoints:
                     continue
             self._found += facts
 
-    def take(self, *, end: bool) -> tuple[SavedFact, ...]:
+    def take(self, *, again: bool = False, end: bool = False) -> tuple[SavedFact, ...]:
         """What was found since the last decision.
 
         Args:
+            again: See :meth:`look`.
             end: The run is over: nothing is put off any more.
 
         Returns:
             One fact for each file and adapter.
         """
-        if self._pending:
-            self.look()
+        self.look(again=again or end)
         if end and self._pending:
             for one in self._pending:
                 one.state = _state_of(one.path)
-            self.look()
+            self.look(again=True)
         found, self._found = self._found, []
         return tuple(found)
 
@@ -415,7 +422,7 @@ class Checkpoints:
         known |= {bare(n) for n, _ in names.top.named_buffers(remove_duplicate=False)}
         known |= {n.replace(".base_layer.", ".") for n in known} | {n.replace(".original_module.", ".") for n in known}
         known |= {f"base_model.model.{n}" for n in known}
-        return wrapped, tuple(key for key in rest if key not in wrapped and key not in known)
+        return wrapped, tuple(key for key in rest if key not in wrapped and key not in known | names.made)
 
     @staticmethod
     def _tied(live: Mapping[str, torch.Tensor], name: str, at: Mapping[str, str]) -> bool:

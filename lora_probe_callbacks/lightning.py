@@ -89,6 +89,11 @@ class LoraProbe(Callback):
         return (self._session or ProbeSession(self._config)).check_saved(path)
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._restored = None  # what test() or validate() has loaded is no resume
+
+    @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         # Not in on_train_start: the module's own on_train_start comes after the callbacks'.
         if self._session is not None and self._session.running:

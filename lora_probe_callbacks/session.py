@@ -348,7 +348,7 @@ class ProbeSession:
         checkpoints = self._checkpoints
         found: list[SavedFact] = []
         if checkpoints is not None:
-            self._saving(lambda: found.extend(checkpoints.take(end=False)))
+            self._saving(lambda: found.extend(checkpoints.take()))
         if found:
             self._act(*self._judge_saves(found, self._ledger), "step")
 
@@ -560,6 +560,7 @@ class ProbeSession:
         # ... or this is the forward of a reference, which no optimizer owns.
         if names != former and (self._scene.owned(names) or not self._scene.owned(former)):
             self._scene.expect(names)
+            self._saving(self._begin_saving)
             self._watch()
             self._begin_step()
 
@@ -768,7 +769,7 @@ class ProbeSession:
             return facts
         checkpoints.moved |= any(h.had_move and s.role == "B" for h, s in zip(facts.history, facts.slots, strict=True))
         found: dict[str, Any] = {}
-        self._saving(lambda: found.update(saves=checkpoints.take(end=facts.moment == "end")))
+        self._saving(lambda: found.update(saves=checkpoints.take(again=True, end=facts.moment == "end")))
         self._saving(lambda: found.update(resumed=checkpoints.resumed()))
         return dataclasses.replace(facts, **found)
 

@@ -64,7 +64,7 @@ def judge(facts: Facts) -> Verdict:
 CHECK = Check(
     code="LP804",
     name="restored-optimizer-state",
-    what="After a resume the optimizer's state of an adapter tensor is another tensor's, nobody's, or missing. The probe's own state in the checkpoint holds it by name.",
+    what="After a resume the optimizer's state of an adapter tensor is another tensor's, nobody's, or missing. The probe's own state in the checkpoint holds it by name (a few elements; of more than 128 tensors of some).",
     why="torch restores optimizers by position: parameters in another order get each other's moments, and tensors of one shape never raise. A loader that meets an "
     "optimizer without state restores nothing, as silently.",
     fix="Build the optimizer on the same parameters in the same order, and load its state before the first step.",

@@ -22,6 +22,7 @@ from lora_probe_callbacks.observe.wrappers import is_shard
 __all__ = ["compared", "fingerprint"]
 
 _FEW = 4  # elements of a tensor of the adapter and of the optimizer's state
+_STATES = 128  # tensors of which the optimizer's state is kept, about
 _BASE_LAYERS, _BASE_FEW = 16, 32
 # How far two roundings of one number are apart, relative to the largest number of the sample.
 _ROUNDING = {"torch.bfloat16": 2.0**-7, "torch.float16": 2.0**-10}
@@ -75,15 +76,16 @@ def _adapter(scene: Scene) -> dict[int, torch.Tensor]:
 def _states(
     scene: Scene, adapter: Mapping[int, torch.Tensor], owners: Mapping[int, Ownership]
 ) -> dict[int, tuple[list[str], list[torch.Tensor]]]:
-    """The first two states of every owned tensor that have its size, such as Adam's moments."""
+    """The first state that has the size of its tensor, such as Adam's first moment; of many tensors of some."""
     found = {}
-    for i, tensor in adapter.items():
+    # An odd stride, so that A and B are both among them.
+    for i, tensor in list(adapter.items())[:: -(-len(adapter) // _STATES) | 1]:
         own = owners.get(id(tensor))
         if own is None:
             continue
         numel = tensor.numel()
         state = scene.optimizers[own.optimizer].state.get(tensor, {})
-        keys = sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() == numel > 1)[:2]
+        keys = sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() == numel > 1)[:1]
         found[i] = (keys, [state[k] for k in keys])
     return found
 
@@ -218,6 +220,7 @@ def _optimizer(
     """Slots with another's state, slots without one, slots compared, and slots with another's learning rate."""
     renamed = {adapter_saved["names"][i]: adapter_here["names"][j] for i, j in at.items()}
     now = {name: j for j, name in enumerate(here["names"])}
+    kind_then, kind_now = (dict(zip(one["names"], one["kinds"], strict=True)) for one in (adapter_saved, adapter_here))
     wrong, lost, known, rates = [], [], set(), []
     for i, name in enumerate(saved["names"]):
         target = renamed.get(name)
@@ -232,7 +235,9 @@ def _optimizer(
             continue
         mine = [here["values"][j][here["keys"][j].index(k)] for k in common]
         then = [saved["values"][i][saved["keys"][i].index(k)] for k in common]
-        if not all(map(_agree, then, mine)):
+        # A state is cast to the type of its tensor when it is loaded.
+        types = kind_then.get(name, ""), kind_now.get(target, "")
+        if not all(_agree(x, y, *types) for x, y in zip(then, mine, strict=True)):
             owner = next(
                 (saved["names"][o] for o, v in enumerate(saved["values"]) if o != i and v == here["values"][j]), ""
             )

@@ -54,6 +54,7 @@ class AdapterNames:
         saved: Name in an adapter file to what gives the live tensor.
         full: Name in the state dict of the whole module, likewise.
         slots: Name in an adapter file, or of the whole module, to slot.
+        made: Names of what is computed when it is saved (AdaLoRA cuts its tensors): not compared.
         other: Name of the whole module to the name in an adapter file.
         shapes: By form, name to the shape of the live tensor.
         beside: Trained tensors that are not the adapter's, as (name in a file, kind); see :func:`left_out`.
@@ -67,6 +68,7 @@ class AdapterNames:
     saved: dict[str, Callable[[], torch.Tensor | None]] = field(default_factory=dict)
     full: dict[str, Callable[[], torch.Tensor | None]] = field(default_factory=dict)
     slots: dict[str, Slot] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
     other: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     beside: tuple[object, list[tuple[str, str, int]]] | None = None
@@ -110,6 +112,7 @@ def adapter_names(adapter: str, units: Iterable[Unit]) -> AdapterNames:
         names.why_not = "its tensors are split by tensor parallelism"
     else:
         by_id = {id(t): slot for slot in slots if (t := slot.tensor) is not None}
+        held = {id(t) for t in (*top.parameters(), *top.buffers())}
         for name, tensor in _state_dict(top, adapter).items():
             name = bare(name)
             name = name if isinstance(top, PeftModel) else _PEFT + name
@@ -117,8 +120,10 @@ def adapter_names(adapter: str, units: Iterable[Unit]) -> AdapterNames:
             if mine_at is not None:
                 names.slots[name] = mine_at
                 names.saved[name] = _at(mine_at)
-            else:  # a bias that the adapter trains, a buffer of a saved module
+            elif id(tensor) in held:  # a bias that the adapter trains, a buffer of a saved module
                 names.saved[name] = _held(tensor)
+            else:
+                names.made.add(name)
         _complete(names, top)
     by_slot = {id(names.slots[name]): name for name in names.saved if name in names.slots}
     names.other = {n: by_slot[id(names.slots[n])] for n in names.full if id(names.slots[n]) in by_slot}
@@ -163,7 +168,10 @@ def _complete(names: AdapterNames, top: nn.Module) -> None:
 
 def _state_dict(top: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     held: dict[str, torch.Tensor] = dict(top.named_parameters(remove_duplicate=False))
-    held.update(top.named_buffers(remove_duplicate=False))
+    for path, module in top.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                held[f"{path}.{name}" if path else name] = buffer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # "auto" would ask the hub for the base model's configuration.
@@ -209,6 +217,8 @@ def changed_settings(names: AdapterNames, folder: Path) -> list[tuple[str, str, 
     kind = str(getattr(names.config, "peft_type", "")).rpartition(".")[2]
     if kind and saved.get("peft_type") != kind:
         return [("peft_type", str(saved.get("peft_type")), kind)]
+    if kind != "LORA":  # AdaLoRA's rank is another at every step
+        return []
     found: dict[str, tuple[str, str, str]] = {}
     for unit in names.units:
         layer = unit.layer.module
