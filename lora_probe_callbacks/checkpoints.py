@@ -76,6 +76,7 @@ class Checkpoints:
         self._scene = scene
         self._reads = reads
         self._names: dict[str, AdapterNames] = {}
+        self._slots: dict[str, frozenset[int]] = {}
         self._inventory: object = None
         self._pending: list[_Announced] = []
         self._found: list[SavedFact] = []
@@ -213,6 +214,10 @@ class Checkpoints:
             for unit in self._scene.units:
                 by_adapter.setdefault(unit.adapter, []).append(unit)
             self._names = {a: adapter_names(a, units) for a, units in by_adapter.items()}
+            index = {id(slot): i for i, slot in enumerate(self._scene.slots)}
+            self._slots = {
+                a: frozenset(index[id(s)] for u in units for s in u.slots) for a, units in by_adapter.items()
+            }
         return self._names
 
     def _live(self, *, few: bool = False, whole: bool = False) -> dict[str, Sample]:
@@ -260,9 +265,7 @@ class Checkpoints:
         """One fact for each expected adapter."""
         facts = []
         for adapter, names in self._adapters().items():
-            scene_slots = {id(s): i for i, s in enumerate(self._scene.slots)}
-            slots = frozenset(scene_slots[id(s)] for u in names.units for s in u.slots if id(s) in scene_slots)
-            fact = SavedFact(str(place), adapter, step, framework_step, slots)
+            fact = SavedFact(str(place), adapter, step, framework_step, self._slots[adapter])
             try:
                 path = _file_of(place, adapter)
                 fact = replace(fact, path=str(path))

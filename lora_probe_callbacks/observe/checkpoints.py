@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,8 +46,7 @@ class UnreadableError(Exception):
     """A file that cannot be read; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """One tensor of a file.
 
     Attributes:
@@ -226,8 +225,9 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            shape, (begin, stop) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
-            end = max(end, stop)
+            shape, (begin, stop) = tuple(entry["shape"]), entry["data_offsets"]
+            if stop > end:
+                end = stop
             tensors[name] = StoredTensor(shape, _DTYPES.get(entry["dtype"]), 8 + length + begin)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnreadableError(f"its header is damaged ({type(error).__name__})") from error

@@ -243,7 +243,8 @@ def changed_settings(names: AdapterNames, folder: Path) -> list[tuple[str, str, 
 
 
 def _of(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    pattern = pattern or {}
+    if not pattern:
+        return default
     return pattern.get(get_pattern_key(list(pattern), name), default)
 
 
