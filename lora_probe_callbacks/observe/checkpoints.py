@@ -139,6 +139,7 @@ def spans(numel: int, *, whole: bool = False) -> list[tuple[int, int]]:
     return [(i * gap, i * gap + _WIDTH) for i in range(_BLOCKS)]
 
 
+@torch.no_grad()
 def sample_of(tensors: Mapping[str, torch.Tensor], *, whole: bool = False) -> dict[str, torch.Tensor]:
     """The same elements of tensors in memory, on the host: one transfer for each type and device.
 

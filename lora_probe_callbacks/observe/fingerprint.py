@@ -28,6 +28,7 @@ _BASE_LAYERS, _BASE_FEW = 16, 32
 _ROUNDING = {"torch.bfloat16": 2.0**-7, "torch.float16": 2.0**-10}
 
 
+@torch.no_grad()
 def fingerprint(scene: Scene) -> dict[str, Any]:
     """Take the fingerprint of what is trained.
 
