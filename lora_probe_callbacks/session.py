@@ -12,10 +12,11 @@ the step and the cadence alone.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.agreement import Agreement
+from lora_probe_callbacks.checkpoints import Checkpoints
 from lora_probe_callbacks.checks.base import OF_OWNED_TENSORS, Check, Verdict, skipped
 from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
@@ -41,6 +43,7 @@ from lora_probe_callbacks.observe.facts import (
     Mode,
     Moment,
     ReferenceFact,
+    SavedFact,
     SlotHistory,
     StartFact,
     StepResponse,
@@ -68,6 +71,7 @@ from lora_probe_callbacks.steps import StepTracker
 __all__ = ["ProbeConfig", "ProbeSession"]
 
 ALWAYS = 4  # the first steps are always probed: most faults are there from the start
+_OF_FILES = ("LP801", "LP802", "LP803", "LP805", "LP807")  # what a saved file alone can be judged by
 REPEATS_EVERY = 16  # after them, one probed step in so many runs a forward a second time
 
 
@@ -114,6 +118,9 @@ class ProbeSession:
         self._coverage: Coverage | None = None
         self._reference = None if config.reference is None else ReferenceFact(disabled=False, active=0)
         self._responses: tuple[StepResponse, ...] = ()
+        self._checkpoints: Checkpoints | None = None
+        self._restored: tuple[Mapping[str, Any], str, bool] | None = None  # before the start
+        self._reads_files = main_rank
         self._estimates: list[EstimatorFact] = []
         self._zero_estimates: dict[str, int] = {}  # looks in a row at which all gradients of one were exactly zero
         self._told: set[str] = set()  # why estimates could not be computed
@@ -164,6 +171,7 @@ class ProbeSession:
         self._reader = DeviceReader(self._scene)
         self._estimation = None if config.estimator is None else Estimation(config.estimator, self._scene)
         self._guarded(lambda: self._agreement.enter([root for _, root in self._scene.roots]))
+        self._saving(self._begin_saving)
         self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
@@ -172,6 +180,13 @@ class ProbeSession:
         self._running = True
         self._begin_step()
         self._recorded(self._write_start)
+
+    def _begin_saving(self) -> None:
+        if any(check.code.startswith("LP8") for check in self._checks):
+            self._checkpoints = Checkpoints(self._scene, reads=self._reads_files)
+            if self._restored is not None:
+                state, source, whole = self._restored
+                self._checkpoints.restored(state, source, whole=whole)
 
     def _watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
@@ -223,16 +238,129 @@ class ProbeSession:
         self._agreement.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later session should know: the last healthy state."""
-        return {"baseline": self._ledger.baseline}
+        """What a later session should know: the last healthy state, and a fingerprint of what is trained now."""
+        state: dict[str, Any] = {"baseline": self._ledger.baseline}
+        checkpoints = self._checkpoints
+        if checkpoints is not None:
+            self._saving(lambda: state.update(fingerprint=checkpoints.state()))
+        return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the last healthy state of an earlier session.
+    def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the checkpoint", whole: bool = False) -> None:
+        """Take over what an earlier session knew; the next decision compares its fingerprint with what is here.
 
         Args:
             state: What :meth:`state_dict` returned.
+            source: Where it comes from, for messages.
+            whole: The adapter and the optimizer are restored from the same place, by a framework.
         """
         self._ledger.baseline = state.get("baseline")
+        if state.get("fingerprint") is not None:
+            self._restored = (state["fingerprint"], source, whole)
+            if self._checkpoints is not None:
+                self._checkpoints.restored(state["fingerprint"], source, whole=whole)
+
+    # --- saves ------------------------------------------------------------------------------
+
+    def save_announced(self, path: str | os.PathLike[str]) -> None:
+        """A framework writes a checkpoint: the adapter is sampled now, and the file read at the next event.
+
+        Args:
+            path: The file or folder.
+        """
+        checkpoints = self._checkpoints
+        if checkpoints is not None and not self._broken:
+            step, framework_step = self._step_of("end"), self._framework_step()
+            self._saving(lambda: checkpoints.announced(path, step, framework_step))
+
+    def saves_written(self) -> None:
+        """What was announced is complete: read it. After the end of the run it is judged at once."""
+        checkpoints = self._checkpoints
+        if checkpoints is None or self._broken:
+            return
+        if self._running:
+            self._saving(checkpoints.look)
+            return
+        found: list[SavedFact] = []
+        self._saving(lambda: found.extend(checkpoints.take(end=True)))
+        if found:
+            self._show(self._judge_saves(found, self._ledger)[1])
+
+    def _show(self, findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            if self._console is not None:
+                self._console.print(finding_panel(finding))
+
+    def restored_from(self, path: str | os.PathLike[str]) -> None:
+        """The run goes on from a checkpoint that holds no state of this probe: the adapter should be its own.
+
+        Args:
+            path: The checkpoint.
+        """
+        checkpoints = self._checkpoints
+        if checkpoints is not None and self._reads_files and os.path.exists(path):
+            self._saving(lambda: checkpoints.check(path, self.step, self._framework_step(), running=True) and None)
+
+    def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
+        """Read a saved file back and compare every element with the adapter; see :class:`Checkpoints`.
+
+        While training goes on, what fails is acted upon by the next decision as well. Nothing is raised here.
+
+        Args:
+            path: A folder or file of an adapter, or a checkpoint of the whole module.
+
+        Returns:
+            What was found in this file.
+        """
+        report = ProbeReport(judged_steps=1)
+        checks = [check for check in self._checks if check.code in _OF_FILES]
+        ledger = Ledger(checks)
+        found: list[SavedFact] = []
+        checkpoints = self._checkpoints
+        if checkpoints is not None and not self._broken:
+            step, framework_step = self._step_of("end"), self._framework_step()
+            self._saving(lambda: found.extend(checkpoints.check(path, step, framework_step, running=self._running)))
+        if found:
+            self._judge_saves(found, ledger)
+            if not self._running:
+                self._show(self._judge_saves(found, self._ledger)[1])
+        else:
+            ledger.not_judged("could not judge: the probe has not begun, or has stepped aside", self.step, self.step)
+        report.findings = ledger.findings
+        return report
+
+    def _judge_saves(self, found: Sequence[SavedFact], ledger: Ledger) -> tuple[dict[str, Verdict], list[Finding]]:
+        """The verdicts on saved files alone, outside a decision."""
+        first = found[0]
+        facts = Facts("step", None, first.step, first.framework_step, (), False, (), (), (), (), ())
+        facts = dataclasses.replace(facts, saves=tuple(found))
+        verdicts = {code: v for code, v in self._judge(facts, only=_OF_FILES).items() if v.status != "pending"}
+        changed = ledger.add(facts, verdicts)
+        if ledger is self._ledger:
+            self.report.findings = ledger.findings
+        if ledger is self._ledger and changed and self._running:
+            self._recorded(lambda record: self._write_record(record, facts, verdicts, changed))
+        return verdicts, changed
+
+    def _decide_on_files(self) -> None:
+        """Between two probed steps nothing but a file may wait: the rest is not looked at for that."""
+        checkpoints = self._checkpoints
+        found: list[SavedFact] = []
+        if checkpoints is not None:
+            self._saving(lambda: found.extend(checkpoints.take()))
+        if found:
+            self._act(*self._judge_saves(found, self._ledger), "step")
+
+    def _saving(self, work: Callable[[], object]) -> None:
+        """An error of our own about a file ends these checks, and nothing else."""
+        try:
+            work()
+        except Exception as error:
+            self._internal(error)
+            self._checkpoints = None
+            checks = [check for check in self._checks if check.code.startswith("LP8")]
+            reason = f"could not judge: {type(error).__name__} while a checkpoint was looked at: {error}"
+            self._ledger.not_judged(reason, self.step, self._framework_step(), checks)
+            self.report.findings = self._ledger.findings
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -341,6 +469,8 @@ class ProbeSession:
                 return
             if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
+            if self._checkpoints is not None:
+                self._checkpoints.stepped_at = time.time()
             self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
@@ -364,9 +494,11 @@ class ProbeSession:
         if not self._now.decided:
             self._now.decided = True
             # Whether something waits may differ between ranks, of which one may have skipped its last step.
-            waiting = self._last_probed if self._agreement.several else (self._reader.waiting or bool(self._estimates))
+            waiting = self._last_probed if self._agreement.several else self._waits
             if self._probed or waiting:
                 self._decide("step", index, final=final)
+            elif self._checkpoints is not None and not self._broken and not self._agreement.several:
+                self._decide_on_files()
         elif first and self._probed:  # a further optimizer of a step that is decided already
             self._guarded(self._scene.look)
             self._guarded(lambda: self._reader.read_gradients(index, unowned=False))
@@ -382,6 +514,12 @@ class ProbeSession:
             self._guarded(lambda: estimation.stepping(self.step))
         if response is not None and not self._broken:
             self._guarded(lambda: response.stepping(inside=inside))
+
+    @property
+    def _waits(self) -> bool:
+        """Something was observed that no decision has judged yet."""
+        restored = self._checkpoints is not None and self._checkpoints.to_compare
+        return self._reader.waiting or bool(self._estimates) or restored
 
     def _begins_again(self, index: int) -> None:
         self._now.begins_again(index, self._scene.owners(), self._scene.has_gradients)
@@ -426,6 +564,7 @@ class ProbeSession:
         # ... or this is the forward of a reference, which no optimizer owns.
         if names != former and (self._scene.owned(names) or not self._scene.owned(former)):
             self._scene.expect(names)
+            self._saving(self._begin_saving)
             self._watch()
             self._begin_step()
 
@@ -570,7 +709,19 @@ class ProbeSession:
             sample=probed,
             merges=self._merges,
         )
-        return self._facts(moment, optimizer, readings, final=final)
+        facts = self._facts(moment, optimizer, readings, final=final)
+        return self._with_files(facts)
+
+    def _with_files(self, facts: Facts) -> Facts:
+        """What was saved and restored since the last decision."""
+        checkpoints = self._checkpoints
+        if checkpoints is None:
+            return facts
+        checkpoints.moved |= any(h.had_move and s.role == "B" for h, s in zip(facts.history, facts.slots, strict=True))
+        found: dict[str, Any] = {}
+        self._saving(lambda: found.update(saves=checkpoints.take(again=True, end=facts.moment == "end")))
+        self._saving(lambda: found.update(restored=checkpoints.resumed()))
+        return dataclasses.replace(facts, **found)
 
     def _facts(self, moment: Moment, optimizer: int | None, readings: Readings, *, final: bool) -> Facts:
         scene, observer = self._scene, self._observer
@@ -685,11 +836,11 @@ class ProbeSession:
         over = moment == "end" and self.step and not self._observer.candidates
         return self.step - 1 if over else self.step
 
-    def _judge(self, facts: Facts, *, between: bool = False) -> dict[str, Verdict]:
+    def _judge(self, facts: Facts, *, between: bool = False, only: Iterable[str] = ()) -> dict[str, Verdict]:
         """The verdicts on one set of facts; those ``between`` ranks need what the other ranks have sent."""
         verdicts: dict[str, Verdict] = {}
         for check in list(self._checks):
-            if between and not check.code.startswith("LP7"):
+            if (between and not check.code.startswith("LP7")) or (only and check.code not in only):
                 continue
             try:
                 hidden = facts.why_not_owned and check.code in OF_OWNED_TENSORS

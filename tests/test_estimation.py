@@ -178,7 +178,9 @@ def test_loop_with_a_closure_gives_the_same_numbers() -> None:
         with probe:
             for number, batch in enumerate(batches(3)):
 
-                def evaluate(batch: Tensor = batch, number: int = number) -> Tensor:
+                def evaluate(
+                    run: Training = run, optimizer: Any = optimizer, batch: Tensor = batch, number: int = number
+                ) -> Tensor:
                     optimizer.zero_grad()
                     loss = next_token_loss(run.model, batch, number)
                     loss.backward()

@@ -128,6 +128,6 @@ CHECK = Check(
     quiet="PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA, whose BA is not zero by design; orthogonal factors; embeddings, where A is zero; a run "
     "that goes on against the base model; without a declaration a trained adapter is taken as it is.",
     threads=("huggingface/lerobot#3459", "huggingface/peft#1042", "huggingface/trl#1193", "tloen/alpaca-lora#72"),
-    explained_by=("LP103", "LP107", "LP202", "LP503"),
+    explained_by=("LP103", "LP107", "LP202", "LP503", "LP803"),
     judge=judge,
 )

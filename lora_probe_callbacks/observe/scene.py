@@ -445,6 +445,9 @@ class Scene:
 
         On CPUs with AVX512-BF16 a forward in eval mode without input gradients packs them, and every later
         forward goes through a kernel without a backward (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
+
+        Returns:
+            Both counts.
         """
         states = [getattr(m.weight, "quant_state", None) for m in self._four_bit]
         return sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in states), len(states)
