@@ -53,7 +53,7 @@ from lora_probe_callbacks.observe.ranks import AgreementLostError, Ranks
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
 from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, RandomState, random_state
 from lora_probe_callbacks.observe.response import ResponseObserver
-from lora_probe_callbacks.observe.scene import FlatParametersError, Scene
+from lora_probe_callbacks.observe.scene import NotJudgedError, Scene
 from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.observe.wrappers import DataParallel, data_parallel
 from lora_probe_callbacks.report.console import finding_panel, health_table
@@ -153,7 +153,7 @@ class ProbeSession:
                 lagged=config.lagged_adapters,
                 frozen=config.frozen,
             )
-        except FlatParametersError as error:
+        except NotJudgedError as error:
             self._ledger.not_judged(f"could not judge: {error}", 0, 0)
             self.report.findings = self._ledger.findings
             return
