@@ -30,10 +30,7 @@ CAUSAL = {**TEXT, "num_key_value_heads": 1, "use_cache": False, "pad_token_id": 
 
 # What every healthy run of LoRA in a plain loop can be judged on; the others need a declaration, several ranks,
 # 16-bit adapters, autocast, an estimator, or a second adapter.
-ESSENTIAL = frozenset(
-    ["LP101", "LP102", "LP103", "LP104", "LP105", "LP106", "LP201", "LP202", "LP203", "LP209"]
-    + ["LP301", "LP302", "LP303", "LP401", "LP402", "LP404", "LP501"]
-)
+ESSENTIAL = frozenset(f"LP{n}" for n in (*range(101, 107), 201, 202, 203, 209, 301, 302, 303, 401, 402, 404, 501))
 
 
 @dataclass

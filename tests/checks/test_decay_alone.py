@@ -20,7 +20,7 @@ def test_adapter_moved_by_decay_alone_fails_after_four_steps(zero: int) -> None:
     expect(
         CHECK.judge(what),
         "fail",
-        "the adapter moves by weight decay alone: its gradients are exactly zero since the first step, 4 probed steps now",
+        "the adapter moves by weight decay alone: its gradients are exactly zero since the first step, 4 probed",
         slots=ALL,
         got=f"relative change {0.1 / 1.1:.2e} per step; learning rate times weight decay is 1.00e-02",
         expected="a change that follows a gradient",
