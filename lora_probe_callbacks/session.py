@@ -330,6 +330,7 @@ class ProbeSession:
                 if index in self._now.stepped:
                     self._begins_again(index)
                 if self._probed:
+                    self._guarded(self._scene.look)
                     self._guarded(lambda: self._reader.copy(index))
             self._now.inside.add(index)
 
@@ -368,6 +369,7 @@ class ProbeSession:
             if self._probed or waiting:
                 self._decide("step", index, final=final)
         elif first and self._probed:  # a further optimizer of a step that is decided already
+            self._guarded(self._scene.look)
             self._guarded(lambda: self._reader.read_gradients(index, unowned=False))
         estimation = self._estimation
         if estimation is not None and not self._broken:
@@ -619,7 +621,12 @@ class ProbeSession:
             self._reader.read_gradients(optimizer, unowned=True)
         if self._ranks.several:
             self._reader.read_samples(optimizer if probed else None)
-        readings = self._reader.fetch(cotangents=self._observer.cotangents(), sample=probed, merges=self._merges)
+        readings = self._reader.fetch(
+            final=optimizer if final and probed else None,
+            cotangents=self._observer.cotangents(),
+            sample=probed,
+            merges=self._merges,
+        )
         return self._facts(moment, optimizer, readings, final=final)
 
     def _facts(self, moment: Moment, optimizer: int | None, readings: Readings, *, final: bool) -> Facts:

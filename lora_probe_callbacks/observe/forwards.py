@@ -138,6 +138,7 @@ class ForwardObserver:
         self._after = after
         self._on_error = on_error
         self._handles: list[tuple[nn.Module, RemovableHandle]] = []
+        self._complete = False  # all hooks of a step are in place
         self._output_handles: list[RemovableHandle] = []
         self._stack = threading.local()
         self._walked: dict[tuple[str, tuple[Mode, ...]], list[Candidate]] = {}
@@ -194,10 +195,14 @@ class ForwardObserver:
         self.witness = None
 
     def arm(self) -> None:
-        """Install the hooks of one step."""
+        """Install the hooks of one step; those of the step before it may stay."""
+        if self._complete and not self.traced:
+            self._let_outputs_go()
+            return
         self.disarm()
         if self.traced:
             return
+        self._complete = True
         hooked: set[int] = set()
         for name, module, inside in self.inventory.ancestors:
             if inside or not hooks_fire(module):
@@ -233,10 +238,14 @@ class ForwardObserver:
             else:
                 handle.remove()
         self._handles = kept
-        for output_handle in self._output_handles:
-            output_handle.remove()
-        self._output_handles.clear()
+        self._complete = False
+        self._let_outputs_go()
         self.close_witness()
+
+    def _let_outputs_go(self) -> None:
+        for handle in self._output_handles:
+            handle.remove()
+        self._output_handles.clear()
 
     def close_witness(self) -> None:
         """End the watch over operations, on the thread that began it."""

@@ -27,7 +27,6 @@ class UpdateReading:
     moved: range
     size: range
     norm: range
-    largest: range
 
     def facts(self, readout: Readout) -> dict[int, UpdateFact]:
         """Slot to its update, once the readout was fetched."""
@@ -38,7 +37,6 @@ class UpdateReading:
             readout.get(self.moved),
             readout.get(self.size),
             readout.get(self.norm),
-            readout.get(self.largest),
             strict=True,
         )
         return {
@@ -47,15 +45,19 @@ class UpdateReading:
                 moved=moved / count,
                 size=size,
                 norm=norm,
-                finite=math.isfinite(largest) and not math.isnan(norm),
+                finite=math.isfinite(norm),
             )
-            for slot, count, start, moved, size, norm, largest in rows
+            for slot, count, start, moved, size, norm in rows
         }
 
 
 def copy_before(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     """One copy of the adapter, taken before the step; it lives until the step has ended."""
-    return {slot: local(tensor).clone() for slot, tensor in tensors.items()}
+    now = {slot: local(tensor) for slot, tensor in tensors.items()}
+    copies = {slot: torch.empty_like(tensor) for slot, tensor in now.items()}
+    if copies:
+        torch._foreach_copy_(list(copies.values()), list(now.values()))
+    return copies
 
 
 def read_update(
@@ -78,21 +80,20 @@ def read_update(
         A reading that yields facts after ``readout.fetch()``, or None if there is nothing to compare.
     """
     now = {s: local(t) for s, t in tensors.items()}
-    slots = [s for s in before if s in now and now[s].shape == before[s].shape and before[s].numel()]
+    slots = [s for s, b in before.items() if s in now and now[s].shape == b.shape and b.numel()]
     if not slots:
         return None
     after = [now[s] for s in slots]
     change = [before[s] for s in slots]
-    start = readout.add(norms(change, 2))
-    largest = readout.add(norms(after, math.inf))
-    norm = readout.add(norms(after, 2))
+    start = readout.add_all(norms(change, 2))
+    norm = readout.add_all(norms(after, 2))
     torch._foreach_sub_(change, after)
-    size = readout.add(norms(change, 2))
+    size = readout.add_all(norms(change, 2))
     # The signs of the change, summed up without their signs, count the elements that moved: a
     # difference is zero exactly where the bits agree, so no second copy is needed to count.
     torch._foreach_sign_(change)
-    moved = readout.add(norms(change, 1))
-    return UpdateReading(step, framework_step, slots, [a.numel() for a in after], start, moved, size, norm, largest)
+    moved = readout.add_all(norms(change, 1))
+    return UpdateReading(step, framework_step, slots, [a.numel() for a in after], start, moved, size, norm)
 
 
 class Fingerprints:
@@ -110,9 +111,7 @@ class Fingerprints:
     def read(self, readout: Readout) -> range:
         """Put the present norms into ``readout``."""
         values = [local(t) for t in self._tensors.values() if t.is_floating_point()]
-        if not values:
-            return readout.add(torch.empty(0))
-        return readout.add(torch.cat([norms(values, 1), norms(values, 2)]))
+        return readout.add_all([*norms(values, 1), *norms(values, 2)])
 
     def changed(self, values: list[float]) -> tuple[str, ...]:
         """Names of the tensors whose norms differ from the last reading."""
@@ -143,6 +142,7 @@ class BaseSample:
         self._elements = elements
         self._start = {id(layer): self._take(layer) for layer in self._layers}
 
+    @torch.no_grad()
     def _take(self, layer: AdaptedLayer) -> torch.Tensor:
         weight = _base_weight(layer)
         if weight is None:
@@ -167,7 +167,7 @@ class BaseSample:
                 rows.append(change.norm() / size.norm().clamp_min(1e-30))
             else:
                 rows.append((now != start).float().mean())
-        return readout.add(torch.stack(rows)) if rows else None
+        return readout.add_all(rows) if rows else None
 
     def fact(self, values: list[float], merges: int) -> BaseDrift | None:
         """The largest drift among the sampled layers."""
