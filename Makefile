@@ -35,5 +35,10 @@ peft-matrix: $(STAMP)
 	PYTHONPATH=$(VENV)/matrix $(BIN)/python benchmarks/peft_matrix.py
 	$(BIN)/python benchmarks/readme.py --readme README.md
 
+mutation: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	$(BIN)/python -m mutmut run
+	$(BIN)/python benchmarks/mutation.py
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
