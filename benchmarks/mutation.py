@@ -80,7 +80,7 @@ def write_mutants(folder: Path, only: str) -> list[Mutant]:
 
     shutil.copytree(ROOT / "lora_probe_callbacks", folder / "lora_probe_callbacks")
     mutants = []
-    for path in sorted((folder / CHECKS).glob(f"*{only}*.py")):
+    for path in sorted((folder / CHECKS).glob(f"*{only}*.py" if only else "*.py")):
         made = mutate_file_contents(str(path), path.read_text())
         path.write_text(made.code)
         functions = {
@@ -129,11 +129,11 @@ class Runner:
         from lora_probe_callbacks.checks.base import ok
         from lora_probe_callbacks.checks.catalogue import all_checks
 
-        judge_file = {
-            m.CHECK.code: n.rpartition(".")[2]
-            for n, m in list(sys.modules.items())
-            if n.startswith("lora_probe_callbacks.checks.") and hasattr(m, "CHECK")
-        }
+        prefix = "lora_probe_callbacks.checks."
+        modules = [
+            (name, m) for name, m in list(sys.modules.items()) if name.startswith(prefix) and hasattr(m, "CHECK")
+        ]
+        judge_file = {m.CHECK.code: name.removeprefix(prefix) for name, m in modules}
         for check in all_checks():
             judge = check.judge
             object.__setattr__(check, "judge", lambda facts: ok())
