@@ -632,6 +632,7 @@ class ProbeSession:
     def _facts(self, moment: Moment, optimizer: int | None, readings: Readings, *, final: bool) -> Facts:
         scene, observer = self._scene, self._observer
         slots = scene.slot_facts()
+        modes, active = observer.state()
         forwards = observer.facts(scene.slot_of())
         self._history = advance(self._history, slots, readings.gradients, readings.update, self.step)
         scaler = self._scaler is not None or any(grad_scale(o) is not None for o in scene.optimizers)
@@ -652,8 +653,8 @@ class ProbeSession:
             declared=scene.declared is not None,
             slots=slots,
             units=scene.unit_facts(forwards, readings.gradients, observer.called(), used),
-            modes=observer.modes(),
-            active=scene.inventory.active,
+            modes=modes,
+            active=active,
             history=tuple(self._history),
             forwards=forwards,
             forwards_without_grad=observer.without_grad,

@@ -6,7 +6,7 @@ layers costs a fraction of a millisecond, PEFT's ``get_layer_status`` some twent
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from lora_probe_callbacks.observe.facts import Mode, Role
 from lora_probe_callbacks.observe.wrappers import is_compiled
 
-__all__ = ["AdaptedLayer", "Inventory", "Slot", "Unit", "take_inventory"]
+__all__ = ["AdaptedLayer", "Inventory", "Slot", "Unit", "mode", "take_inventory"]
 
 
 @dataclass(eq=False, slots=True)
@@ -71,11 +71,16 @@ class AdaptedLayer:
 
     def mode(self, adapter: str) -> Mode:
         """What the layer's forward would do with ``adapter`` now, in the order that PEFT asks."""
-        if self.disabled:
-            return "disabled"
-        if adapter in self.merged:
-            return "merged"
-        return "active" if adapter in self.active else "inactive"
+        return mode(self.disabled, self.merged, self.active, adapter)
+
+
+def mode(disabled: bool, merged: Sequence[str], active: Sequence[str], adapter: str) -> Mode:
+    """What the forward of a layer with these switches would do with ``adapter``, in the order that PEFT asks."""
+    if disabled:
+        return "disabled"
+    if adapter in merged:
+        return "merged"
+    return "active" if adapter in active else "inactive"
 
 
 @dataclass(eq=False, slots=True)

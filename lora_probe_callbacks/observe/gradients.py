@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_probe_callbacks.observe.facts import GradientFact
-from lora_probe_callbacks.observe.readout import Readout, local, norms
+from lora_probe_callbacks.observe.readout import Readout, local
 
 __all__ = ["GradientReading", "read_gradients"]
 
@@ -50,7 +50,5 @@ def read_gradients(
     """
     tensors = {slot: t for slot, t in tensors.items() if local(t).numel()}  # a rank may hold no row of a short tensor
     grads = {slot: g for slot, t in tensors.items() if (g := t.grad) is not None}
-    sizes = norms([local(g if not g.is_sparse else g.coalesce().values()) for g in grads.values()], 2)
-    if scale is not None:
-        sizes = [size / scale.to(size.device) for size in sizes]
-    return GradientReading(slots=list(tensors), present=list(grads), size=readout.add_all(sizes))
+    values = [local(g if not g.is_sparse else g.coalesce().values()) for g in grads.values()]
+    return GradientReading(slots=list(tensors), present=list(grads), size=readout.add_norms(values, 2, scale))

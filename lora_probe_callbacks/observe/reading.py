@@ -168,7 +168,7 @@ class DeviceReader:
         tickets, self._tickets = self._tickets, _Tickets()
         readout = tickets.readout
         drift = self._sample.read(readout) if sample else None
-        arrived = readout.add_all([c.reshape(()) for c in cotangents])
+        arrived = [readout.add(c.reshape(1)) for c in cotangents]
         readout.fetch()
         found: dict[int, GradientFact] = {}
         for reading in tickets.gradients:
@@ -177,7 +177,7 @@ class DeviceReader:
             self._final[final] = {i: g.norm for i, g in found.items() if g.present}
         gradients = tuple(found.get(i) for i in range(len(self._scene.slots)))
         present = [g for g in gradients if g is not None and g.present]
-        hopeless = any(not math.isfinite(v) for v in readout.get(arrived))
+        hopeless = any(not math.isfinite(v) for ticket in arrived for v in readout.get(ticket))
         skipped = None if tickets.skipped is None else readout.get(tickets.skipped)[0] > 0
         samples = [
             (0.0,) * SAMPLE if ticket is None else tuple(readout.get(ticket))
