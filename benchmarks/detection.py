@@ -5,10 +5,10 @@
 - **lora_probe_callbacks**: ``LoraProbeMonitor`` around the loop, probing every step, with what the run declares. A
   fault counts as found only if the right check reports it and nothing else does; any failure or warning of a healthy
   run is a false alarm.
-- **guardtower** (PyPI): ``guardtower.audit(model, step_fn, optimizer=optimizer)`` as its documentation says, which makes
-  the forward and the backward of the step. Documented for the first batch; on the faults it is run at every step, so
-  that none begins too late for it, and on healthy runs at the first batch alone. Its warning of the fraction of
-  trainable parameters is not counted: the models are tiny.
+- **guardtower** (PyPI): ``guardtower.audit(model, step_fn, optimizer=optimizer)`` as its documentation says;
+  it makes the forward and the backward of the step. Documented for the first batch; on the faults it is run at every
+  step, so that none begins too late for it, and on healthy runs at the first batch alone. Its warning of the fraction
+  of trainable parameters is not counted: the models are tiny.
 - **get_model_status** of PEFT: called before and after the forward of every step. A state that is "irregular",
   disabled, merged, or in which the adapter that should train is inactive or frozen counts.
 - **folk check**: after the backward, a trainable tensor without a gradient; after the step, one that is unchanged. On
@@ -140,6 +140,7 @@ class Folk(Tool):
             ]
 
     def after_step(self, model: nn.Module, step: int) -> None:
+        """Look at the values."""
         if step in self.moments:
             self.alarms += [f"{n}: unchanged" for n, p in model.named_parameters() if _same(self.before.get(n), p)]
 
@@ -157,7 +158,7 @@ def at_every_step(tool: type[Tool], first: int) -> type[Tool]:
 
 
 def drive(run: Training, tool: Tool, steps: int) -> list[str]:
-    """The loop of ``doors.fit_plain``, with a tool in the place of the probe; returns its alarms."""
+    """The loop of ``doors.fit_plain``, with a tool in the place of the probe; return its alarms."""
     optimizer = run.built_optimizer()
     scheduler = None if run.scheduler is None else run.scheduler(optimizer)
     scaler = new_scaler(run)
@@ -286,9 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
         }
         for name in names
     }
-    print(
-        f"{'':24}{'found':>8}{'missed':>8}{'false alarms':>14}   of {len(faults)} faults and {len(healthy)} healthy runs"
-    )
+    print(f"{len(faults)} faults and {len(healthy)} healthy runs")
+    print(f"{'':24}{'found':>8}{'missed':>8}{'false alarms':>14}")
     for name, counts in table.items():
         print(f"{name:24}{counts['found']:>8}{counts['missed']:>8}{counts['false alarms']:>14}")
     missed = [row["fault"] for row in faults if not row["lora_probe_callbacks"]["found"]]
