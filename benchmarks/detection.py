@@ -247,13 +247,13 @@ def healthy_row(case: Case, tools: list[type[Tool]], folder: Path) -> dict[str, 
             ids = torch.randint(3, 32, (2, 8), generator=generator)
             try:
                 watching.backward(run.model, partial(run.loss, run.model, ids, step), optimizer, step)
-            except Exception as error:
+                optimizer.step()
+                watching.after_step(run.model, step)
+                optimizer.zero_grad()
+                run.after_step(run.model, step)
+            except Exception as error:  # the run is healthy: it was the tool
                 watching.alarms.append(f"crash: {type(error).__name__}: {error}"[:200])
                 break
-            optimizer.step()
-            watching.after_step(run.model, step)
-            optimizer.zero_grad()
-            run.after_step(run.model, step)
         said = list(dict.fromkeys(watching.alarms))
         row[tool.name] = {"alarm": bool(said), "said": said[:3]}
     return row
