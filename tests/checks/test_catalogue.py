@@ -110,3 +110,7 @@ def test_some() -> None:
 
 def test_four_steps_are_persistent() -> None:
     assert PERSISTENT == 4
+
+
+def test_verdict_of_no_slot_is_not_explained_by_slots() -> None:
+    assert explain({"LP207": of(1, cause="a"), "LP404": of(cause="b")})["LP404"].status == "fail"

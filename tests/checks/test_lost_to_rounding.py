@@ -101,3 +101,8 @@ def test_reasons_not_to_judge() -> None:
 def test_rate_of_zero_is_left_to_its_own_check() -> None:
     history = {"lost": 5, "rate_zero": 5, "had_rate": False, "unmoved": 5}
     assert list(bad(facts(updates=[STILL] * 4, slot={**HALF, "learning_rate": 0.0}, history=history))) == ["LP208"]
+
+
+def test_b_is_lost_while_a_is_not() -> None:
+    verdict = CHECK.judge(lost(b=0.1, at={0: {"lost": 0}, 2: {"lost": 0}}))
+    assert (verdict.status, verdict.cause) == ("fail", "B")

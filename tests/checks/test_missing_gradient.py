@@ -127,3 +127,15 @@ def test_warm_up_of_a_head_is_no_fault_of_others() -> None:
 
 def test_gradients_that_are_there_pass() -> None:
     expect(CHECK.judge(facts()), "pass")
+
+
+@pytest.mark.parametrize("moment", ["exception", "step"])
+def test_reentrant_checkpoint_is_told_in_every_verdict(moment: str) -> None:
+    inside = {**IN_GRAPH, "with_grad": frozenset()}
+    if moment == "exception":
+        verdict = CHECK.judge(facts(gradients=[NONE] * 4, history=NEVER, forward=inside, moment="exception"))
+    else:
+        lost = {2: {"missing": 4, "had_gradient": False}, 3: {"missing": 4, "had_gradient": False}}
+        verdict = CHECK.judge(facts(gradients=[GRADIENT, GRADIENT, NONE, NONE], at=lost, forward=inside))
+    assert verdict.status == "fail"
+    assert "pass use_reentrant=False" in verdict.fix

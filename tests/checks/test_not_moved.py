@@ -184,3 +184,8 @@ def test_rate_of_zero_is_left_to_its_own_check() -> None:
     history = {"unmoved": 4, "rate_zero": 5, "had_rate": False}
     what = facts(updates=[STILL] * 4, gradients=[GRADIENT] * 4, slot={"learning_rate": 0.0}, history=history)
     assert list(bad(what)) == ["LP208"]
+
+
+def test_steps_that_a_scaler_skips_are_no_backward_passes() -> None:
+    what = facts(moment="end", scaler=True, **NO_STEP)
+    assert judge(dataclasses.replace(what, forwards=what.forwards * 3)).status == "pending"

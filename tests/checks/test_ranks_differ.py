@@ -85,3 +85,7 @@ def test_nothing_was_exchanged() -> None:
 def test_equal_tensors_pass() -> None:
     expect(CHECK.judge(facts(**ranks())), "pass")
     expect(CHECK.judge(facts(**ranks(gradients=False))), "pass")
+
+
+def test_equal_gradients_do_not_explain_different_tensors() -> None:
+    assert CHECK.judge(facts(**ranks(tensors=False, bypassed=True))).status == "fail"

@@ -83,3 +83,9 @@ def test_reference_that_moves_as_well_is_one_finding() -> None:
     assert list(bad(facts(others=(other("ref", **reference),)))) == ["LP207"]
     unrelated = other("second", declared="reference", owned=4, changed=("b",))
     assert list(bad(facts(others=(unrelated, other("ref", **{**reference, "changed": ()}))))) == ["LP207", "LP404"]
+
+
+def test_only_the_layers_that_the_reference_took_are_concerned() -> None:
+    reference = other("ref", **REFERENCE, trainable=4, active_now=True)
+    what = facts(modes=["inactive", "disabled"], gradients=[NONE] * 4, others=(reference,))
+    assert CHECK.judge(what).slots == {0, 1}

@@ -102,3 +102,17 @@ def test_calls_that_cannot_be_seen_do_not_matter() -> None:
 
 def test_healthy_graph_passes() -> None:
     expect(CHECK.judge(facts()), "pass")
+
+
+def test_part_that_learned_before_is_pending_at_first() -> None:
+    assert (
+        CHECK.judge(facts(gradients=[GRADIENT, GRADIENT, NONE, NONE], at={2: {"missing": 3}, 3: {"missing": 3}})).status
+        == "pending"
+    )
+
+
+def test_exception_tells_what_was_got_and_expected() -> None:
+    what = dataclasses.replace(facts(history={"read": 0}, forward=NOWHERE), gradients=(), moment="exception")
+    expect(
+        CHECK.judge(what), "fail", GRAPH, slots=ALL, got="0 of 4 adapter tensors in the graph", expected="all of them"
+    )
