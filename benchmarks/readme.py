@@ -95,9 +95,11 @@ def overhead(results: Path) -> str:
 def side_by_side(results: Path) -> str:
     """Return what each tool found, missed, and reported of healthy runs."""
     result = json.loads((results / "detection.json").read_text())
-    rows = [f"| {name} | {c['found']} | {c['missed']} | {c['false alarms']} |" for name, c in result["table"].items()]
-    head = f"| | found of {result['faults']} faults | missed | false alarms on {result['healthy']} healthy runs |"
-    return "\n".join([head, "| --- | --- | --- | --- |", *rows])
+    of = result["healthy"]
+    rows = [f"| {name} | {' | '.join(str(count) for count in row.values())} |" for name, row in result["table"].items()]
+    alarms = f"false alarms on {of['of LoRA']} LoRA runs | on {of['of other tuners']} runs of other tuners"
+    head = f"| | found of {result['faults']} faults | missed | {alarms} |"
+    return "\n".join([head, "| --- | --- | --- | --- | --- |", *rows])
 
 
 def peft_matrix(results: Path) -> str:
