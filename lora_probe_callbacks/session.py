@@ -55,7 +55,7 @@ from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tenso
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
 from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, RandomState, random_state
 from lora_probe_callbacks.observe.response import ResponseObserver
-from lora_probe_callbacks.observe.scene import FlatParametersError, Scene
+from lora_probe_callbacks.observe.scene import NotJudgedError, Scene
 from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.report.console import finding_panel, health_table
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError, LoraProbeWarning, ProbeReport
@@ -164,7 +164,7 @@ class ProbeSession:
                 lagged=config.lagged_adapters,
                 frozen=config.frozen,
             )
-        except FlatParametersError as error:
+        except NotJudgedError as error:
             self._ledger.not_judged(f"could not judge: {error}", 0, 0)
             self.report.findings = self._ledger.findings
             return

@@ -399,6 +399,7 @@ class StepResponse:
         central: A central difference along the gradient over what the gradient says: 1 if it is right.
         again: The same at twice the distance; taken only where ``central`` is in doubt.
         own: The same for a gradient made anew from the outputs alone, likewise.
+        sides: What the half ahead and the half behind say alone, likewise: a kink makes them differ.
         why_not: Why nothing was measured.
     """
 
@@ -409,6 +410,7 @@ class StepResponse:
     central: float | None = None
     again: float | None = None
     own: float | None = None
+    sides: tuple[float, float] | None = None
     why_not: str | None = None
 
 

@@ -39,11 +39,11 @@ from lora_probe_callbacks.observe.wrappers import (
     tensor_parallel,
 )
 
-__all__ = ["FlatParametersError", "Scene", "base_weight"]
+__all__ = ["NotJudgedError", "Scene", "base_weight"]
 
 
-class FlatParametersError(ValueError):
-    """The adapter's tensors were poured into flat parameters: no slot holds one of them."""
+class NotJudgedError(ValueError):
+    """What trains lies in no slot: tensors poured into flat parameters, or a tuner without tuner layers."""
 
 
 class Scene:
@@ -101,9 +101,14 @@ class Scene:
 
     def _check_names(self) -> None:
         inventory = self.inventory
+        if inventory.out_of_reach:
+            raise NotJudgedError(
+                f"{inventory.out_of_reach[0]} trains tensors that lie in no tuner layer of PEFT; LoRA, and what has "
+                "tuner layers like it, can be judged"
+            )
         if not inventory.units and not inventory.unloaded:
             if any(is_flat(p) for _, root in self.roots for p in root.parameters()):
-                raise FlatParametersError(
+                raise NotJudgedError(
                     "the adapter is part of flat parameters of FullyShardedDataParallel, in which no tensor of it "
                     "can be told apart: pass use_orig_params=True"
                 )
