@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from lora_probe_callbacks.checks.no_signal import LOOKS
 from lora_probe_callbacks.estimators._owners import parameters, unwrapped
+from lora_probe_callbacks.estimators._self_check import UntrustedProjectionError
 from lora_probe_callbacks.estimators.directions import UpdateDirection
 from lora_probe_callbacks.estimators.probe import Estimate, VarianceProbe
 from lora_probe_callbacks.observe.estimators import direction_fact, gradient_fact, graph_fact
@@ -21,8 +23,14 @@ from lora_probe_callbacks.observe.facts import EstimatorFact
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.repeat import holding, module_state_restored
 from lora_probe_callbacks.observe.scene import Scene
+from lora_probe_callbacks.observe.wrappers import tensor_parallel
 
 __all__ = ["Estimation", "look"]
+
+_SHARDED = (
+    "could not judge: the model is in shards over several ranks, which would all have to run each of its forwards "
+    "together; compute the estimator on a whole copy of the model"
+)
 
 
 def look(
@@ -82,11 +90,16 @@ class Estimation:
         # A direction that waits for the next training batch, and the parameters to take it at.
         self._waiting: tuple[UpdateDirection, dict[str, torch.Tensor], int, int] | None = None
         self._autocast: tuple[bool, torch.dtype] | None = None
+        self._why_not: str | None = None  # what would have been needed before the step, and could not be kept
+        self._recent: tuple[tuple[float, float], ...] = ()  # delta_1 and its standard error, of the last ones
 
-    @property
-    def borrows(self) -> bool:
-        """It waits for the inputs of a training forward."""
-        return self._waiting is not None
+    def due(self, step: int) -> bool:
+        """It runs after this step."""
+        return self._probe.due(step)
+
+    def borrows(self, step: int) -> bool:
+        """It may wait for the inputs of this step's forward. A matter of numbers alone: ranks must agree on it."""
+        return self._probe.share is not None and step > 0 and self._probe.due(step - 1)
 
     def forward_begins(self, device: torch.device) -> None:
         """Take note of the precision of a training forward: the estimator is run in the same."""
@@ -99,9 +112,14 @@ class Estimation:
 
     def stepping(self, step: int) -> None:
         """The update is about to come: keep what it starts from, where it will be asked for."""
-        if self._probe.due(step) and not self._before:
+        if self._before or not self._probe.due(step):
+            return
+        try:
             named = parameters(unwrapped(self._model)).items()
             self._before = {name: p.detach().clone() for name, p in named if p.requires_grad}
+            self._why_not = None
+        except Exception as error:  # out of memory
+            self._why_not = _reason(error)
 
     def forget(self) -> None:
         """Let go of all tensors."""
@@ -118,12 +136,20 @@ class Estimation:
             What was seen of each estimate, and its metrics.
         """
         done = []
+        if self._before and tensor_parallel([self._model]):
+            self._before = {}
+            return [(self._fact(step, framework_step, why_not=_SHARDED), {})]
         if self._waiting is not None:
             direction, at, *when = self._waiting
             inputs, self._inputs, self._waiting = self._inputs, None, None
             done.append(self._run(lambda: (direction, self._share(inputs)), at, *when))
         before, self._before = self._before, {}
-        if before and self._probe.due(step):
+        if not self._probe.due(step):
+            return done
+        if self._why_not is not None:
+            done.append((self._fact(step, framework_step, why_not=self._why_not), {}))
+            self._why_not = None
+        elif before:
             if self._probe.share is None:
                 at = before if self._probe.looks_ahead else {}
                 done.append(self._run(lambda: (self._direction(before), self._batch(step)), at, step, framework_step))
@@ -204,9 +230,13 @@ class Estimation:
                 undo.callback(observer.disarm)
                 estimate, mu_X = self._probe.estimate(model, direction, batch, loss=loss)
                 row = _row(estimate)
+                self._recent = (*self._recent, (estimate.delta_1, estimate.standard_error))[-LOOKS:]
+                seen |= {"count": estimate.count, "recent": self._recent}
                 got = gradient_fact({owned[n]: g for n, g in mu_X.tensors.items()}, scene)
                 seen |= {"missing": got["missing"], "zero": got["zero"]}
         except Exception as error:
+            if isinstance(error, UntrustedProjectionError):
+                seen["untrusted"] = str(error)
             why_not = _reason(error)
         # The forwards after all that happened in them, the backward included.
         slot_of = scene.slot_of()

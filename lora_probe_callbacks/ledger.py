@@ -57,8 +57,9 @@ class Ledger:
                 known = self._others.get(code)
                 if known is not None and not _replaces(verdict.status, known.status):
                     continue
-                if known is not None and verdict.status == known.status == "pending" and facts.moment == "end":
-                    continue  # nothing is seen at the end: what the steps left open says more
+                nothing_new = verdict.nothing_new or facts.moment == "end"
+                if known is not None and verdict.status == known.status == "pending" and nothing_new:
+                    continue  # what the steps left open says more
                 self._others[code] = self._finding(self._checks[code], verdict, facts.step, facts.framework_step)
         healthy = not any(v.status == "fail" for v in verdicts.values())
         if healthy and any(f.received for f in facts.forwards):
@@ -89,7 +90,7 @@ class Ledger:
         if verdict.seen is not None:
             step, framework_step = verdict.seen
         if known is None:
-            evidence = {**verdict.evidence, **_what_changed(self.baseline, state, verdict)}
+            evidence = {**verdict.evidence, **_what_changed(self.baseline if facts.units else None, state, verdict)}
             return self._finding(check, verdict, step, framework_step, evidence=evidence)
         return self._finding(
             check,

@@ -64,12 +64,11 @@ def preflight(
                 loss = _default_loss(model, batch) if loss_fn is None else _scalar(loss_fn(model, batch))
                 loss.backward()  # type: ignore[no-untyped-call]
             session.rehearse(_stepped)
+            session.end()
         except Exception as error:
             session.abort(error)  # the first decision that fails ends a run, as it would end the training
             if not session.report.failures:
                 raise
-        else:
-            session.end()
         finally:
             session.close()
     return session.report

@@ -6,16 +6,31 @@ import copy
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from doors import DOORS, fit_plain, watch_through
+from doors import DOORS, autocast, fit_plain, fit_trainer, new_scaler, watch_through
+from facts import bad, facts
+from lightning.pytorch.loggers import CSVLogger
 from policies import INTENT, E, policy
+from test_step_response import normalised, vectors
+from test_watch import fact
 from torch import Tensor, nn
-from training import Training, adamw, batches, fit_lightning, llama, lora, next_token_loss, trained
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import Training, adamw, adapter_tensors, batches, fit_lightning, llama, lora, next_token_loss, trained
+from transformers import DynamicCache
 
-from lora_probe_callbacks import LoraProbeError, LoraProbeMonitor, VarianceEstimatorCallback
+from lora_probe_callbacks import (
+    LoraProbe,
+    LoraProbeError,
+    LoraProbeMonitor,
+    LoraProbeTrainerCallback,
+    VarianceEstimatorCallback,
+    preflight,
+)
 from lora_probe_callbacks.estimators import (
     UpdateDirection,
     VarianceProbe,
@@ -23,6 +38,8 @@ from lora_probe_callbacks.estimators import (
     first_order_change,
     per_prompt_projection,
 )
+from lora_probe_callbacks.report.page import page
+from lora_probe_callbacks.report.runs import read_runs
 
 DIRECTIONS = ("from_last_step", "from_gradients", "adam_preconditioned", "from_optimizer_step")
 NAMES = {"delta_1", "standard_error", "conditional_variance", "signal_to_noise", "count", "cosine"}
@@ -151,6 +168,56 @@ def test_share_of_the_next_training_batch() -> None:
     assert numbers(probe.report)["count"] == 4
 
 
+def test_loop_with_a_closure_gives_the_same_numbers() -> None:
+    """Its gradients are made inside step(): what the estimator starts from is kept before."""
+    logged = []
+    for closure in (False, True):
+        run = Training(model())
+        optimizer = run.built_optimizer()
+        probe = LoraProbeMonitor(run.model, optimizer, verbose=False, estimator=VarianceProbe([E], nll))
+        with probe:
+            for number, batch in enumerate(batches(3)):
+
+                def evaluate(
+                    run: Training = run, optimizer: Any = optimizer, batch: Tensor = batch, number: int = number
+                ) -> Tensor:
+                    optimizer.zero_grad()
+                    loss = next_token_loss(run.model, batch, number)
+                    loss.backward()
+                    return loss
+
+                if not closure:
+                    evaluate()
+                optimizer.step(evaluate if closure else None)
+        assert not probe.report.with_status("fail", "warn")
+        logged.append((numbers(probe.report), probe.report.metrics["lora_probe/step_response/ratio"]))
+    assert logged[0] == logged[1]
+
+
+def test_preflight_runs_it_and_leaves_no_trace() -> None:
+    made = model(lora_dropout=0.3)
+    optimizer = adamw(made)
+    before = [p.detach().clone() for p in made.parameters()]
+    state = torch.get_rng_state()
+    batch = batches(1)[0]
+    estimator = VarianceProbe([E], nll, "from_optimizer_step")
+    report = preflight(made, optimizer, {"input_ids": batch, "labels": batch}, estimator=estimator)
+    assert set(numbers(report)) == NAMES
+    assert {"LP205", "LP304", "LP305", "LP901"} <= {f.code for f in report.with_status("pass")}
+    assert all(torch.equal(a, b) for a, b in zip(before, made.parameters(), strict=True))
+    assert not optimizer.state
+    assert all(p.grad is None for p in made.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    other = copy.deepcopy(made)
+    report = preflight(
+        made,
+        optimizer,
+        {"input_ids": batch, "labels": batch},
+        estimator=VarianceProbe([E], lambda _, batch: nll(other, batch)),
+    )
+    assert [(f.code, f.status) for f in report.with_status("fail", "warn")] == [("LP205", "fail")]
+
+
 def test_loader_begins_again_at_its_end() -> None:
     taken: list[int] = []
 
@@ -259,7 +326,164 @@ def test_fault_that_begins_later_is_found_in_its_step() -> None:
     assert [(code, step) for code, _, step in watched.found] == [("LP205", 10)]
 
 
+def test_callback_of_the_lightning_suite_watches_and_logs(tmp_path: Path) -> None:
+    made = model()
+    probe = VarianceEstimatorCallback([E], nll, estimate_every_n_steps=2, verbose=False, every_n_steps=1)
+    logger = CSVLogger(tmp_path)
+    fit_lightning(Training(made), probe, 4, logger=logger, log_every_n_steps=1)
+    logged = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    assert {f"lora_probe/estimator/{name}" for name in NAMES} <= set(logged[0].split(","))
+    assert set(ESTIMATOR_CODES) <= {f.code for f in probe.report.with_status("pass")}
+    assert not any(f.code.startswith(("LP4", "LP5")) for f in probe.report.findings)
+
+    other = copy.deepcopy(made)
+    probe = VarianceEstimatorCallback([E], lambda _, b: nll(other, b), estimate_every_n_steps=1, verbose=False)
+    with pytest.raises(LoraProbeError, match="LP205"):
+        fit_lightning(Training(made), probe, 4)
+
+
+# --- LP9: what an estimate is worth ---------------------------------------------------------------
+
+
+def test_loss_that_mixes_prompts_is_not_trusted() -> None:
+    def over_pairs(module: nn.Module, batch: Any) -> Tensor:
+        L = nll(module, batch)
+        return L + 0.5 * L.flip(0)
+
+    watched = watch_through("plain", Training(model()), estimator=estimator_of(over_pairs), every_n_steps=1)
+    assert watched.found == [("LP901", "warn", 0)]
+    assert not numbers(watched.report)
+    finding = watched.report.with_status("warn")[0]
+    assert "disagrees with an ordinary backward" in finding.message
+    assert "example_of_row" in finding.fix
+    estimator = VarianceProbe([E], over_pairs, every_n_steps=1, backend="loop")
+    watched = watch_through("plain", Training(model()), steps=3, estimator=estimator)
+    assert not watched.found
+    assert set(numbers(watched.report)) == NAMES
+
+
+def test_two_prompts_are_too_few() -> None:
+    for rows, found in ((2, [("LP902", "warn", 0)]), (4, [])):
+        estimator = VarianceProbe([E[:rows]], nll, every_n_steps=1)
+        assert watch_through("plain", Training(model()), steps=3, estimator=estimator).found == found
+    # That nothing reaches the adapter is said by others.
+    estimator = VarianceProbe([E[:2]], lambda m, b: nll(m, b).detach(), every_n_steps=1)
+    assert watch_through("plain", Training(model()), steps=3, estimator=estimator).found == [("LP304", "fail", 0)]
+
+
+def test_estimates_of_nothing_have_no_signal() -> None:
+    pairs, sign = torch.cat([E[:3], E[:3]]), torch.tensor([1.0, 1, 1, -1, -1, -1])
+    estimator = VarianceProbe([pairs], lambda m, b: sign * nll(m, b), every_n_steps=1)
+    watched = watch_through("plain", Training(model()), steps=10, estimator=estimator)
+    assert watched.found == [("LP903", "warn", 7)]
+    assert watched.report.healthy
+
+
+@pytest.mark.parametrize(
+    ("recent", "status"),
+    [
+        ([(1.0, 0.1)] * 8, "pass"),
+        ([(0.1, 0.1)] * 7, "pending"),
+        ([(0.1, 0.1)] * 8, "pass"),  # noisy one by one, and of one sign: 2.8 standard errors together
+        ([(0.1, 0.1), (-0.1, 0.1)] * 4, "warn"),
+        ([(0.3, 0.1), (-0.3, 0.1)] * 4, "pass"),  # steps to and fro, each of them seen
+        ([(0.0, 0.0)] * 8, "warn"),
+    ],
+)
+def test_signal_is_judged_over_eight_estimates(recent: list[tuple[float, float]], status: str) -> None:
+    what = facts(estimators=(fact(count=8, recent=tuple(recent)),))
+    from lora_probe_callbacks.checks.no_signal import judge
+
+    assert judge(what).status == status
+    assert list(bad(what)) == (["LP903"] if status == "warn" else [])
+
+
 # --- healthy ------------------------------------------------------------------------------------
+
+
+def clipped(run: Training, number: int) -> None:
+    run.built_optimizer().register_step_pre_hook(
+        lambda o, *_: nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3) and None
+    ) if number == 0 else None
+
+
+def outside(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+    log_p = model(input_ids=batch).logits[:, :-1].log_softmax(-1)
+    return -log_p.gather(-1, batch[:, 1:, None]).mean()
+
+
+def with_cache(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+    cache = DynamicCache()
+    model(input_ids=batch[:, :4], past_key_values=cache, use_cache=True)
+    return model(input_ids=batch[:, 4:], past_key_values=cache, labels=batch[:, 4:]).loss
+
+
+def in_sixteen_bits() -> Training:
+    small = lora(base=llama(torch.bfloat16))
+    trained(small)
+    for tensor in adapter_tensors(small).values():
+        tensor.data = tensor.data.bfloat16()
+    return Training(small, optimizer=lambda m: adamw(m, lr=1e-6))
+
+
+HEALTHY: dict[str, Callable[[], Training]] = {
+    "clipping": lambda: Training(model(), between_steps=clipped),
+    "autocast around the step": lambda: Training(model(lora_dropout=0.3), precision="around"),
+    "16 bits, lr 1e-6": in_sixteen_bits,
+    "loss outside the model": lambda: Training(model(lora_dropout=0.3), outside),
+    "a cache in the forward": lambda: Training(model(), with_cache),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_estimator_beside_healthy_training_is_quiet(name: str) -> None:
+    run = HEALTHY[name]()
+    optimizer = run.built_optimizer()
+    ignored = ("LP401", "LP403") if "16 bits" in name else ()  # lr 1e-6 is below what 16 bits can hold
+    probe = LoraProbeMonitor(
+        run.model, optimizer, verbose=False, every_n_steps=1, ignore=ignored, estimator=estimator_of(nll)
+    )
+    with probe:
+        for number, batch in enumerate(batches(6)):
+            run.between_steps(run, number)
+            with autocast("bf16-mixed") if run.precision == "around" else nullcontext():
+                run.loss(run.model, batch, number).backward()
+                optimizer.step()
+            optimizer.zero_grad()
+    assert not probe.report.with_status("fail", "warn")
+    assert not probe.report.internal_errors
+    assert set(numbers(probe.report)) == NAMES
+
+
+def test_batch_norm_is_refused_by_name_and_fits_the_loop() -> None:
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        return (module(batch[:, :8].float() / 32 - 1) - 1).square().mean(1)
+
+    for backend, words in (("doubled_rank", "normalises over the batch"), ("loop", "")):
+        run = Training(normalised(), vectors)
+        buffers = [b.clone() for b in run.model.buffers()]
+        watched = watch_through("plain", run, steps=3, estimator=VarianceProbe([E], loss, backend=backend))
+        assert not watched.found
+        assert (set(numbers(watched.report)) == NAMES) == (backend == "loop")
+        finding = next(f for f in watched.report.findings if f.code == "LP305")
+        assert words in finding.message
+        assert any(not torch.equal(a, b) for a, b in zip(buffers, run.model.buffers(), strict=True))
+
+
+def test_nothing_differentiates_with_respect_to_a_frozen_base() -> None:
+    made = model()
+    frozen = [p for n, p in made.named_parameters() if "lora_" not in n]
+    seen: list[bool] = []
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        seen.extend(p.requires_grad for p in frozen)
+        return nll(module, batch)
+
+    watched = watch_through("plain", Training(made), steps=2, estimator=estimator_of(loss))
+    assert not watched.found
+    assert seen
+    assert not any(seen)
+    assert all(p.grad is None for p in frozen)
 
 
 @pytest.mark.parametrize("reentrant", [True, False, None])
@@ -344,7 +568,91 @@ def test_step_that_moved_nothing_has_no_direction() -> None:
     assert "the step moved nothing" in finding.message
 
 
+def test_memory_that_runs_out_before_the_step_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of the adapter are what the estimator takes first."""
+    import lora_probe_callbacks.estimation as estimation
+
+    def full(module: nn.Module) -> dict[str, nn.Parameter]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(estimation, "parameters", full)
+    watched = watch_through("plain", Training(model()), steps=3, estimator=estimator_of(nll))
+    assert not watched.found
+    assert watched.report.healthy
+    finding = next(f for f in watched.report.findings if f.code == "LP305")
+    assert "OutOfMemoryError" in finding.message
+
+
+def test_reason_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Training(model())
+    fit_plain(
+        run, LoraProbeMonitor(run.model, run.built_optimizer(), estimator=VarianceProbe([], nll, every_n_steps=1)), 6
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("LoRA probe, estimator 'estimator': could not judge: ValueError: the loader") == 1
+
+
 # --- no trace -----------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_step_at_which_it_is_not_due_costs_no_operation_and_carries_no_hook() -> None:
+    counts: dict[bool, list[int]] = {}
+    for probed in (False, True):
+        run = Training(model())
+        optimizer = run.built_optimizer()
+        estimator = VarianceProbe([E], nll, every_n_steps=100)
+        probe = LoraProbeMonitor(run.model, optimizer, verbose=False, every_n_steps=100, estimator=estimator)
+        counts[probed] = []
+        with probe if probed else nullcontext():
+            for number, batch in enumerate(batches(9)):
+                with Operations() as operations:
+                    next_token_loss(run.model, batch, number).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                counts[probed].append(operations.count)
+                if number > 4:
+                    assert not any(m._forward_hooks or m._forward_pre_hooks for m in run.model.modules())
+    assert counts[True][0] > counts[False][0]
+    assert counts[True][6:] == counts[False][6:]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("door", DOORS)
+def test_training_is_bit_equal_behind_every_door(door: str, precision: str) -> None:
+    ended = []
+    for probed in (False, True):
+        run = Training(model(lora_dropout=0.3), precision=precision)
+        intent: dict[str, Any] = {"verbose": False, "every_n_steps": 3, "estimator": estimator_of(nll)}
+        torch.manual_seed(3)
+        if door == "lightning":
+            probe: Any = LoraProbe(**intent)
+            fit_lightning(run, probe if probed else pl.Callback(), 6)
+        elif door == "trainer":
+            probe = LoraProbeTrainerCallback(**intent)
+            fit_trainer(run, probe if probed else None, 6)
+        else:
+            scaler = new_scaler(run)
+            probe = LoraProbeMonitor(run.model, run.built_optimizer(), scaler=scaler, **intent)
+            fit_plain(run, probe if probed else nullcontext(), 6, scaler)
+        assert bool(numbers(probe.report)) == probed
+        values = [*run.model.state_dict().values(), torch.get_rng_state()]
+        for state in run.built_optimizer().state_dict()["state"].values():
+            values += [torch.as_tensor(v) for v in state.values()]
+        ended.append(values)
+    assert len(ended[0]) == len(ended[1])
+    assert all(torch.equal(a, b) for a, b in zip(*ended, strict=True))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -390,7 +698,8 @@ def test_nothing_is_kept_after_the_run() -> None:
     fit_plain(run, probe, 1)
     estimation = probe._session._estimation
     assert not estimation._before
-    assert not estimation.borrows
+    assert estimation._waiting is None
+    assert estimation._inputs is None
 
 
 # --- refused at construction --------------------------------------------------------------------
@@ -414,3 +723,47 @@ def test_arguments_that_cannot_be_meant(arguments: tuple[Any, ...], words: str) 
 def test_something_else_as_an_estimator_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a VarianceProbe"):
         LoraProbeMonitor(llama(), None, estimator=nll)
+
+
+# --- on the page --------------------------------------------------------------------------------
+
+
+def test_page_draws_what_was_estimated_and_says_why_not(tmp_path: Path) -> None:
+    def drawn(name: str, **settings: Any) -> str:
+        record = tmp_path / f"{name}.jsonl"
+        run = Training(model(), accumulate=2)
+        probe = LoraProbeMonitor(run.model, run.built_optimizer(), verbose=False, record=record, **settings)
+        fit_plain(run, probe, 12)
+        return page(read_runs(record))
+
+    failing = {"calls": 0}
+
+    def sometimes(module: nn.Module, batch: Any) -> Tensor:
+        failing["calls"] += 1
+        if failing["calls"] == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return nll(module, batch)
+
+    shown = drawn("sometimes", estimator=estimator_of(sometimes))
+    assert 'aria-label="delta_1 over steps"' in shown
+    assert "In some steps it was not computed: could not judge: OutOfMemoryError: out of memory." in shown
+    assert "No step response was recorded: more than one training forward in this step." in shown
+    shown = drawn("never", estimator=VarianceProbe([], nll, every_n_steps=1))
+    assert "No estimate was computed: could not judge: ValueError: the loader of the estimator is empty" in shown
+
+
+def test_record_holds_of_steps_between_probes_what_was_looked_at(tmp_path: Path) -> None:
+    """Nothing but the estimator was: of the rest it is not too early to say, it was not asked."""
+    run, record = Training(model()), tmp_path / "run.jsonl"
+    probe = LoraProbeMonitor(
+        run.model, run.built_optimizer(), verbose=False, record=record, every_n_steps=100, estimator=estimator_of(nll)
+    )
+    fit_plain(run, probe, 8)
+    decisions = [d for d in read_runs(record)[0].decisions if d.moment == "step"]
+    assert "LP101" in decisions[3].verdicts
+    for decision in decisions[4:]:
+        assert "LP101" not in decision.verdicts
+        assert decision.verdicts["LP304"]["status"] == "pass"
+    steps, fractions = probe.report.history.series("reachability/estimator_fraction")
+    assert steps == list(range(8))
+    assert set(fractions) == {1.0}

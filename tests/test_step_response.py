@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from doors import autocast, fit_plain, new_scaler
-from facts import bad, facts
+from facts import NONE, bad, facts
 from peft import LoHaConfig, get_peft_model
+from tiny import quantised_llama
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
@@ -470,6 +473,87 @@ def test_preflight_measures_it_too() -> None:
     assert 0.9 < report.metrics["lora_probe/step_response/ratio"] < 1.1
 
 
+# --- an operation without a backward --------------------------------------------------------------
+
+
+def packs() -> bool:
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
+@pytest.mark.skipif(not packs(), reason="bitsandbytes packs 4-bit weights for inference only on CPUs with AVX512-BF16")
+@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit:UserWarning")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["q and v", "all"])
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non-reentrant"])
+def test_weights_packed_for_inference_by_an_evaluation(checkpointing: str, targets: Any, tmp_path: Path) -> None:
+    """With LoRA everywhere no gradient is None, and along it the loss changes as it says: LP307 is blind to it."""
+    if checkpointing == "none":
+        prepare: dict[str, Any] = {"use_gradient_checkpointing": False}
+    else:
+        prepare = {"gradient_checkpointing_kwargs": {"use_reentrant": checkpointing == "reentrant"}}
+    made = get_peft_model(quantised_llama(tmp_path, **prepare), config(target_modules=targets))
+    trained(made)
+
+    def evaluated_at_the_second_step(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        if step == 1:
+            model.eval()
+            with torch.no_grad():
+                model(input_ids=batch % 32)
+            model.train()
+        return next_token_loss(model, batch % 32, step)
+
+    result = seen(Training(made, evaluated_at_the_second_step))
+    assert result.found == [("LP308", "fail", 1)]
+    finding = result.report.failures[0]
+    assert "packed for inference" in finding.message
+    assert "model.state_dict()" in finding.fix
+    made.state_dict()  # the fix
+    assert not seen(Training(made, lambda m, b, step: next_token_loss(m, b % 32, step))).found
+
+
+def test_four_bits_in_train_mode_are_healthy(tmp_path: Path) -> None:
+    made = get_peft_model(quantised_llama(tmp_path, use_gradient_checkpointing=False), config())
+    trained(made)
+
+    def evaluated_without_dropout(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        with torch.no_grad():
+            model(input_ids=batch % 32)
+        return next_token_loss(model, batch % 32, step)
+
+    result = seen(Training(made, evaluated_without_dropout))
+    assert_right(result, low=0.9, high=1.1)
+    assert "LP301" in {f.code for f in result.report.with_status("pass")}
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Callable[[Tensor], Tensor]]:
+    """An operator as a kernel library registers it: for a device, and without a backward."""
+    library = torch.library.Library("lora_probe_tests", "FRAGMENT")
+    library.define("doubled(Tensor x) -> Tensor")
+    library.impl("doubled", lambda x: x.detach() * 2, "CPU")
+    yield torch.ops.lora_probe_tests.doubled
+    library._destroy()
+
+
+@pytest.mark.filterwarnings("ignore:lora_probe_tests..doubled:UserWarning")
+@pytest.mark.parametrize(("part", "found"), [("o_proj", [("LP308", "warn", 0)]), ("lm_head", [])])
+def test_operator_without_a_backward_warns_if_an_adapter_lies_behind_it(kernel: Any, part: str, found: Any) -> None:
+    made = model(dropout=0.0)
+    layer = next(m for n, m in made.named_modules() if n.endswith(part))
+    made.enable_input_require_grads()
+    # Where the input of the operator carries no graph, no gradient is dropped.
+    layer.forward = lambda x, forward=layer.forward: (
+        forward(kernel(x)) if part == "o_proj" else forward(x + 0 * kernel(x.detach()))
+    )
+    result = seen(Training(made))
+    assert [f for f in result.found if f[0] == "LP308"] == found
+    if found:
+        assert "4 adapter tensors lie behind" in result.report.with_status("warn")[-1].message
+    else:
+        assert "LP308" in {f.code for f in result.report.with_status("pass")}
+
+
 # --- aliases ------------------------------------------------------------------------------------
 
 
@@ -485,6 +569,24 @@ def test_aliases_keep_containers_and_identities() -> None:
     assert output["h"].data_ptr() == h.data_ptr()
     (output["h"] + output["all"][1]).sum().backward()
     assert x.grad.tolist() == [5.0, 5.0]
+
+
+HALF = {"packed": (3, 7), "forwards": (dataclasses.replace(facts().forwards[0], why_unknown="a checkpoint"),)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "codes"),
+    [
+        ({"packed": (3, 7)}, []),  # the first layer's, whose input needs no gradient: the graph knows
+        (HALF, []),
+        (HALF | {"packed": (7, 7)}, ["LP308"]),
+        ({"forwards": (dataclasses.replace(facts().forwards[0], dropped=frozenset({0})),)}, ["LP308"]),
+        # No gradient arrives because of it.
+        (HALF | {"packed": (7, 7), "gradients": (NONE,) * 4}, ["LP308"]),
+    ],
+)
+def test_dropped_gradients_are_one_finding(changes: dict[str, Any], codes: list[str]) -> None:
+    assert list(bad(facts(**changes))) == codes
 
 
 # --- the verdict --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from facts import bad, facts
 from policies import INTENT, E, log_probs, policy
 from torch import Tensor, nn
-from training import Loop, Training, adamw, batches, next_token_loss, trainer
+from training import Loop, Training, adamw, batches, llama, next_token_loss, trainer
 
 from lora_probe_callbacks import LoraProbe, LoraProbeError, LoraProbeMonitor
 from lora_probe_callbacks.estimators import UpdateDirection
@@ -141,6 +141,37 @@ def test_in_order_on_one_object_it_is_healthy() -> None:
     report, error = run(step)
     assert (found(report), error) == ([], None)
     assert {"LP204", "LP205", "LP304", "LP306"} <= {f.code for f in report.with_status("pass")}
+
+
+def test_wrapper_whose_module_is_the_very_object_is_healthy() -> None:
+    """As DistributedDataParallel's .module is."""
+
+    class Around(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    def step(model: nn.Module, probe: LoraProbeMonitor, number: int) -> None:
+        mu_Y = first_order(model, number)
+        probe.watch(log_probs(Around(model).module, E), name="S", direction=mu_Y)
+
+    report, error = run(step)
+    assert (found(report), error) == ([], None)
+
+
+def test_seed_bug_on_a_base_from_before_the_adapter() -> None:
+    """It holds no adapter at all: no gradient of S leads to the one that trains."""
+    base = llama()
+
+    def step(model: nn.Module, probe: LoraProbeMonitor, number: int) -> None:
+        S = log_probs(base, E)
+        probe.watch(S, name="S", direction=first_order(model, number))
+
+    report, error = run(step)
+    # Whether it says "elsewhere" depends on whether models with adapters are alive elsewhere in this process.
+    assert found(report) in ([("LP304", "fail", 0)], [("LP205", "fail", 0)])
+    assert error is not None
+    assert {f.code for f in report.with_status("pass")} >= FIRST_ORDER
 
 
 # --- directions ---------------------------------------------------------------------------------

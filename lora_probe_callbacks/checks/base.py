@@ -8,7 +8,19 @@ from typing import Literal
 
 from lora_probe_callbacks.observe.facts import Facts
 
-__all__ = ["PERSISTENT", "Check", "Status", "Verdict", "fail", "ok", "pending", "skipped", "some", "warn"]
+__all__ = [
+    "OF_OWNED_TENSORS",
+    "PERSISTENT",
+    "Check",
+    "Status",
+    "Verdict",
+    "fail",
+    "ok",
+    "pending",
+    "skipped",
+    "some",
+    "warn",
+]
 
 Status = Literal["pass", "warn", "fail", "pending", "skipped"]
 
@@ -29,6 +41,10 @@ FAMILIES = {
 }
 
 
+# What is judged by the tensors that the optimizer owns, their gradients and their updates.
+OF_OWNED_TENSORS = ("LP201", "LP202", "LP208", "LP302", "LP303", "LP307", "LP401", "LP402", "LP403", "LP406", "LP501")
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What one check says of one set of facts.
@@ -43,6 +59,7 @@ class Verdict:
         fix: Replaces the check's general advice where the facts allow better.
         of_update: The verdict is about the last update, not about the step being decided.
         seen: Step and framework step in which it was observed, if that is neither.
+        nothing_new: There was nothing to look at: a reason that was given before says more.
     """
 
     status: Status
@@ -53,6 +70,7 @@ class Verdict:
     fix: str = ""
     of_update: bool = False
     seen: tuple[int, int] | None = None
+    nothing_new: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ def each(facts: Facts, judge: Callable[[Facts, EstimatorFact], Verdict | None]) 
         A verdict.
     """
     if not facts.estimators:
-        return pending("no estimator was looked at yet")
+        return dataclasses.replace(pending("no estimator was looked at yet"), nothing_new=True)
     verdicts = []
     for estimator in facts.estimators:
         verdict = judge(facts, estimator)

@@ -103,6 +103,7 @@ CHECK = Check(
         "LP203",
         "LP209",
         "LP301",
+        "LP308",
     ),
     judge=judge,
 )

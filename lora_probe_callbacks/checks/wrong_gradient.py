@@ -72,6 +72,6 @@ CHECK = Check(
     quiet="DoRA, VeLoRA and tuners other than LoRA, whose gradients approximate by design; kinks of a ReLU; penalties on weights, losses on inner activations, hooks that change gradients, several forwards in a step, clipping, scaling; what cannot be "
     "repeated is skipped with its reason. Small disagreements (dropout of a few percent) stay below what it can tell.",
     threads=("Comfy-Org/ComfyUI#15846", "huggingface/peft#3774"),
-    explained_by=("LP405",),
+    explained_by=("LP308", "LP405"),
     judge=judge,
 )

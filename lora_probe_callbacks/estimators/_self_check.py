@@ -24,6 +24,10 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 _checked: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
+class UntrustedProjectionError(RuntimeError):
+    """The fast projection does not give what an ordinary backward gives."""
+
+
 def first_use(model: nn.Module, loss_fn: Callable[..., Any], shape: Hashable) -> bool:
     """Return whether this model, loss function and shape have not passed the check yet."""
     return (_code(loss_fn), shape) not in _checked.get(model, set())
@@ -56,7 +60,7 @@ def check(
         lowest: the lowest precision in the forward, which sets the tolerance.
 
     Raises:
-        RuntimeError: if they differ, or if loss_fn is not the same function twice.
+        UntrustedProjectionError: if they differ, or if loss_fn is not the same function twice.
     """
     # A generator of its own: the global stream is not ours to draw from.
     w = torch.randn(s.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(s)
@@ -64,7 +68,7 @@ def check(
     lowest = torch.float32 if lowest == torch.float64 else lowest
     allowed = _TOLERANCE[lowest]
     if not torch.allclose(L, L_again, rtol=allowed, atol=allowed * float(L.abs().max())):
-        raise RuntimeError(
+        raise UntrustedProjectionError(
             f"loss_fn is not repeatable: two calls with the same random state differ by "
             f"{float((L - L_again).abs().max()):.2g}, so s cannot be checked. Make it a function of "
             "the model alone (no generator or cache of its own), or pass self_check='never'."
@@ -78,7 +82,7 @@ def check(
     error = float((found - expected).abs())
     scale = max(float((w * s).abs().sum()), float(expected.abs()))
     if not error <= allowed * scale + floor:
-        raise RuntimeError(
+        raise UntrustedProjectionError(
             f"the projection disagrees with an ordinary backward: got {float(found):.6g}, expected "
             f"{float(expected):.6g} (off by {error / max(scale, 1e-300):.2g} of the scale, allowed "
             f"{allowed:.0e}). A row of some layer is not the example it was taken for: sequence-first "

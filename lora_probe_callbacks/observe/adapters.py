@@ -92,6 +92,7 @@ class Slot:
     adapter: str
     role: Role
     frozen: bool  # PEFT or the method keeps it frozen by design
+    shards: dict[int, torch.Tensor] = field(default_factory=dict)  # see wrappers.shards_behind; one for all slots
     name: str = field(init=False)  # qualified, for people
 
     def __post_init__(self) -> None:
@@ -99,6 +100,12 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor | None:
+        """The tensor that belongs there: what is registered now, or the shard that it stands for."""
+        shown = self.shown
+        return None if shown is None else self.shards.get(id(shown), shown)
+
+    @property
+    def shown(self) -> torch.Tensor | None:
         """The tensor that is registered there now."""
         module: nn.Module | None = self.layer.module
         for part in self.path[:-1]:

@@ -15,6 +15,10 @@ _MARK = "lora_probe_callbacks"
 # pretend to one (a compiled region is one node that leads to every parameter it was given).
 _BLIND = ("CheckpointFunction", "CompiledFunction", "CompiledBlock")
 
+# What torch puts in the place of the backward that an operator lacks: it warns once, and passes nothing on
+# (torch/csrc/autograd/autograd_not_implemented_fallback.cpp, torch 2.13).
+_DROPS = "WarnNotImplemented"
+
 
 def in_backward() -> bool:
     """Tell whether this thread is inside an autograd backward, as a recomputed forward is."""
@@ -29,11 +33,13 @@ class Walk:
         leaves: The leaf tensors reached, by id.
         marks: What :func:`mark` has left on the way, each once.
         blind: Why the walk is not to be relied on, or None if it is.
+        dropped: Those of the leaves that lie behind an operation without a backward, by id.
     """
 
     leaves: dict[int, torch.Tensor] = field(default_factory=dict)
     marks: list[object] = field(default_factory=list)
     blind: str | None = None
+    dropped: set[int] = field(default_factory=set)
 
 
 def mark(tensor: torch.Tensor, what: object) -> None:
@@ -57,6 +63,7 @@ def walk(outputs: Iterable[torch.Tensor], *, marks: bool = False) -> Walk:
     found = Walk({id(t): t for t in outputs if t.grad_fn is None and t.requires_grad})
     seen = set(stack)
     kinds: dict[type, str] = {}  # asking every node for its name would take half of the time
+    drops: list[torch.autograd.graph.Node] = []
     while stack:
         node = stack.pop()
         kind = kinds.get(type(node))
@@ -67,6 +74,8 @@ def walk(outputs: Iterable[torch.Tensor], *, marks: bool = False) -> Walk:
             continue
         if kind == "blind":
             found.blind = f"the graph holds {node.name()}, which does not show what it leads to"
+        if kind == "native" and _DROPS in node.name():
+            drops.append(node)
         left = _metadata(node).get(_MARK) if marks else None
         if left is not None and left not in found.marks:
             found.marks.append(left)
@@ -74,12 +83,28 @@ def walk(outputs: Iterable[torch.Tensor], *, marks: bool = False) -> Walk:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
+    found.dropped = _leaves_behind(drops)
     return found
+
+
+def _leaves_behind(nodes: list[torch.autograd.graph.Node]) -> set[int]:
+    stack, seen, leaves = list(nodes), set(nodes), set()
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return leaves
 
 
 def _kind(node: torch.autograd.graph.Node) -> str:
     if hasattr(node, "variable"):
         return "leaf"
+    if type(node).__name__ == "CppFunction":  # one Python type for many: each has to be asked for its name
+        return "native"
     return "blind" if any(part in node.name() for part in _BLIND) else "plain"
 
 

@@ -48,6 +48,7 @@ class Candidate:
     modes_at_backward: tuple[Mode, ...] | None = None
     active_at_backward: tuple[str, ...] | None = None
     leaves: set[int] | None = None
+    dropped: set[int] = field(default_factory=set)  # leaves behind an operation without a backward
     why_unknown: str | None = None
     cotangent: torch.Tensor | None = None  # of an output of one element: the loss, as a rule
     called: set[int] = field(default_factory=set)  # ids of the modules that ran inside
@@ -56,8 +57,8 @@ class Candidate:
     def fact(self, slot_of: dict[int, int]) -> ForwardFact:
         """What the checks may know of it; ``slot_of`` maps a tensor's id to its slot."""
         reached = None
+        slots = {**slot_of, **self.inside}
         if self.leaves is not None and self.why_unknown is None:
-            slots = {**slot_of, **self.inside}
             reached = frozenset(slots[i] for i in self.leaves if i in slots)
         return ForwardFact(
             module=self.module,
@@ -72,6 +73,7 @@ class Candidate:
             with_grad=None if self.calls is None else frozenset(self.with_grad),
             reached=reached,
             why_unknown=self.why_unknown,
+            dropped=frozenset(slots[i] for i in self.dropped if i in slots),
         )
 
 
@@ -139,6 +141,7 @@ class ForwardObserver:
         self.without_grad = 0
         self.active_seen: set[str] = set()
         self.merged_seen = False
+        self.beside: set[Mode] = set()  # states in which layers ran beside training: no gradients, or disabled
         self.witness: WeightWitness | None = None
         self.paused = False  # while the probe itself runs the model
         self.bare = False  # only follow the steps, observe nothing: after an error of the probe, for the other ranks
@@ -200,7 +203,7 @@ class ForwardObserver:
     def reset(self) -> None:
         """Forget what the last step showed."""
         self.candidates, self.without_grad, self._walked = [], 0, {}
-        self.active_seen, self.merged_seen = set(), False
+        self.active_seen, self.merged_seen, self.beside = set(), False, set()
         self._thread = threading.local()
         self.close_witness()
         self.witness = None
@@ -270,7 +273,9 @@ class ForwardObserver:
         frame: _Frame | None = getattr(self._thread, "frame", None)
         # The module of the frame again: it calls itself, or that forward ended in a BaseException, which calls no hook.
         if frame is not None and frame.module is not module:
-            if frame.candidate is not None:
+            if frame.candidate is None:
+                self._note_beside(module)
+            else:
                 try:
                     self._note_call(frame.candidate, module)
                 except Exception as error:
@@ -285,6 +290,7 @@ class ForwardObserver:
             self.without_grad += 1
             self.active_seen.update(self.inventory.active)
             self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
+            self._note_beside(module)
         else:
             try:
                 self._before(module)
@@ -357,11 +363,15 @@ class ForwardObserver:
                 candidate.with_grad.add(index)
             candidate.calls[index] = (good + (mode == "active"), total + 1, bad if mode == "active" else mode)
             if self.sharded:
-                for slot, tensor in enumerate((s.tensor for s in unit.slots), start=self._first_slot[index]):
+                for slot, tensor in enumerate((s.shown for s in unit.slots), start=self._first_slot[index]):
                     if tensor is None:  # FSDP1 shows a view of its flat parameter, and the graph ends in that
                         candidate.why_unknown = "parameters are views of flat ones inside the forward"
                     else:
                         candidate.inside[id(tensor)] = slot
+
+    def _note_beside(self, module: nn.Module) -> None:
+        for index in self._units_of.get(id(module), ()):
+            self.beside.add(self.units[index].layer.mode(self.units[index].adapter))
 
     def _finish(self, candidate: Candidate, output: Any) -> None:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
@@ -372,7 +382,7 @@ class ForwardObserver:
         if not self.bare and len(alike) < _WALKS and not any(c.received for c in alike):
             alike.append(candidate)
             found = walk(outputs)
-            candidate.leaves = set(found.leaves)
+            candidate.leaves, candidate.dropped = set(found.leaves), found.dropped
             candidate.why_unknown = (candidate.why_unknown or found.blind) if outputs else None
         for tensor in outputs:
             mark(tensor, candidate)

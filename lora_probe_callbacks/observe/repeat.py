@@ -24,7 +24,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map_only
 
 from lora_probe_callbacks.observe.forwards import tensors_in
-from lora_probe_callbacks.observe.wrappers import data_parallel, is_compiled
+from lora_probe_callbacks.observe.wrappers import data_parallel, is_compiled, tensor_parallel
 
 __all__ = [
     "MOST_BYTES",
@@ -109,7 +109,7 @@ class KeptForward:
         module = self.module
         if is_compiled(module) or any(is_compiled(m) for m in module.modules()):
             return "a compiled module is not bit-equal to its eager repeat"
-        if data_parallel([module]) is not None:
+        if data_parallel([module]) is not None or tensor_parallel([module]):
             return "several ranks would have to repeat it together"
         if any(type(m).__name__ == "Linear4bit" and not m.training for m in module.modules()):
             # bitsandbytes 0.50 repacks the weights for inference at a forward in eval mode without input

@@ -94,12 +94,21 @@ class ResponseObserver:
             self._handles.append(handle)
         return output
 
-    def _add(self, index: int, gradient: torch.Tensor) -> None:
+    def _add(self, index: int, gradient: torch.Tensor | None) -> None:
+        # None: an operation without a backward lies between (bitsandbytes' inference kernel), or its output is unused.
+        if gradient is None or self._why_not is not None:
+            return
         known = self._gradients.get(index)
-        # A copy: what is accumulated into .grad may be this very memory, and be clipped later.
-        self._gradients[index] = gradient.detach().clone() if known is None else known.add_(gradient.detach())
+        try:
+            # A copy: what is accumulated into .grad may be this very memory, and be clipped later.
+            self._gradients[index] = gradient.detach().clone() if known is None else known.add_(gradient.detach())
+        except Exception as error:  # out of memory; it would end the user's backward
+            self._why_not = f"keeping the gradients raised {type(error).__name__}: {error}"
+            self._gradients.clear()
 
-    def _receive(self, where: tuple[_Followed, int], cotangent: torch.Tensor) -> None:
+    def _receive(self, where: tuple[_Followed, int], cotangent: torch.Tensor | None) -> None:
+        if cotangent is None:
+            return
         followed, index = where
         if self._forward is None:
             self._forward = followed
@@ -111,10 +120,17 @@ class ResponseObserver:
         known = followed.cotangents.get(index)
         followed.cotangents[index] = cotangent.detach() if known is None else known + cotangent.detach()
 
-    def stepping(self) -> None:
-        """The update is about to come: keep what it starts from, once."""
-        if not self._before and self._why_not is None and self._forward is not None:
+    def stepping(self, *, inside: bool = False) -> None:
+        """The update is about to come: keep what it starts from, once.
+
+        Args:
+            inside: The forward comes after this moment, in a closure.
+        """
+        if self._why_not is not None or (self._forward is None and not inside):
+            return
+        if not self._before:
             self._before = [tensor.detach().clone() for tensor in self._tensors]
+        if self._forward is not None:
             self._unhook()
 
     def forget(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from lora_probe_callbacks.observe.facts import Facts, Role, StepResponse, Sums
 
-__all__ = ["metrics_of_response", "metrics_of_step", "metrics_of_update", "sums_of"]
+__all__ = ["metrics_of_estimators", "metrics_of_response", "metrics_of_step", "metrics_of_update", "sums_of"]
 
 _ROLES: tuple[Role, Role] = ("A", "B")
 
@@ -79,10 +79,21 @@ def metrics_of_step(facts: Facts) -> dict[str, float]:
         values["reachability/loss_fraction"] = sum(g.present for _, g in read) / len(read)
         for role, squares in zip(_ROLES, _sums(facts).gradients, strict=True):
             values[f"gradient/norm_{role}"] = math.sqrt(squares)
-    led = [e.reached for e in facts.estimators if e.reached is not None]
-    if led and intended:
-        values["reachability/estimator_fraction"] = len(led[-1] & intended) / len(intended)
     return {f"lora_probe/{name}": value for name, value in values.items()}
+
+
+def metrics_of_estimators(facts: Facts) -> dict[int, dict[str, float]]:
+    """Which part of the adapter the estimators reach that were looked at since the last decision.
+
+    Args:
+        facts: What one decision knows.
+
+    Returns:
+        The framework's number of a step to metric name to value.
+    """
+    reached = {e.framework_step: e.reached & facts.intended for e in facts.estimators if e.reached is not None}
+    name = "lora_probe/reachability/estimator_fraction"
+    return {step: {name: len(slots) / len(facts.intended)} for step, slots in reached.items() if facts.intended}
 
 
 def metrics_of_update(facts: Facts) -> dict[str, float]:

@@ -448,7 +448,9 @@ def _largest(row: Sequence[Cell]) -> Cell:
 def _estimator(run: Run) -> Html:
     steps, values = run.history.series("estimator/delta_1")
     if not steps:
-        text = "No estimator was recorded. With estimator= the probe logs the first-order change that it predicts."
+        why = _reasons(run, "LP305", "could not judge")
+        text = "With estimator= the probe logs the first-order change that it predicts."
+        text = f"No estimate was computed: {why}." if why else f"No estimator was recorded. {text}"
         return tag("p", text, class_="empty")
     ends = run.history.interval()
     known = all(step in ends for step in steps)
@@ -456,19 +458,30 @@ def _estimator(run: Run) -> Html:
     chart = line(steps, [("a", values)], band=band, zero=True, label="delta_1 over steps")
     about = "delta_1, the change that the first order predicts for a step"
     about += ", with its interval at 95% (Student's t over the prompts)." if known else "."
+    why = _reasons(run, "LP305", "could not judge")
+    about += f" In some steps it was not computed: {why}." if why else ""
     return join((tag("p", about, class_="about"), chart))
+
+
+def _reasons(run: Run, code: str, beginning: str = "") -> str:
+    """Why a check could not judge, each reason once."""
+    verdicts = (decision.verdicts.get(code, {}) for decision in run.decisions)
+    said = (v.get("message", "") for v in verdicts if v.get("status") == "skipped")
+    return "; ".join(dict.fromkeys(m for m in said if m.startswith(beginning) and not m.startswith("explained by")))
 
 
 def _step_response(run: Run) -> Html:
     steps, measured = run.history.series("step_response/measured")
     same, predicted = run.history.series("step_response/predicted")
     if not steps or steps != same:
-        text = "No step response was recorded: the measured change of the loss at a step, beside the predicted one."
-        return tag("p", text, class_="empty")
+        why = _reasons(run, "LP307") or "the measured change of the loss at a step, beside the predicted one"
+        return tag("p", f"No step response was recorded: {why}.", class_="empty")
     about = (
         "What a step changed the loss by: measured (solid), and predicted by its gradient (dashed). Their ratio tends "
         "to 1 for small steps."
     )
+    why = _reasons(run, "LP307")
+    about += f" In some steps it says nothing: {why}." if why else ""
     chart = line(
         steps, [("a", measured), ("b", predicted)], zero=True, label="measured and predicted change over steps"
     )

@@ -159,8 +159,13 @@ def test_what_was_not_judged_says_why(healthy: Path) -> None:
     assert all(finding.code in text and finding.message in text for finding in left)
 
 
-def test_estimator_and_step_response_are_said_to_be_missing(healthy: Path) -> None:
-    html = drawn(healthy)
+def test_estimator_and_step_response_are_said_to_be_missing(healthy: Path, folder: Path) -> None:
+    def change(line: Line) -> Line:
+        for row in line.get("metrics", ()):
+            row["values"] = {k: v for k, v in row["values"].items() if "step_response" not in k}
+        return line
+
+    html = drawn(changed(healthy, folder / "without.jsonl", change))
     assert "No estimator was recorded" in section(html, "estimator")
     assert "No step response was recorded" in section(html, "step-response")
 
