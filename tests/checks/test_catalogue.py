@@ -30,6 +30,8 @@ TESTS = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("*.
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.code)
 def test_every_check_is_expected_by_name_in_some_test(check: Check) -> None:
+    if check.family == "checkpoints" and not Path(__file__).parents[1].joinpath("checkpoints").exists():
+        pytest.skip("tests/checkpoints is not in this checkout")
     assert check.code in TESTS
 
 
