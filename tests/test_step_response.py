@@ -477,8 +477,8 @@ def test_operator_without_a_backward_warns_if_an_adapter_lies_behind_it(kernel: 
     layer = next(m for n, m in made.named_modules() if n.endswith(part))
     made.enable_input_require_grads()
     # Where the input of the operator carries no graph, no gradient is dropped.
-    layer.forward = lambda x, forward=layer.forward: forward(kernel(x)) if part == "o_proj" else forward(
-        x + 0 * kernel(x.detach())
+    layer.forward = lambda x, forward=layer.forward: (
+        forward(kernel(x)) if part == "o_proj" else forward(x + 0 * kernel(x.detach()))
     )
     result = seen(Training(made))
     assert [f for f in result.found if f[0] == "LP308"] == found

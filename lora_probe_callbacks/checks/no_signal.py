@@ -25,7 +25,9 @@ def _judge(facts: Facts, estimator: EstimatorFact) -> Verdict | None:
     if any(abs(delta) > SURE * error for delta, error in recent):
         return ok()
     if len(recent) < LOOKS:
-        return pending(f"{len(recent)} estimate(s) within {SURE:g} standard errors of 0, of {LOOKS} that are looked at together")
+        return pending(
+            f"{len(recent)} estimate(s) within {SURE:g} standard errors of 0, of {LOOKS} that are looked at together"
+        )
     together, error = sum(d for d, _ in recent), math.sqrt(sum(e * e for _, e in recent))
     if abs(together) > SURE * error:
         return ok()

@@ -362,10 +362,13 @@ class Scene:
         return tuple(name for name, weight in trainable.items() if weight not in shared)
 
     def packed(self) -> tuple[int, int]:
-        """4-bit weights that bitsandbytes holds in its layout for inference, and all 4-bit weights.
+        """Count the 4-bit weights that bitsandbytes holds in its layout for inference.
 
         On CPUs with AVX512-BF16 a forward in eval mode without input gradients packs them, and every later
         forward goes through a kernel without a backward (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
+
+        Returns:
+            Their number, and that of all 4-bit weights.
         """
         states = [getattr(m.weight, "quant_state", None) for m in self._four_bit]
         return sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in states), len(states)
