@@ -337,6 +337,7 @@ class ProbeSession:
                 if index in self._now.stepped:
                     self._begins_again(index)
                 if self._probed:
+                    self._guarded(self._scene.look)
                     self._guarded(lambda: self._reader.copy(index))
                 self._before_update(inside=True)
             self._now.inside.add(index)
@@ -376,6 +377,7 @@ class ProbeSession:
             if self._probed or waiting:
                 self._decide("step", index, final=final)
         elif first and self._probed:  # a further optimizer of a step that is decided already
+            self._guarded(self._scene.look)
             self._guarded(lambda: self._reader.read_gradients(index, unowned=False))
         self._before_update()
         if self._probed and not self._broken:
@@ -633,12 +635,18 @@ class ProbeSession:
             self._reader.read_gradients(optimizer, unowned=True)
         if self._ranks.several:
             self._reader.read_samples(optimizer if probed else None)
-        readings = self._reader.fetch(cotangents=self._observer.cotangents(), sample=probed, merges=self._merges)
+        readings = self._reader.fetch(
+            final=optimizer if final and probed else None,
+            cotangents=self._observer.cotangents(),
+            sample=probed,
+            merges=self._merges,
+        )
         return self._facts(moment, optimizer, readings, final=final)
 
     def _facts(self, moment: Moment, optimizer: int | None, readings: Readings, *, final: bool) -> Facts:
         scene, observer = self._scene, self._observer
         slots = scene.slot_facts()
+        modes, active = observer.state()
         forwards = observer.facts(scene.slot_of())
         self._history = advance(self._history, slots, readings.gradients, readings.update, self.step)
         scaler = self._scaler is not None or any(grad_scale(o) is not None for o in scene.optimizers)
@@ -659,8 +667,8 @@ class ProbeSession:
             declared=scene.declared is not None,
             slots=slots,
             units=scene.unit_facts(forwards, readings.gradients, observer.called(), used),
-            modes=observer.modes(),
-            active=scene.inventory.active,
+            modes=modes,
+            active=active,
             history=tuple(self._history),
             forwards=forwards,
             forwards_without_grad=observer.without_grad,

@@ -6,7 +6,7 @@ layers costs a fraction of a millisecond, PEFT's ``get_layer_status`` some twent
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from lora_probe_callbacks.observe.facts import Mode, Role
 from lora_probe_callbacks.observe.wrappers import is_compiled
 
-__all__ = ["AdaptedLayer", "Inventory", "Slot", "Unit", "take_inventory"]
+__all__ = ["AdaptedLayer", "Inventory", "Slot", "Unit", "mode", "take_inventory"]
 
 
 @dataclass(eq=False, slots=True)
@@ -35,24 +35,31 @@ class AdaptedLayer:
     lora: bool
     chain: tuple[nn.Module, ...] = ()  # the modules above it, from the root down
     group: int = 0  # the model that it belongs to: several PeftModels may stand side by side
+    # Asked of every layer in every probed forward, and isinstance of torch's modules is slow.
+    tuner: bool = field(init=False)
+    switched: bool = field(init=False)  # has switches of its own
+
+    def __post_init__(self) -> None:
+        self.tuner = isinstance(self.module, BaseTunerLayer)
+        self.switched = self.tuner or isinstance(self.module, ModulesToSaveWrapper)
 
     @property
     def disabled(self) -> bool:
         """The adapters of this layer are switched off."""
-        if isinstance(self.module, BaseTunerLayer | ModulesToSaveWrapper):
+        if self.switched:
             return bool(self.module.disable_adapters)
         return bool(getattr(self.module, "_adapters_disabled", False))
 
     @property
     def merged(self) -> list[str]:
         """Names of the adapters that are merged into the base weight."""
-        return self.module.merged_adapters if isinstance(self.module, BaseTunerLayer) else []
+        return self.module.merged_adapters if self.tuner else []  # type: ignore[return-value]
 
     @property
     def active(self) -> list[str]:
         """Names of the active adapters."""
-        if isinstance(self.module, BaseTunerLayer | ModulesToSaveWrapper):
-            return self.module.active_adapters
+        if self.switched:
+            return self.module.active_adapters  # type: ignore[return-value]
         active = getattr(self.module, "active_adapter", [])
         return [active] if isinstance(active, str) else list(active)
 
@@ -63,11 +70,16 @@ class AdaptedLayer:
 
     def mode(self, adapter: str) -> Mode:
         """What the layer's forward would do with ``adapter`` now, in the order that PEFT asks."""
-        if self.disabled:
-            return "disabled"
-        if adapter in self.merged:
-            return "merged"
-        return "active" if adapter in self.active else "inactive"
+        return mode(self.disabled, self.merged, self.active, adapter)
+
+
+def mode(disabled: bool, merged: Sequence[str], active: Sequence[str], adapter: str) -> Mode:
+    """What the forward of a layer with these switches would do with ``adapter``, in the order that PEFT asks."""
+    if disabled:
+        return "disabled"
+    if adapter in merged:
+        return "merged"
+    return "active" if adapter in active else "inactive"
 
 
 @dataclass(eq=False, slots=True)
@@ -79,11 +91,10 @@ class Slot:
     adapter: str
     role: Role
     frozen: bool  # PEFT or the method keeps it frozen by design
+    name: str = field(init=False)  # qualified, for people
 
-    @property
-    def name(self) -> str:
-        """Qualified name, for people."""
-        return ".".join((self.layer.name, *self.path))
+    def __post_init__(self) -> None:
+        self.name = ".".join((self.layer.name, *self.path))
 
     @property
     def tensor(self) -> torch.Tensor | None:
@@ -124,7 +135,11 @@ class Inventory:
     @property
     def active(self) -> tuple[str, ...]:
         """The names of the adapters that are active in at least one layer."""
-        return tuple(dict.fromkeys(name for layer in self.layers for name in layer.active))
+        names: dict[str, None] = {}
+        for layer in self.layers:
+            for name in layer.active:
+                names[name] = None
+        return tuple(names)
 
     @property
     def in_place(self) -> bool:

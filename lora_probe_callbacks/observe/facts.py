@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 Role = Literal["A", "B", "other"]
@@ -467,7 +468,7 @@ def _apart(some: Sample, others: Sample) -> float:
     return largest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what every check asks for is worked out once
 class Facts:
     """All that is known at one decision.
 
@@ -522,7 +523,7 @@ class Facts:
     ranks: RanksFact | None = None  # None: not exchanged at this decision
     why_alone: str = "there is one process"  # why nothing will be exchanged; empty while ranks decide together
 
-    @property
+    @cached_property
     def training_forwards(self) -> tuple[ForwardFact, ...]:
         """The candidates whose output received a gradient; the only candidate if there was but one."""
         received = tuple(f for f in self.forwards if f.received)
@@ -530,7 +531,7 @@ class Facts:
             return received
         return self.forwards if len(self.forwards) == 1 else ()
 
-    @property
+    @cached_property
     def nobody_called(self) -> bool:
         """No forward on the expected model was seen, and not one expected gradient is there."""
         read = [g for g in self.gradients if g is not None]
@@ -541,7 +542,7 @@ class Facts:
             and not any(f.holds_expected for f in self.training_forwards)
         )
 
-    @property
+    @cached_property
     def called_units(self) -> frozenset[int] | None:
         """Units whose layer ran in a training forward, or None where calls cannot be seen."""
         forwards = self.training_forwards
@@ -549,7 +550,7 @@ class Facts:
             return None
         return frozenset(u for u in range(len(self.units)) if any(f.called(u) for f in forwards))
 
-    @property
+    @cached_property
     def ungraded_units(self) -> frozenset[int]:
         """Units whose layer ran in the training forwards, but never with gradients enabled."""
         forwards = [f for f in self.training_forwards if f.with_grad is not None]
@@ -558,14 +559,15 @@ class Facts:
 
     def bad_units(self, mode: Mode | None = None) -> frozenset[int]:
         """Units that were not active in any training forward (in ``mode``, if one is given)."""
-        forwards = self.training_forwards
-        return frozenset(
-            u
-            for u in range(len(self.units))
-            if forwards
-            and all(f.mode(u) != "active" for f in forwards)
-            and (mode is None or any(f.mode(u) == mode for f in forwards))
-        )
+        return frozenset(u for u, modes in self._idle_modes.items() if mode is None or mode in modes)
+
+    @cached_property
+    def _idle_modes(self) -> dict[int, set[Mode]]:
+        """Unit to its states, for those that were not active in any training forward."""
+        if not self.training_forwards:
+            return {}
+        found = {u: {f.mode(u) for f in self.training_forwards} for u in range(len(self.units))}
+        return {u: modes for u, modes in found.items() if "active" not in modes}
 
     def units_of(self, adapter: str) -> frozenset[int]:
         """The units of one expected adapter."""
@@ -580,7 +582,7 @@ class Facts:
         """The slots that the given units own."""
         return frozenset(s for u in units for s in self.units[u].slots)
 
-    @property
+    @cached_property
     def intended(self) -> frozenset[int]:
         """The slots that must train: all but those meant to stay frozen."""
         return frozenset(i for i, s in enumerate(self.slots) if not s.frozen_by_intent)

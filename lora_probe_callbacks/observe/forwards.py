@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
-from lora_probe_callbacks.observe.adapters import Inventory, Unit
+from lora_probe_callbacks.observe.adapters import Inventory, Unit, mode
 from lora_probe_callbacks.observe.autograd import in_backward, mark, walk
 from lora_probe_callbacks.observe.facts import ForwardFact, Mode
 from lora_probe_callbacks.observe.witness import WeightWitness
@@ -75,6 +75,16 @@ class Candidate:
             why_unknown=self.why_unknown,
             dropped=frozenset(slots[i] for i in self.dropped if i in slots),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """The call of an outermost module that a thread is in."""
+
+    module: nn.Module
+    candidate: Candidate | None
+    outer_error: BaseException | None  # was being handled when it began
+    outer: _Frame | None
 
 
 class _Hook:
@@ -140,8 +150,10 @@ class ForwardObserver:
         self._after = after
         self._on_error = on_error
         self._handles: list[tuple[nn.Module, RemovableHandle]] = []
+        self._outermosts: set[int] = set()  # ids of the modules that tell when they are left
+        self._complete = False  # all hooks of a step are in place
         self._output_handles: list[RemovableHandle] = []
-        self._stack = threading.local()
+        self._thread = threading.local()
         self._walked: dict[tuple[str, tuple[Mode, ...]], list[Candidate]] = {}
 
     def watch(self, inventory: Inventory, units: list[Unit]) -> None:
@@ -191,15 +203,19 @@ class ForwardObserver:
         """Forget what the last step showed."""
         self.candidates, self.without_grad, self._walked = [], 0, {}
         self.active_seen, self.merged_seen = set(), False
-        self._stack = threading.local()
+        self._thread = threading.local()
         self.close_witness()
         self.witness = None
 
     def arm(self) -> None:
-        """Install the hooks of one step."""
+        """Install the hooks of one step; those of the step before it may stay."""
+        if self._complete and not self.traced:
+            self._let_outputs_go()
+            return
         self.disarm()
         if self.traced:
             return
+        self._complete = True
         hooked: set[int] = set()
         for name, module, inside in self.inventory.ancestors:
             if inside or not hooks_fire(module):
@@ -215,11 +231,9 @@ class ForwardObserver:
 
     def _hook(self, module: nn.Module, name: str) -> None:
         # fully_shard gathers parameters in a pre-hook of its own: the tensors are looked at before it.
-        enter = module.register_forward_pre_hook(
-            _Hook(self, self._enter, name), with_kwargs=True, prepend=isinstance(module, FSDPModule)
-        )
-        leave = module.register_forward_hook(_Hook(self, self._leave, name), with_kwargs=True, always_call=True)
-        self._handles += [(module, enter), (module, leave)]
+        hook = _Hook(self, self._enter, name)
+        prepend = isinstance(module, FSDPModule)
+        self._handles.append((module, module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)))
 
     def disarm(self, inside: nn.Module | None = None) -> None:
         """Remove every hook.
@@ -235,10 +249,15 @@ class ForwardObserver:
             else:
                 handle.remove()
         self._handles = kept
-        for output_handle in self._output_handles:
-            output_handle.remove()
-        self._output_handles.clear()
+        self._outermosts.clear()
+        self._complete = False
+        self._let_outputs_go()
         self.close_witness()
+
+    def _let_outputs_go(self) -> None:
+        for handle in self._output_handles:
+            handle.remove()
+        self._output_handles.clear()
 
     def close_witness(self) -> None:
         """End the watch over operations, on the thread that began it."""
@@ -250,53 +269,52 @@ class ForwardObserver:
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.paused or in_backward():
             return
-        stack: list[tuple[nn.Module, Candidate | None, BaseException | None]] = self._frames()
-        if stack:
-            candidate = stack[-1][1]
-            stack.append((module, candidate, None))
-            if candidate is not None:
+        frame: _Frame | None = getattr(self._thread, "frame", None)
+        # The module of the frame again: it calls itself, or that forward ended in a BaseException, which calls no hook.
+        if frame is not None and frame.module is not module:
+            if frame.candidate is not None:
                 try:
-                    self._note_call(candidate, module)
+                    self._note_call(frame.candidate, module)
                 except Exception as error:
                     self._on_error(error)
             return
+        self._outermost(name, module)
+
+    def _outermost(self, name: str, module: nn.Module) -> None:
         outer_error = sys.exc_info()[1]
+        candidate = None
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            stack.append((module, None, outer_error))
             self.without_grad += 1
             self.active_seen.update(self.inventory.active)
             self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
-            return
-        try:
-            self._before(module)
-        except BaseException:
-            self.disarm()
-            raise
-        if not self.armed:
-            return
-        candidate = None
-        try:
-            candidate = self._new_candidate(name, module)
-        except Exception as error:
-            self._on_error(error)
-        self._frames().append((module, candidate, outer_error))  # the frames anew: a step may have begun
-        if self.witness is not None:
-            self.witness.paused = False
-            self.witness.open()
+        else:
+            try:
+                self._before(module)
+            except BaseException:
+                self.disarm()
+                raise
+            if not self.armed:
+                return
+            try:
+                candidate = self._new_candidate(name, module)
+            except Exception as error:
+                self._on_error(error)
+            if self.witness is not None:
+                self.witness.paused = False
+                self.witness.open()
+        self._thread.frame = _Frame(module, candidate, outer_error, getattr(self._thread, "frame", None))
+        if id(module) not in self._outermosts:  # the other modules need no second hook
+            self._outermosts.add(id(module))
+            hook = _Hook(self, self._leave, name)
+            self._handles.append((module, module.register_forward_hook(hook, with_kwargs=True, always_call=True)))
 
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self.paused or in_backward():
+        frame: _Frame | None = getattr(self._thread, "frame", None)
+        if self.paused or in_backward() or frame is None or frame.module is not module:
             return None
-        stack = self._frames()
-        while stack and stack[-1][0] is not module:
-            stack.pop()  # frames of a forward that ended in a BaseException, whose hooks did not run
-        if not stack:
-            return None
-        _, candidate, outer_error = stack.pop()
-        if stack:
-            return None
-        error = sys.exc_info()[1]
-        if error is not None and error is not outer_error:
+        self._thread.frame = frame.outer
+        candidate, error = frame.candidate, sys.exc_info()[1]
+        if error is not None and error is not frame.outer_error:
             self.disarm(inside=module)
             return None
         if candidate is not None:
@@ -308,22 +326,17 @@ class ForwardObserver:
                 self._on_error(failure)
         return None
 
-    def _frames(self) -> list[tuple[nn.Module, Candidate | None, BaseException | None]]:
-        frames = getattr(self._stack, "frames", None)
-        if frames is None:
-            frames = self._stack.frames = []
-        return frames
-
     def _new_candidate(self, name: str, module: nn.Module) -> Candidate:
         if self.bare:
             candidate = Candidate("", (), (), None, set(), holds_expected=False)
             self.candidates.append(candidate)
             return candidate
+        modes, active = self.state()
         observable = not any(unit.layer.compiled for unit in self.units)
         candidate = Candidate(
             module=describe(name, module),
-            modes=self.modes(),
-            active=self.inventory.active,
+            modes=modes,
+            active=active,
             calls=[(0, 0, None)] * len(self.units) if observable else None,
             with_grad=set(),
             holds_expected=id(module) in self._above_expected,
@@ -382,16 +395,21 @@ class ForwardObserver:
         if self.bare:
             return
         try:
-            candidate.modes_at_backward = self.modes()
-            candidate.active_at_backward = self.inventory.active
+            candidate.modes_at_backward, candidate.active_at_backward = self.state()
         except Exception as error:
             self._on_error(error)
 
     # --- facts ------------------------------------------------------------------------------
 
+    def state(self) -> tuple[tuple[Mode, ...], tuple[str, ...]]:
+        """The state of every expected unit at this moment, and the names of the active adapters of all layers."""
+        states = {id(layer): (layer.disabled, layer.merged, layer.active) for layer in self.inventory.layers}
+        names = dict.fromkeys(name for _, _, active in states.values() for name in active)
+        return tuple(mode(*states[id(unit.layer)], unit.adapter) for unit in self.units), tuple(names)
+
     def modes(self) -> tuple[Mode, ...]:
         """The state of every expected unit at this moment."""
-        return tuple(unit.layer.mode(unit.adapter) for unit in self.units)
+        return self.state()[0]
 
     def facts(self, slot_of: dict[int, int]) -> tuple[ForwardFact, ...]:
         """The candidates since the step began."""

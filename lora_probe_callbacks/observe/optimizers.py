@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 __all__ = ["Ownership", "found_inf", "grad_scale", "ownership", "unwrap_optimizer"]
 
 
-@dataclass(frozen=True, slots=True)
-class Ownership:
+class Ownership(NamedTuple):
     """The optimizer and the settings under which one tensor is stepped."""
 
     optimizer: int

@@ -56,7 +56,8 @@ class _Tickets:
 
     readout: Readout = field(default_factory=Readout)
     updates: list[UpdateReading] = field(default_factory=list)
-    received: list[GradientReading] = field(default_factory=list)  # gradients as the optimizer got them
+    # gradients as the optimizer got them, or their norms where these are known
+    received: list[GradientReading | dict[int, float]] = field(default_factory=list)
     gradients: list[GradientReading] = field(default_factory=list)
     before: range | None = None
     after: range | None = None
@@ -77,6 +78,7 @@ class DeviceReader:
         self._sample = BaseSample(scene.layers)
         self._tickets = _Tickets()
         self._copies: dict[int, dict[int, torch.Tensor]] = {}  # optimizer to slot to its copy
+        self._final: dict[int, dict[int, float]] = {}  # norms that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
 
     @property
@@ -88,31 +90,37 @@ class DeviceReader:
     def forget(self) -> None:
         """Let go of all copies."""
         self._copies.clear()
+        self._final.clear()
         self._scaled.clear()
 
+    @torch.no_grad()
     def copy(self, optimizer: int) -> None:
         """Copy what an optimizer is about to change; the copies live until its step has ended."""
         if optimizer not in self._copies:
             self._copies[optimizer] = copy_before(self._scene.tensors(optimizer, unowned=False))
 
+    @torch.no_grad()
     def read_others_before(self) -> None:
         """Fingerprint the adapters that must stay as they are, before the step."""
         if self._tickets.before is None:
             self._tickets.before = self._scene.read_fingerprints(self._tickets.readout)
 
+    @torch.no_grad()
     def read_gradients(self, optimizer: int, *, unowned: bool) -> None:
         """Read the gradients that an optimizer is about to apply."""
         tensors = self._scene.tensors(optimizer, unowned=unowned)
         scale = grad_scale(self._scene.optimizers[optimizer])
         self._tickets.gradients.append(read_gradients(tensors, self._tickets.readout, scale))
 
+    @torch.no_grad()
     def read_scaled(self, optimizer: int) -> None:
         """Directly before the step of a fused optimizer under a scaler: its kernel writes over the gradients."""
         scale = grad_scale(self._scene.optimizers[optimizer])
-        if scale is not None:
+        if scale is not None and optimizer not in self._final:
             mine = self._scene.tensors(optimizer, unowned=False)
             self._scaled[optimizer] = read_gradients(mine, self._tickets.readout, scale)
 
+    @torch.no_grad()
     def read_samples(self, optimizer: int | None) -> None:
         """Sample what every rank should hold alike, and its gradients if an optimizer is about to apply them."""
         scene, tickets = self._scene, self._tickets
@@ -128,9 +136,11 @@ class DeviceReader:
             by_role[self._scene.slots[index].role].append(local(tensor))
         return self._tickets.readout.add(sample(list(by_role.values()), self._scene.device))
 
+    @torch.no_grad()
     def read_after(self, optimizer: int, step: int, framework_step: int) -> None:
         """Directly after a step: what did it change, and what were the gradients that it got?"""
-        copies, received = self._copies.pop(optimizer, None), self._scaled.pop(optimizer, None)
+        copies = self._copies.pop(optimizer, None)
+        received = self._final.pop(optimizer, None) or self._scaled.pop(optimizer, None)
         if copies is None:
             return
         tickets, inner = self._tickets, self._scene.optimizers[optimizer]
@@ -142,10 +152,12 @@ class DeviceReader:
         tickets.skipped = _flag(inner, tickets.readout)
         tickets.after = self._scene.read_fingerprints(tickets.readout)
 
-    def fetch(self, *, cotangents: list[torch.Tensor], sample: bool, merges: int) -> Readings:
+    @torch.no_grad()
+    def fetch(self, *, final: int | None, cotangents: list[torch.Tensor], sample: bool, merges: int) -> Readings:
         """Bring everything to the host: the one transfer of a decision.
 
         Args:
+            final: The optimizer whose gradients nothing can change between this reading and the update.
             cotangents: Gradients of one element that arrived at outputs.
             sample: Look at the sampled base weights too.
             merges: Times that a layer was seen merged.
@@ -156,14 +168,16 @@ class DeviceReader:
         tickets, self._tickets = self._tickets, _Tickets()
         readout = tickets.readout
         drift = self._sample.read(readout) if sample else None
-        arrived = readout.add_all(cotangents)
+        arrived = [readout.add(c.reshape(1)) for c in cotangents]
         readout.fetch()
         found: dict[int, GradientFact] = {}
         for reading in tickets.gradients:
             found.update(reading.facts(readout))
+        if final is not None:
+            self._final[final] = {i: g.norm for i, g in found.items() if g.present}
         gradients = tuple(found.get(i) for i in range(len(self._scene.slots)))
         present = [g for g in gradients if g is not None and g.present]
-        hopeless = any(not math.isfinite(v) for v in readout.get(arrived))
+        hopeless = any(not math.isfinite(v) for ticket in arrived for v in readout.get(ticket))
         skipped = None if tickets.skipped is None else readout.get(tickets.skipped)[0] > 0
         samples = [
             (0.0,) * SAMPLE if ticket is None else tuple(readout.get(ticket))
@@ -187,13 +201,13 @@ class DeviceReader:
         by_slot, norms = {}, {}
         for update, received in zip(tickets.updates, tickets.received, strict=True):
             by_slot.update(update.facts(tickets.readout))
-            norms.update({i: g.norm for i, g in received.facts(tickets.readout).items() if g.present})
+            norms.update(received if isinstance(received, dict) else received.norms(tickets.readout))
         slots = range(len(self._scene.slots))
         return StepUpdate(
             step=tickets.updates[0].step,
             framework_step=tickets.updates[0].framework_step,
             slots=tuple(by_slot.get(i) for i in slots),
-            gradient_norms=tuple(norms.get(i) for i in slots),
+            gradient_norms=tuple(norms.get(i) if i in by_slot else None for i in slots),
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["Readout", "local", "norms"]
+__all__ = ["Readout", "local"]
 
 
 class Readout:
@@ -16,40 +16,59 @@ class Readout:
     """
 
     def __init__(self) -> None:
-        self._parts: list[torch.Tensor] = []
+        self._vectors: list[tuple[Sequence[int], torch.Tensor]] = []  # places, values
+        # The same of scalars, to be stacked when they are fetched.
+        self._scalars: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
         self._length = 0
         self._values: list[float] = []
 
     def add(self, values: torch.Tensor) -> range:
         """Add a one-dimensional tensor; returns where its values will be found."""
-        ticket = range(self._length, self._length + values.numel())
-        self._parts.append(values.detach())
-        self._length += values.numel()
+        ticket = self._ticket(values.numel())
+        self._vectors.append((ticket, values.detach()))
         return ticket
 
-    def add_all(self, scalars: Sequence[torch.Tensor]) -> range:
-        """Add tensors of one element each, wherever they are."""
-        start = self._length
-        for scalar in scalars:
-            self.add(scalar.reshape(1))
+    def add_norms(self, tensors: Sequence[torch.Tensor], order: float, scale: torch.Tensor | None = None) -> range:
+        """Add the norms of many tensors, in few kernels.
+
+        In float64 (but on MPS, which has none): there the square of every float32 is a number of its own, so that
+        a norm is 0 exactly where every element is, and finite exactly where every element is.
+
+        Args:
+            tensors: Floating tensors of any shapes.
+            order: 1 or 2.
+            scale: What to divide the norms by.
+
+        Returns:
+            Where the norms will be found, in the order of the tensors.
+        """
+        ticket = self._ticket(len(tensors))
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, tensor in enumerate(tensors):
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
+        for (device, _), indices in kinds.items():
+            wide = _wide(device)
+            values = torch._foreach_norm([tensors[i] for i in indices], order, dtype=wide)
+            places, scalars = self._scalars.setdefault((device, wide), ([], []))
+            places += [ticket[i] for i in indices]
+            scalars += values if scale is None else [v / scale.to(device) for v in values]
+        return ticket
+
+    def _ticket(self, size: int) -> range:
+        start, self._length = self._length, self._length + size
         return range(start, self._length)
 
     def fetch(self) -> None:
         """Copy everything that was added to the host. One transfer for each device."""
-        by_device: dict[torch.device, list[int]] = {}
-        for index, part in enumerate(self._parts):
-            by_device.setdefault(part.device, []).append(index)
-        fetched: dict[int, list[float]] = {}
-        for device, indices in by_device.items():
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            parts = [self._parts[i].to(dtype) for i in indices]
-            flat = torch.cat(parts).tolist()
-            start = 0
-            for i in indices:
-                size = self._parts[i].numel()
-                fetched[i] = flat[start : start + size]
-                start += size
-        self._values = [value for i in range(len(self._parts)) for value in fetched[i]]
+        by_device: dict[torch.device, list[tuple[Sequence[int], torch.Tensor]]] = {}
+        stacked = [(places, torch.stack(scalars)) for places, scalars in self._scalars.values()]
+        for places, vector in (*stacked, *self._vectors):
+            by_device.setdefault(vector.device, []).append((places, vector.to(_wide(vector.device))))
+        self._values = [0.0] * self._length
+        for parts in by_device.values():
+            flat = torch.cat([vector for _, vector in parts]).tolist()
+            for place, value in zip((p for places, _ in parts for p in places), flat, strict=True):
+                self._values[place] = value
 
     def get(self, ticket: range) -> list[float]:
         """The values behind ``ticket``."""
@@ -57,30 +76,10 @@ class Readout:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this rank holds (all of it, unless it is a DTensor)."""
+    """The part of a tensor that this rank holds (all of it, unless it is a DTensor). For use under ``no_grad``."""
     to_local = getattr(tensor, "to_local", None)
-    return tensor.detach() if to_local is None else to_local().detach()
+    return tensor if to_local is None else to_local()
 
 
-def norms(tensors: Sequence[torch.Tensor], order: float) -> torch.Tensor:
-    """Norms of many tensors in few kernels.
-
-    Args:
-        tensors: Floating tensors of any shapes on one device.
-        order: 1, 2 or ``inf``.
-
-    Returns:
-        [len(tensors)], float32 (float64 for float64 tensors).
-    """
-    if not tensors:
-        return torch.empty(0)
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        by_dtype.setdefault(tensor.dtype, []).append(index)
-    result: list[torch.Tensor | None] = [None] * len(tensors)
-    for dtype, indices in by_dtype.items():
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        values = torch._foreach_norm([tensors[i] for i in indices], order, dtype=wide)
-        for i, value in zip(indices, values, strict=True):
-            result[i] = value
-    return torch.stack([v.to(torch.float64 if len(by_dtype) > 1 else v.dtype) for v in result if v is not None])
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -122,6 +122,9 @@ class Scene:
         self.slots: list[Slot] = [slot for unit in self.units for slot in unit.slots]
         self._unit_of_slot = [number for number, unit in enumerate(self.units) for _ in unit.slots]
         self._start_tensors = [slot.tensor for slot in self.slots]
+        self._kept = [s.frozen or any(part in s.name for part in self._frozen) for s in self.slots]
+        self._facts: list[tuple[tuple[object, ...], SlotFact] | None] = [None] * len(self.slots)
+        self.look()
         expected = {id(unit) for unit in self.units}
         self._others: dict[str, list[Slot]] = {}
         for unit in self.inventory.units:
@@ -149,9 +152,21 @@ class Scene:
             )
         return [unit for unit in units if unit.layer.group in owned]
 
+    def look(self) -> None:
+        """See which tensors the slots hold now, and who owns them; what is asked until the next look is of these."""
+        self._tensors = [slot.tensor for slot in self.slots]
+        self._owners = ownership(self.optimizers)
+        self._owned = [self._owners.get(id(tensor)) for tensor in self._tensors]
+        self._owning = {own.optimizer for own in self._owned if own is not None} or set(range(len(self.optimizers)))
+        self._sizes = self._group_sizes()
+
+    def _group_sizes(self) -> list[int]:
+        return [len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def refresh(self) -> bool:
-        """Take the inventory again if a layer was exchanged; returns whether it was."""
+        """Look, and take the inventory again if a layer was exchanged; returns whether it was."""
         if self.inventory.in_place:
+            self.look()
             return False
         former = {slot.name: t for slot, t in zip(self.slots, self._start_tensors, strict=True) if t is not None}
         self.inventory = take_inventory(self.roots)
@@ -165,7 +180,7 @@ class Scene:
         """Names of tensors that an optimizer steps although their layer has left the model."""
         if not self._left:
             return ()
-        owners = ownership(self.optimizers)
+        owners = self._owners
         held = {id(p) for _, root in self.roots for p in root.parameters()}
         return tuple(name for name, t in self._left.items() if id(t) in owners and id(t) not in held)
 
@@ -182,10 +197,16 @@ class Scene:
         return [unit.layer for unit in self.units]
 
     def owners(self) -> set[int]:
-        """The optimizers that own expected tensors; all of them if none does."""
-        owners = ownership(self.optimizers)
-        found = {own.optimizer for s in self.slots if (own := owners.get(id(s.tensor))) is not None}
-        return found or set(range(len(self.optimizers)))
+        """The optimizers that own expected tensors; all of them if none does.
+
+        Asked in every step: between looks, only the sizes of the groups tell that something has changed.
+
+        Returns:
+            Their numbers.
+        """
+        if self._group_sizes() != self._sizes:
+            self.look()
+        return self._owning
 
     def has_gradients(self, optimizer: int) -> bool:
         """Some tensor of an optimizer has a gradient."""
@@ -193,29 +214,26 @@ class Scene:
 
     def tensors(self, optimizer: int, *, unowned: bool) -> dict[int, torch.Tensor]:
         """Slots whose tensors an optimizer owns, and on request those that nobody owns."""
-        owners = ownership(self.optimizers)
-        found: dict[int, torch.Tensor] = {}
-        for index, slot in enumerate(self.slots):
-            tensor = slot.tensor
-            own = owners.get(id(tensor))
-            if tensor is not None and (own.optimizer == optimizer if own is not None else unowned):
-                found[index] = tensor
-        return found
+        return {
+            index: tensor
+            for index, (tensor, own) in enumerate(zip(self._tensors, self._owned, strict=True))
+            if tensor is not None and (own.optimizer == optimizer if own is not None else unowned)
+        }
 
     def whole(self) -> dict[int, torch.Tensor]:
         """Slots that are meant to train and of which this rank holds all."""
         return {
             index: tensor
-            for index, slot in enumerate(self.slots)
-            if (tensor := slot.tensor) is not None and not is_shard(tensor) and not self._kept(slot)
+            for index, (tensor, kept) in enumerate(zip(self._tensors, self._kept, strict=True))
+            if tensor is not None and not is_shard(tensor) and not kept
         }
 
     def shards(self) -> dict[int, float]:
         """Slots of which this rank holds a part, and by how many ranks that part is held, inverted."""
         return {
             index: 1 / replicas(tensor)
-            for index, slot in enumerate(self.slots)
-            if (tensor := slot.tensor) is not None and is_shard(tensor)
+            for index, tensor in enumerate(self._tensors)
+            if tensor is not None and is_shard(tensor)
         }
 
     def wrapping(self, parallel: DataParallel | None, called: set[int], *, synced: bool) -> Wrapping:
@@ -233,7 +251,7 @@ class Scene:
         if parallel is None:
             together = not tensor_parallel([root for _, root in self.roots])
             return Wrapping(None, -1, None, True, False, (), len(whole) if together else 0)
-        shard = next((t for i in self.shards() if (t := self.slots[i].tensor) is not None), None)
+        shard = next((self._tensors[i] for i in self.shards()), None)
         mesh = getattr(shard, "device_mesh", None)
         first = int(mesh.mesh.min()) if mesh is not None else min(parallel.ranks, default=-1)
         return Wrapping(
@@ -252,32 +270,34 @@ class Scene:
 
     def slot_facts(self) -> tuple[SlotFact, ...]:
         """Every expected slot as it is now."""
-        owners = ownership(self.optimizers)
-        return tuple(
-            self._slot_fact(slot, unit, slot.tensor, owners)
-            for slot, unit in zip(self.slots, self._unit_of_slot, strict=True)
-        )
+        return tuple(map(self._slot_fact, range(len(self.slots))))
 
-    def _slot_fact(
-        self, slot: Slot, unit: int, tensor: torch.Tensor | None, owners: Mapping[int, Ownership]
+    def _slot_fact(self, index: int) -> SlotFact:
+        tensor, own, last = self._tensors[index], self._owned[index], self._facts[index]
+        size = 0 if tensor is None else local(tensor).numel()
+        key = (tensor is not None and tensor.requires_grad, own, None if tensor is None else tensor.dtype, size)
+        if last is not None and last[0] == key:
+            return last[1]
+        fact = self._new_slot_fact(self.slots[index], index, tensor, own, size)
+        self._facts[index] = (key, fact)
+        return fact
+
+    def _new_slot_fact(
+        self, slot: Slot, index: int, tensor: torch.Tensor | None, own: Ownership | None, size: int
     ) -> SlotFact:
-        own = owners.get(id(tensor))
         return SlotFact(
             name=slot.name,
             adapter=slot.adapter,
             role=slot.role,
-            unit=unit,
+            unit=self._unit_of_slot[index],
             requires_grad=tensor is not None and tensor.requires_grad,
             owner=None if own is None else own.optimizer,
             learning_rate=None if own is None else own.learning_rate,
             weight_decay=None if own is None else own.weight_decay,
-            frozen_by_intent=self._kept(slot),
+            frozen_by_intent=self._kept[index],
             half=tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16),
-            numel=0 if tensor is None else local(tensor).numel(),
+            numel=size,
         )
-
-    def _kept(self, slot: Slot) -> bool:
-        return slot.frozen or any(part in slot.name for part in self._frozen)
 
     def unit_facts(
         self,
@@ -332,8 +352,8 @@ class Scene:
         Returns:
             The slots, and how many tensors of the optimizers belong to no watched module.
         """
-        owners = ownership(self.optimizers)
-        lost = [i for i, slot in enumerate(self.slots) if id(slot.tensor) not in owners]
+        owners = self._owners
+        lost = [i for i, own in enumerate(self._owned) if own is None]
         if not lost:
             return (), 0
         known = {id(p) for _, root in self.roots for p in root.parameters()}
@@ -341,7 +361,7 @@ class Scene:
         shapes = [t.shape for t in foreign]
         replaced = []
         for i in lost:
-            tensor, former = self.slots[i].tensor, self._start_tensors[i]
+            tensor, former = self._tensors[i], self._start_tensors[i]
             if former is not None and former is not tensor and id(former) in owners:
                 replaced.append(i)
             elif tensor is not None and tensor.shape in shapes:
@@ -416,8 +436,7 @@ class Scene:
                 outside[name] = prints.changed(before[part])
             if after is not None:
                 (outside if before is None else inside)[name] = prints.changed(after[part])
-        owners = ownership(self.optimizers)
-        active = self.inventory.active
+        owners, active = self._owners, self.inventory.active
         facts = []
         for name, slots in self._others.items():
             tensors = [t for s in slots if (t := s.tensor) is not None]

@@ -10,7 +10,7 @@ import torch
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer
 from lora_probe_callbacks.observe.facts import BaseDrift, UpdateFact
-from lora_probe_callbacks.observe.readout import Readout, local, norms
+from lora_probe_callbacks.observe.readout import Readout, local
 
 __all__ = ["BaseSample", "Fingerprints", "UpdateReading", "copy_before", "read_update"]
 
@@ -27,7 +27,6 @@ class UpdateReading:
     moved: range
     size: range
     norm: range
-    largest: range
 
     def facts(self, readout: Readout) -> dict[int, UpdateFact]:
         """Slot to its update, once the readout was fetched."""
@@ -38,7 +37,6 @@ class UpdateReading:
             readout.get(self.moved),
             readout.get(self.size),
             readout.get(self.norm),
-            readout.get(self.largest),
             strict=True,
         )
         return {
@@ -47,15 +45,19 @@ class UpdateReading:
                 moved=moved / count,
                 size=size,
                 norm=norm,
-                finite=math.isfinite(largest) and not math.isnan(norm),
+                finite=math.isfinite(norm),
             )
-            for slot, count, start, moved, size, norm, largest in rows
+            for slot, count, start, moved, size, norm in rows
         }
 
 
 def copy_before(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     """One copy of the adapter, taken before the step; it lives until the step has ended."""
-    return {slot: local(tensor).clone() for slot, tensor in tensors.items()}
+    now = {slot: local(tensor) for slot, tensor in tensors.items()}
+    copies = {slot: torch.empty_like(tensor) for slot, tensor in now.items()}
+    if copies:
+        torch._foreach_copy_(list(copies.values()), list(now.values()))
+    return copies
 
 
 def read_update(
@@ -78,21 +80,20 @@ def read_update(
         A reading that yields facts after ``readout.fetch()``, or None if there is nothing to compare.
     """
     now = {s: local(t) for s, t in tensors.items()}
-    slots = [s for s in before if s in now and now[s].shape == before[s].shape and before[s].numel()]
+    slots = [s for s, b in before.items() if s in now and now[s].shape == b.shape and b.numel()]
     if not slots:
         return None
     after = [now[s] for s in slots]
     change = [before[s] for s in slots]
-    start = readout.add(norms(change, 2))
-    largest = readout.add(norms(after, math.inf))
-    norm = readout.add(norms(after, 2))
+    start = readout.add_norms(change, 2)
+    norm = readout.add_norms(after, 2)
     torch._foreach_sub_(change, after)
-    size = readout.add(norms(change, 2))
+    size = readout.add_norms(change, 2)
     # The signs of the change, summed up without their signs, count the elements that moved: a
     # difference is zero exactly where the bits agree, so no second copy is needed to count.
     torch._foreach_sign_(change)
-    moved = readout.add(norms(change, 1))
-    return UpdateReading(step, framework_step, slots, [a.numel() for a in after], start, moved, size, norm, largest)
+    moved = readout.add_norms(change, 1)
+    return UpdateReading(step, framework_step, slots, [a.numel() for a in after], start, moved, size, norm)
 
 
 class Fingerprints:
@@ -110,9 +111,8 @@ class Fingerprints:
     def read(self, readout: Readout) -> range:
         """Put the present norms into ``readout``."""
         values = [local(t) for t in self._tensors.values() if t.is_floating_point()]
-        if not values:
-            return readout.add(torch.empty(0))
-        return readout.add(torch.cat([norms(values, 1), norms(values, 2)]))
+        first, second = readout.add_norms(values, 1), readout.add_norms(values, 2)
+        return range(first.start, second.stop)
 
     def changed(self, values: list[float]) -> tuple[str, ...]:
         """Names of the tensors whose norms differ from the last reading."""
@@ -141,46 +141,44 @@ class BaseSample:
         usable = [layer for layer in layers if _base_weight(layer) is not None]
         self._layers = usable[:: max(1, math.ceil(len(usable) / max_layers))][:max_layers]
         self._elements = elements
-        self._start = {id(layer): self._take(layer) for layer in self._layers}
+        self._start = {id(layer): self._take(layer).clone() for layer in self._layers}
 
+    @torch.no_grad()
     def _take(self, layer: AdaptedLayer) -> torch.Tensor:
         weight = _base_weight(layer)
         if weight is None:
             return torch.empty(0)
         flat = local(weight).reshape(-1)
-        return flat[:: max(1, flat.numel() // self._elements)][: self._elements].clone()
+        return flat[:: max(1, flat.numel() // self._elements)][: self._elements]
 
     def read(self, readout: Readout) -> range | None:
-        """Put the drift of every sampled layer into ``readout``."""
-        rows = []
+        """Put the norms of the change and of the start of every sampled layer into ``readout``."""
+        changes, starts = [], []
         for layer in self._layers:
             now, start = self._take(layer), self._start[id(layer)]
-            if layer.merged:  # the adapter is in the weight at this moment: that is no drift
-                now = start
             if now.dtype != start.dtype or now.shape != start.shape or now.device != start.device:
                 # bitsandbytes quantises at the first use, and models get moved: a new beginning.
-                self._start[id(layer)] = start = now
-            if not now.numel():
-                rows.append(torch.zeros((), device=now.device))
-            elif now.is_floating_point():
-                change, size = (now - start).float(), start.float()
-                rows.append(change.norm() / size.norm().clamp_min(1e-30))
-            else:
-                rows.append((now != start).float().mean())
-        return readout.add(torch.stack(rows)) if rows else None
+                self._start[id(layer)] = start = now.clone()
+            if layer.merged:  # the adapter is in the weight at this moment: that is no drift
+                now = start
+            coded = not start.is_floating_point()
+            changes.append((now != start).float() if coded else now.float() - start.float())
+            starts.append(torch.ones_like(changes[-1]) if coded else start.float())
+        return range(readout.add_norms(changes, 2).start, readout.add_norms(starts, 2).stop) if changes else None
 
     def fact(self, values: list[float], merges: int) -> BaseDrift | None:
         """The largest drift among the sampled layers."""
         if not values:
             return None
-        worst = max(range(len(values)), key=values.__getitem__)
-        start = self._start[id(self._layers[worst])]
-        return BaseDrift(
-            relative=values[worst],
-            layer=self._layers[worst].name,
-            merges=merges,
-            quantised=not start.is_floating_point(),
-        )
+        count = len(self._layers)
+        coded = [not self._start[id(layer)].is_floating_point() for layer in self._layers]
+        # Of codes the fraction that changed, which is the square of this quotient.
+        drifts = [
+            (change / max(start, 1e-30)) ** (2 if code else 1)
+            for change, start, code in zip(values[:count], values[count:], coded, strict=True)
+        ]
+        worst = max(range(count), key=drifts.__getitem__)
+        return BaseDrift(drifts[worst], self._layers[worst].name, merges, coded[worst])
 
 
 def _base_weight(layer: AdaptedLayer) -> torch.Tensor | None:

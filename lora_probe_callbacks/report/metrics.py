@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from lora_probe_callbacks.observe.facts import Facts, Role, StepResponse, Sums
 
@@ -22,24 +22,30 @@ def sums_of(facts: Facts, weights: Mapping[int, float]) -> Sums:
     Returns:
         Sums of squares and of elements.
     """
-
-    def total(values: Iterable[tuple[int, float]], role: Role | None = None) -> float:
-        return sum(weights.get(i, 0.0) * v for i, v in values if role is None or facts.slots[i].role == role)
-
-    read = [(i, g.norm**2) for i, g in enumerate(facts.gradients) if g is not None and i in facts.intended]
-    update = facts.update
-    updates = [] if update is None else [(i, u) for i, u in enumerate(update.slots) if u is not None]
-    norms = [] if update is None else [(i, n**2) for i, n in enumerate(update.gradient_norms) if n is not None]
-    moved = [(i, facts.slots[i].numel * u.moved) for i, u in updates]
-    elements = [(i, float(facts.slots[i].numel)) for i, _ in updates]
+    gradients, received, moved, elements = ({"A": 0.0, "B": 0.0, "other": 0.0} for _ in range(4))
+    size = norm = 0.0
+    intended, update = facts.intended, facts.update
+    for i, gradient in enumerate(facts.gradients):
+        if gradient is not None and i in intended and i in weights:
+            gradients[facts.slots[i].role] += weights[i] * gradient.norm**2
+    for i, change in enumerate(() if update is None else update.slots):
+        if change is not None and i in weights:
+            slot, weight = facts.slots[i], weights[i]
+            moved[slot.role] += weight * slot.numel * change.moved
+            elements[slot.role] += weight * slot.numel
+            size += weight * change.size**2
+            norm += weight * change.norm**2
+    for i, value in enumerate(() if update is None else update.gradient_norms):
+        if value is not None and i in weights:
+            received[facts.slots[i].role] += weights[i] * value**2
     a, b = _ROLES
     return Sums(
-        gradients=(total(read, a), total(read, b)),
-        received=(total(norms, a), total(norms, b)),
-        moved=(total(moved, a), total(moved, b)),
-        elements=(total(elements, a), total(elements, b)),
-        size=total((i, u.size**2) for i, u in updates),
-        norm=total((i, u.norm**2) for i, u in updates),
+        gradients=(gradients[a], gradients[b]),
+        received=(received[a], received[b]),
+        moved=(moved[a], moved[b]),
+        elements=(elements[a], elements[b]),
+        size=size,
+        norm=norm,
     )
 
 

@@ -630,7 +630,7 @@ def test_error_inside_a_check_is_kept_and_training_goes_on(tmp_path: Path, monke
     assert others >= CORE
 
 
-@pytest.mark.parametrize("method", ["_note_call", "_new_candidate", "_finish", "modes", "facts"])
+@pytest.mark.parametrize("method", ["_note_call", "_new_candidate", "_finish", "state", "facts"])
 def test_error_inside_an_observer_ends_the_probe_and_not_the_run(monkeypatch: pytest.MonkeyPatch, method):
     from lora_probe_callbacks.observe.forwards import ForwardObserver
 

@@ -1,0 +1,178 @@
+"""What the probe takes, in counts: they hold on a noisy machine, where seconds do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny import llama, peft_llama
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_probe_callbacks import LoraProbeMonitor
+from lora_probe_callbacks.observe.forwards import ForwardObserver
+from lora_probe_callbacks.observe.readout import Readout
+
+REPEATS = ("LP405", "LP307")
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches torch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Loop:
+    def __init__(self, layers: int = 2, batch: int = 2, **optimizer: Any) -> None:
+        torch.manual_seed(0)
+        self.model = peft_llama(llama(layers=layers))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.tensors = len(trained)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, **optimizer)
+        self.ids = torch.randint(1, 32, (batch, 8))
+
+    def step(self) -> Counter[str]:
+        with Operations() as operations:
+            self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return operations.seen
+
+    def probe(self, every_n_steps: int) -> LoraProbeMonitor:
+        return LoraProbeMonitor(self.model, self.optimizer, every_n_steps=every_n_steps, ignore=REPEATS, verbose=False)
+
+    def hooks(self) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.model.modules())
+
+    def extra(self) -> Counter[str]:
+        """Operations of a probed step that a plain one has not."""
+        for _ in range(3):
+            self.step()
+        plain = self.step()
+        with self.probe(1) as probe:
+            for _ in range(5):
+                self.step()
+            probed = self.step()
+        assert probe.report.healthy
+        return probed - plain
+
+
+def test_between_probed_steps_there_is_nothing():
+    loop = Loop()
+    before = loop.hooks()
+    for _ in range(3):
+        plain = loop.step()
+    with loop.probe(10**6) as probe:
+        for _ in range(5):
+            loop.step()
+        assert loop.hooks() == before
+        assert loop.step() == plain
+    assert probe.report.judged_steps == 4
+
+
+def test_probed_step_reads_every_tensor_in_few_operations():
+    extra = Loop().extra()
+    # Norms: of the gradients; of the tensors before and after the update, of the change and of its signs; and of
+    # the sampled base weights now and at the start.
+    assert extra["_foreach_norm"] == 7
+    assert extra["_foreach_copy_"] == 1
+    assert not extra["_local_scalar_dense"], "a value was fetched by itself"
+    assert sum(extra.values()) < 200
+
+
+def test_a_decision_is_one_transfer(monkeypatch: pytest.MonkeyPatch):
+    fetched = []
+    works = Readout.fetch
+    monkeypatch.setattr(Readout, "fetch", lambda self: (fetched.append(1), works(self))[1])
+    loop = Loop()
+    with loop.probe(1):
+        loop.step()
+        first = len(fetched)
+        for _ in range(4):
+            loop.step()
+        assert len(fetched) == first + 4
+
+
+def test_cost_of_reading_does_not_grow_with_the_batch():
+    small, large = Loop(batch=1).extra(), Loop(batch=16).extra()
+    assert small == large
+
+
+def test_cost_of_reading_grows_with_the_number_of_tensors_at_most():
+    few, many = Loop(layers=1), Loop(layers=4)
+    assert many.tensors == 4 * few.tensors
+    assert sum(many.extra().values()) <= 4 * sum(few.extra().values())
+
+
+def test_hooks_are_installed_once_for_steps_that_follow_each_other(monkeypatch: pytest.MonkeyPatch):
+    installed = []
+    works = ForwardObserver._hook
+    monkeypatch.setattr(ForwardObserver, "_hook", lambda *args: (installed.append(args), works(*args))[1])
+    loop = Loop()
+    with loop.probe(1):
+        loop.step()
+        count = len(installed)
+        for _ in range(6):
+            loop.step()
+        assert len(installed) == count
+
+
+@pytest.mark.parametrize("how", ["foreach", "fused"])
+def test_optimizer_kernels_are_the_same(how: str):
+    def kernels(seen: Counter[str]) -> dict[str, int]:
+        return {name: n for name, n in seen.items() if name.startswith("_fused") or "addcdiv" in name or "lerp" in name}
+
+    loop = Loop(**{how: True})
+    loop.step()
+    plain = kernels(loop.step())
+    assert plain
+    with loop.probe(1):
+        for _ in range(5):
+            probed = kernels(loop.step())
+    assert probed == plain
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look (torch 2.13)
+@pytest.mark.parametrize("where", ["whole model", "layers"])
+def test_compiled_model_is_neither_broken_nor_compiled_again(where: str):
+    """Between probed steps nothing; a probed step observes from outside of the graphs."""
+
+    def run(probed: bool) -> tuple[list[float], int, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        loop = Loop()
+        if where == "layers":
+            for layer in loop.model.base_model.model.model.layers:
+                layer.compile(backend="eager")
+            called: Any = loop.model
+        else:
+            called = torch.compile(loop.model, backend="eager")
+        losses = []
+
+        def step() -> None:
+            loss = called(input_ids=loop.ids, labels=loop.ids).loss
+            loss.backward()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+            losses.append(loss.item())
+
+        if probed:
+            with LoraProbeMonitor(called, loop.optimizer, every_n_steps=6, ignore=REPEATS, verbose=False) as probe:
+                for _ in range(9):
+                    step()
+            assert probe.report.healthy is not False
+            assert not probe.report.internal_errors
+        else:
+            for _ in range(9):
+                step()
+        return losses, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+    assert run(probed=True) == run(probed=False)
