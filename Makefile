@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types pytest clean
+.PHONY: demo test lint types pytest peft-matrix detection mutation clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,24 @@ types: $(STAMP)
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# Outside CI: it needs a package index. What PEFT's tests import goes beside the environment, not into it.
+peft-matrix: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/matrix \
+		diffusers scikit-learn joblib cloudpickle threadpoolctl narwhals
+	PYTHONPATH=$(VENV)/matrix $(BIN)/python benchmarks/peft_matrix.py
+	$(BIN)/python benchmarks/readme.py --readme README.md
+
+# Outside CI as well: the faults and the healthy matrix through this package and through three other ways.
+detection: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/guardtower \
+		guardtower==0.1.0
+	PYTHONPATH=$(VENV)/guardtower $(BIN)/python -W ignore benchmarks/detection.py
+	$(BIN)/python benchmarks/readme.py --readme README.md
+
+mutation: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/mutmut mutmut==3.8.1
+	PYTHONPATH=$(VENV)/mutmut $(BIN)/python benchmarks/mutation.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

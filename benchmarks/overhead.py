@@ -93,16 +93,20 @@ class Training:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
         self.ids = torch.randint(0, shape["model"]["vocab_size"], shape["batch"], device=device)
         self.device = device
+        self.backward: Callable[[], object] = lambda: self.loss().backward()  # type: ignore[no-untyped-call]
 
     def step(self, before_update: Callable[[], object] | None = None) -> None:
         """One step; ``before_update`` is called where a user would log gradients."""
-        hidden = self.model.get_base_model().model(input_ids=self.ids)[0]
-        # A scalar that needs no [32, 384, 151936] logits: the probe's cost does not depend on the head.
-        hidden.float().pow(2).mean().backward()
+        self.backward()
         if before_update is not None:
             before_update()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def loss(self) -> torch.Tensor:
+        """A scalar that needs no [32, 384, 151936] logits: the probe's cost does not depend on the head."""
+        hidden: torch.Tensor = self.model.get_base_model().model(input_ids=self.ids)[0]
+        return hidden.float().pow(2).mean()
 
     def steps(self, count: int, before_update: Callable[[], object] | None = None) -> list[float]:
         """Run ``count`` steps; milliseconds of each."""
@@ -286,6 +290,7 @@ def others(training: Training, blocks: int, steps: int) -> dict[str, dict[str, f
         ("lightning", "Lightning grad_norm, every step", _grad_norm),
         ("tensorboard", "TensorBoard histograms, every step", _histograms),
         ("wandb", "wandb.watch(log_freq=1), offline", _watched),
+        ("guardtower", "guardtower.audit, every step", _audited),
     ):
         if importlib.util.find_spec(package) is not None:
             ways[name] = lambda way=way: way(training)  # type: ignore[misc]
@@ -341,6 +346,18 @@ def _watched(training: Training) -> Iterator[Callable[[], object]]:
             run.finish()
 
 
+@contextmanager
+def _audited(training: Training) -> Iterator[None]:
+    import guardtower  # it makes the forward and the backward itself
+
+    plain, optimizer = training.backward, training.optimizer
+    training.backward = lambda: guardtower.audit(training.model, training.loss, optimizer=optimizer)
+    try:
+        yield None
+    finally:
+        training.backward = plain
+
+
 def doors(blocks: int, steps: int) -> dict[str, dict[str, Any]]:
     """The Trainer's and Lightning's loops, with and without the callback, at the default cadence and at every step."""
     return {"Lightning": _lightning(blocks, steps), "Transformers Trainer": _trainer(blocks, steps)}
@@ -358,8 +375,7 @@ def _lightning(blocks: int, steps: int) -> dict[str, dict[str, float]]:
             self.model = self.training_.model
 
         def training_step(self, batch: object, index: int) -> torch.Tensor:
-            loss: torch.Tensor = self.model.get_base_model().model(input_ids=self.training_.ids)[0].pow(2).mean()
-            return loss
+            return self.training_.loss()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-5)
@@ -435,7 +451,7 @@ def main() -> None:
     torch.set_num_threads(1)
     training = Training(SHAPES[options.shape], options.device)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU, 1 thread"
-    packages = ("torch", "peft", "transformers", "lightning", "lora_probe_callbacks")
+    packages = ("torch", "peft", "transformers", "lightning", "wandb", "tensorboard", "guardtower")
     result: dict[str, Any] = {
         "shape": options.shape,
         "device": name,

@@ -92,8 +92,33 @@ def overhead(results: Path) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(results: Path) -> str:
+    """Return what each tool found, missed, and reported of healthy runs."""
+    result = json.loads((results / "detection.json").read_text())
+    of = result["healthy"]
+    rows = [f"| {name} | {' | '.join(str(count) for count in row.values())} |" for name, row in result["table"].items()]
+    alarms = f"false alarms on {of['of LoRA']} LoRA runs | on {of['of other tuners']} runs of other tuners"
+    head = f"| | found of {result['faults']} faults | missed | {alarms} |"
+    return "\n".join([head, "| --- | --- | --- | --- | --- |", *rows])
+
+
+def peft_matrix(results: Path) -> str:
+    """Return what became of PEFT's own test cases."""
+    result = json.loads((results / "peft-matrix.json").read_text())
+    rows = [
+        f"| {kind} | {c['cases']} | {c['quiet']} | {c['warn'] + c['fail']} | {c['fault of PEFT']} | {c['crash']} "
+        f"| {c['changed by the probe']} | {c['does not train']} |"
+        for kind, c in ((kind, result[kind]) for kind in ("lora", "other tuners"))
+    ]
+    columns = "cases | quiet | alarms | faults of PEFT | crashes | changed | untrainable"
+    head = f"| peft {result['versions']['peft']} | {columns} |"
+    return "\n".join([head, "| --- | --- | --- | --- | --- | --- | --- | --- |", *rows])
+
+
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "checks": checks,
+    "side by side": side_by_side,
+    "peft matrix": peft_matrix,
     "latency": latency,
     "overhead": overhead,
     "projection benchmark": projections,

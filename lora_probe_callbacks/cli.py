@@ -166,6 +166,63 @@ def checks(as_json: Json = False) -> None:
     Console().print(table)
 
 
+@app.command()
+def selftest(as_json: Json = False, show_traceback: Debug = False) -> None:
+    """Run every fault on a tiny model, and show which check finds it and when. Exit 1 if one is missed."""
+    rows, missed = [], []
+    with _reported(show_traceback):
+        from lora_probe_callbacks.faults import FAULTS
+        from lora_probe_callbacks.selftest import selftest as run_all
+
+        with _stdout_kept(as_json), _progress(shown=not as_json, total=len(FAULTS)) as tell:
+            for outcome in run_all():
+                tell(outcome.fault.name)
+                f, found = outcome.finding, outcome.found
+                if not found:
+                    missed.append(outcome.fault.name)
+                rows.append(
+                    {
+                        "fault": outcome.fault.name,
+                        "entry": outcome.fault.entry,
+                        "expected": outcome.fault.code,
+                        "by_step": outcome.due,
+                        "code": None if f is None else f.code,
+                        "status": None if f is None else f.status,
+                        "step": None if f is None else f.step,
+                        "others": list(outcome.others),
+                        "found": found,
+                    }
+                )
+        if as_json:
+            _print_json({"schema": _SCHEMA, "command": "selftest", "found": len(rows) - len(missed), "faults": rows})
+        else:
+            Console().print(_trials(rows))
+            typer.echo(f"{len(rows) - len(missed)} of {len(rows)} faults found")
+            for name in missed:
+                typer.echo(f"missed: {name}", err=True)
+    sys.exit(1 if missed else 0)
+
+
+def _trials(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("entry", "fault"):
+        table.add_column(title, overflow="fold")
+    for title in ("found by", "as", "at step", "due"):
+        table.add_column(title, no_wrap=True)
+    for row in rows:
+        code = row["code"] if row["found"] else f"{row['code']}, not {row['expected']}"
+        beside = "".join(f" and {other}" for other in row["others"])
+        table.add_row(
+            row["entry"],
+            row["fault"],
+            f"[{'green' if row['found'] else 'red'}]{code}{beside}[/]",
+            str(row["status"]),
+            str(row["step"]),
+            str(row["by_step"]),
+        )
+    return table
+
+
 def explanation(check: Check) -> str:
     """The text of a check, as the command prints it.
 
@@ -292,7 +349,7 @@ def _print_json(content: Mapping[str, object]) -> None:
 
 
 @contextmanager
-def _progress(*, shown: bool) -> Iterator[Callable[[str], None]]:
+def _progress(*, shown: bool, total: int = 10) -> Iterator[Callable[[str], None]]:
     """Tells on a terminal what is being done and for how long, and nothing elsewhere."""
     console = Console(stderr=True)
     if not (shown and console.is_terminal):
@@ -300,7 +357,8 @@ def _progress(*, shown: bool) -> Iterator[Callable[[str], None]]:
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=10)  # loading, on/off, S, A to D, mu_Y, three backends
+        # of the debugger: loading, on/off, S, A to D, mu_Y, three backends
+        task = progress.add_task("starting", total=total)
 
         def tell(what: str) -> None:
             progress.update(task, description=what, advance=1)

@@ -22,12 +22,16 @@ class ProbeConfig:
     Args:
         adapter: Name(s) that must train; default: the adapters active when training starts.
         reference_adapters: Names that must stay frozen.
-        lagged_adapters: Names that must slowly follow the trained one.
-        reference: ``"disabled"`` if the loss compares with this model, its adapters disabled.
-        resumed: True if the adapter was restored, False if it is new.
-        expect_targets: Name parts that must each own an adapted module.
-        new_token_ids: Added vocabulary rows that must learn.
-        frozen: Name parts of adapter tensors that are meant to stay frozen.
+        lagged_adapters: Names that must slowly follow the trained one: they may move, and must not stand still (LP408).
+        reference: ``"disabled"`` if the loss compares with this model, its adapters disabled. Some forward must then
+            run so (LP109), and that model must be where the policy starts (LP504).
+        resumed: True if the adapter was restored, so that it must not start as the identity; False if it is new, so
+            that it must (LP504).
+        expect_targets: Name parts that must each own an adapted module (LP601). What they cover is taken for all that
+            was meant: other names that match nothing are not warned of.
+        new_token_ids: Added vocabulary rows that must learn (LP604).
+        frozen: Name parts of adapter tensors that are meant to stay frozen: they are not asked to train (LP203, LP605),
+            and must not move (LP404).
         every_n_steps: Cadence of the periodic checks; the first four steps are always probed.
         on_failure: ``"raise"``, ``"stop"`` (graceful) or ``"warn"``.
         select: Codes or prefixes of the checks to run; default: all.

@@ -23,8 +23,14 @@ from lora_probe_callbacks.observe.facts import EstimatorFact
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.repeat import holding, module_state_restored
 from lora_probe_callbacks.observe.scene import Scene
+from lora_probe_callbacks.observe.wrappers import tensor_parallel
 
 __all__ = ["Estimation", "look"]
+
+_SHARDED = (
+    "could not judge: the model is in shards over several ranks, which would all have to run each of its forwards "
+    "together; compute the estimator on a whole copy of the model"
+)
 
 
 def look(
@@ -130,6 +136,9 @@ class Estimation:
             What was seen of each estimate, and its metrics.
         """
         done = []
+        if self._before and tensor_parallel([self._model]):
+            self._before = {}
+            return [(self._fact(step, framework_step, why_not=_SHARDED), {})]
         if self._waiting is not None:
             direction, at, *when = self._waiting
             inputs, self._inputs, self._waiting = self._inputs, None, None

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
 
 __all__ = ["FAULTS", "Fault"]
 
@@ -609,5 +609,544 @@ def steps_swallowed(optimizer: Optimizer) -> None:
     def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         return None if closure is None else closure()
 
+    _exchange_step(optimizer, step)
+
+
+def _exchange_step(optimizer: Optimizer, step: Callable[..., Any]) -> None:
     hooked = Optimizer.profile_hook_step(step)
     optimizer.__class__ = type(type(optimizer).__name__, (type(optimizer),), {"step": hooked})
+
+
+# --- more of the first families -----------------------------------------------------------------
+
+
+@_fault("A04", "LP101", "huggingface/peft#3580", "huggingface/peft#3487")
+def added_after_a_frozen_one(model: PeftModel, name: str, config: PeftConfig) -> None:
+    """Load one adapter for inference, then add the one to train: both are frozen, and the first is active.
+
+    peft 0.20 applied the new adapter's mode to the old one instead, which then trained. LP101 reports it at
+    step 0 when the run says ``adapter=name``; without that word LP203 reports that what is active is frozen.
+
+    Args:
+        model: A model whose adapter was loaded with ``is_trainable=False``.
+        name: Name of the adapter that should have trained.
+        config: Its configuration.
+    """
+    model.add_adapter(name, config)
+
+
+@_fault("A08", "LP109", "NVIDIA-NeMo/Megatron-Bridge#5945", by_step=3)
+@contextmanager
+def disabled_and_always_enabled(model: PeftModel) -> Iterator[None]:
+    """Disable the adapters in a block, and enable them at its end whatever they were before.
+
+    Entered inside another such block (a helper of the reference's own), it leaves the rest of that block with the
+    adapters on. PEFT's own context manager puts back what was. LP109 reports it after four steps, given
+    ``reference="disabled"``.
+
+    Args:
+        model: A model with adapters.
+
+    Yields:
+        Nothing.
+    """
+    model.base_model.disable_adapter_layers()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.base_model.enable_adapter_layers()  # type: ignore[operator]
+
+
+@_fault("A09", "LP504", "huggingface/trl#1193", "huggingface/trl#4723", "huggingface/trl#6591")
+def trained_before(model: nn.Module, std: float = 0.1) -> None:
+    """Make the adapter one that was trained before, as by an SFT phase.
+
+    With ``reference="disabled"`` the loss then compares with the base model, and not with where the policy starts:
+    rewards and KL are not zero before the first update. LP504 warns of it at step 0, since a second round against the
+    base model looks the same.
+
+    Args:
+        model: A model with a fresh adapter.
+        std: Spread of the values of B.
+    """
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_B" in name:
+                tensor.normal_(std=std)
+
+
+@_fault("A10", "LP109", "huggingface/trl#1311", "huggingface/trl#1843", "huggingface/trl#4023", by_step=3)
+def reference_not_disabled(model: nn.Module, **batch: Any) -> Any:
+    """Score the reference without gradients, and forget ``disable_adapter()``.
+
+    Policy and reference are the same weights: DPO's loss stands at 0.6931 while gradients flow and parameters move.
+    Use it in place of the reference forward. LP109 reports it after four steps, given ``reference="disabled"``.
+
+    Args:
+        model: The policy.
+        **batch: Arguments of the model.
+
+    Returns:
+        What the model returns.
+    """
+    with torch.no_grad():
+        return model(**batch)
+
+
+@_fault("A11", "LP207", "huggingface/peft#2759", "huggingface/peft#2928")
+def head_of_reference_left_trainable(model: PeftModel, reference: str) -> None:
+    """Leave the ``modules_to_save`` copy of a frozen adapter trainable, as peft up to 0.17 did.
+
+    LP207 reports it at step 0, given ``reference_adapters=(reference,)``.
+
+    Args:
+        model: A model with a reference that has a ``modules_to_save`` copy.
+        reference: Name of the reference.
+    """
+    for name, tensor in model.named_parameters():
+        if f"modules_to_save.{reference}." in name:
+            tensor.requires_grad_(True)
+
+
+@_fault("B04", "LP504", "huggingface/lerobot#3459")
+def resumed_and_wrapped_anew(model: PeftModel, config: PeftConfig) -> PeftModel:
+    """Wrap the base model of a resumed model again before the optimizer is built: what was loaded is gone.
+
+    LP504 reports it at step 0, given ``resumed=True``.
+
+    Args:
+        model: A model whose adapter was restored.
+        config: Configuration with the same targets.
+
+    Returns:
+        A PeftModel with a fresh adapter.
+    """
+    from peft import get_peft_model
+
+    return get_peft_model(model.get_base_model(), config)
+
+
+@_fault("C05", "LP203", "huggingface/peft#1346", "huggingface/peft#1410")
+def only_default_marked_trainable(model: nn.Module) -> None:
+    """Mark as trainable what is called "default", as peft 0.7 did, in a model whose adapter has another name.
+
+    LP203 reports it at step 0.
+
+    Args:
+        model: A model with an adapter of another name.
+    """
+    for name, tensor in model.named_parameters():
+        tensor.requires_grad_("lora_" in name and ".default" in name)
+
+
+# --- more of the optimizer ----------------------------------------------------------------------
+
+
+@_fault("E07", "LP210", "huggingface/peft#3499", "huggingface/peft#3503")
+def embedding_missing_from_loraplus(model: nn.Module, lr: float = 1e-4, ratio: float = 16.0) -> AdamW:
+    """Build LoRA+'s groups with a rule that never meets an embedding.
+
+    The group of the embeddings stays empty, and their B gets the rate of A. LP210 warns of it at step 0.
+
+    Args:
+        model: A model with adapters on an embedding and on linear layers.
+        lr: Learning rate of A.
+        ratio: Learning rate of B over that of A.
+
+    Returns:
+        The optimizer.
+    """
+    tensors = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    faster = [p for n, p in tensors if "lora_B" in n]
+    rest = [p for n, p in tensors if "lora_B" not in n]
+    groups: list[dict[str, Any]] = [{"params": rest}, {"params": faster, "lr": lr * ratio}, {"params": []}]
+    return AdamW(groups, lr=lr)
+
+
+@_fault("E08", "LP407", "radixark/miles#2572")
+def master_copies_from_before(optimizer: Optimizer) -> None:
+    """Give an optimizer master copies of the present values: it steps those, and writes them back.
+
+    What mixed-precision optimizers of large frameworks do. Restore the adapter after this, and the first
+    step erases it. LP407 reports that step, with the decision that follows it.
+
+    Args:
+        optimizer: An optimizer that owns the adapter.
+    """
+    tensors = [t for group in optimizer.param_groups for t in group["params"]]
+    masters = {t: t.detach().clone() for t in tensors}
+    update: Any = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)  # without torch's own hooks
+
+    def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else closure()
+        for tensor, master in masters.items():
+            tensor.data.copy_(master)
+        update(self)
+        for tensor, master in masters.items():
+            master.copy_(tensor.detach())
+        return loss
+
+    _exchange_step(optimizer, step)
+
+
+@_fault("E10", "LP501", "bitsandbytes-foundation/bitsandbytes#152", "kohya-ss/sd-scripts#523", by_step=1)
+def second_moment_not_representable(optimizer: Optimizer) -> None:
+    """Store Adam's second moment with a map that sends small values below zero, as a bad table does in 8 bits.
+
+    The root of it is not a number, and so is the next update. A stand-in: current bitsandbytes is sound.
+    LP501 reports it at the second step.
+
+    Args:
+        optimizer: An optimizer of Adam's kind.
+    """
+
+    def store(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        for state in optimizer.state.values():
+            state["exp_avg_sq"].sub_(state["exp_avg_sq"].abs().max() / 16)
+
+    optimizer.register_step_post_hook(store)
+
+
+# --- more of the forward ------------------------------------------------------------------------
+
+
+@_fault("G03", "LP104", "huggingface/peft#2274", "huggingface/peft#1612", "state-spaces/mamba#279", by_step=1)
+def projection_inside_a_kernel(parent: nn.Module, inner: str, outer: str) -> None:
+    """Let a block compute ``outer(inner(x))`` with the weight of ``outer``, without calling it, as fused kernels do.
+
+    PEFT refuses Mamba's ``out_proj``; models of one's own it does not know. LP104 suspects the layer at
+    step 0 and sees at step 1 that its weight is read.
+
+    Args:
+        parent: The block.
+        inner: Name of the linear layer that it calls.
+        outer: Name of the adapted linear layer that it does not call.
+    """
+    # A partial, not a closure over the module: the model must stay what deepcopy and pickle know.
+    parent.forward = partial(_fused, parent, inner, outer)
+
+
+def _fused(parent: nn.Module, inner: str, outer: str, x: Tensor) -> Tensor:
+    skipped: Any = getattr(parent, outer)
+    hidden: Tensor = getattr(parent, inner)(x)
+    return F.linear(hidden, skipped.weight, skipped.bias)
+
+
+@_fault("G06", "LP301", "huggingface/peft#291", "pytorch/pytorch#105211", "Lightning-AI/pytorch-lightning#19810")
+def casts_cached_without_gradients(model: nn.Module) -> None:
+    """Let the adapter's layers compute with copies of their weights that carry no gradient.
+
+    What autocast's cache held after a forward without gradients in the same block, on older torch; 2.13 is sound. LP301
+    reports it at step 0.
+
+    Args:
+        model: A model with an adapter.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ("lora_A." in name or "lora_B." in name):
+            module.forward = partial(_with_cached_weight, module)  # type: ignore[method-assign]
+
+
+def _with_cached_weight(linear: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, linear.weight.detach())
+
+
+# --- more of precision --------------------------------------------------------------------------
+
+
+@_fault("H03", "LP408", "AndreasBergmeister/ram#6", by_step=3)
+@torch.no_grad()
+def averaged_in_half_precision(model: nn.Module, source: str, lagged: str, decay: float = 0.9999) -> None:
+    """Move a lagged adapter that is stored in 16 bits one step towards another one.
+
+    (1 - decay) times the difference is less than half a last digit: nothing changes, ever. Call it after every
+    step. LP408 reports it after three updates, given ``lagged_adapters=(lagged,)``.
+
+    Args:
+        model: A model with both adapters, ``lagged`` in float16 or bfloat16.
+        source: The adapter that trains.
+        lagged: The adapter that should follow it.
+        decay: Of the average.
+    """
+    tensors = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if f".{lagged}." in name:
+            tensor.mul_(decay).add_(
+                tensors[name.replace(f".{lagged}.", f".{source}.")].to(tensor.dtype), alpha=1 - decay
+            )
+
+
+# --- targets, scaling, initialisation -----------------------------------------------------------
+
+
+@_fault("J01", "LP601", "huggingface/peft#1959", "huggingface/peft#3658", "huggingface/peft#3554")
+def misspelt_target(base: nn.Module, config: LoraConfig, wrong: str = "gate_porj") -> PeftModel:
+    """Ask for one target too many, of which the model has none.
+
+    PEFT raises only if the whole list matches nothing. LP601 warns at step 0.
+
+    Args:
+        base: The base model.
+        config: A LoraConfig with a list of targets that match.
+        wrong: The name that matches nothing.
+
+    Returns:
+        The model with adapters on the other targets.
+    """
+    from peft import get_peft_model
+
+    config.target_modules = [*_targets(config), wrong]
+    return get_peft_model(base, config)
+
+
+def _targets(config: LoraConfig) -> list[str]:
+    return sorted(config.target_modules or ())
+
+
+@_fault("J02", "LP601", "huggingface/peft#1024")
+def head_dropped_by_layer_choice(base: nn.Module, config: LoraConfig) -> PeftModel:
+    """Choose layers by their index, as peft up to 0.6 did: ``lm_head``, which has none, is dropped.
+
+    peft 0.21 adapts it all the same. LP601 warns at step 0.
+
+    Args:
+        base: A causal language model.
+        config: A LoraConfig with a list of targets.
+
+    Returns:
+        The model, whose configuration names a head that carries no adapter.
+    """
+    from peft import get_peft_model
+
+    config.layers_to_transform = [0]
+    model = get_peft_model(base, config)
+    for held in model.peft_config.values():
+        targets: Any = held
+        targets.target_modules = {*targets.target_modules, "lm_head"}
+    return model
+
+
+@_fault("J03", "LP601", "hiyouga/LlamaFactory#10790", "vllm-project/vllm#41702")
+def one_tower_only(base: nn.Module, config: LoraConfig, tower: str) -> PeftModel:
+    """Turn a list of targets into a pattern that is met in one tower of several.
+
+    LP601 reports at step 0 that a tower named in ``expect_targets`` carries nothing.
+
+    Args:
+        base: A model of several towers.
+        config: A LoraConfig with a list of targets.
+        tower: Part of the names of the tower that gets adapters.
+
+    Returns:
+        The model.
+    """
+    from peft import get_peft_model
+
+    config.target_modules = rf".*{tower}.*\.({'|'.join(_targets(config))})"
+    return get_peft_model(base, config)
+
+
+@_fault("J04", "LP606", "huggingface/peft#3009", "huggingface/peft#2545", "unslothai/unsloth#6936")
+def experts_that_are_no_modules(width: int = 12, experts: int = 3) -> nn.Module:
+    """Make a block whose shared expert is a list of linear layers and whose routed experts are fused parameters.
+
+    ``target_modules=["up_proj", "down_proj"]`` meets the shared expert alone. transformers' own mixtures are
+    converted by peft 0.21, other classes are not. LP606 warns at step 0.
+
+    Args:
+        width: Of inputs and outputs.
+        experts: How many.
+
+    Returns:
+        The block, to be wrapped.
+    """
+    return _Mixture(width, experts)
+
+
+class _Experts(nn.Module):
+    """Two matrices an expert, one parameter for all of them."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(experts, 2 * width, width) / width)
+        self.down_proj = nn.Parameter(torch.randn(experts, width, 2 * width) / width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("...i,eoi->...eo", x, self.up_proj).relu()  # [..., experts, 2 width]
+        return torch.einsum("...eo,eio->...i", hidden, self.down_proj)
+
+
+class _SharedExpert(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(width, 2 * width)
+        self.down_proj = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.up_proj(x).relu()
+        return self.down_proj(hidden)  # type: ignore[no-any-return]
+
+
+class _Mixture(nn.Module):
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.shared = _SharedExpert(width)
+        self.experts = _Experts(width, experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(x) + self.experts(x)  # type: ignore[no-any-return]
+
+
+@_fault("J05", "LP607", "huggingface/peft#2777", "huggingface/peft#2864", "huggingface/transformers#45127")
+def head_copied_from_a_tie(base: nn.Module, config: LoraConfig) -> PeftModel:
+    """Put the head of a model with tied embeddings into ``modules_to_save``.
+
+    The copy learns, the embedding stays, and a merged checkpoint ties them again. LP607 warns at step 0.
+
+    Args:
+        base: A model whose embedding and head are one weight.
+        config: A LoraConfig.
+
+    Returns:
+        The model.
+    """
+    from peft import get_peft_model
+
+    config.modules_to_save = ["lm_head"]
+    return get_peft_model(base, config)
+
+
+@_fault("J06", "LP604", "huggingface/peft#1457", "huggingface/peft#2898", "hiyouga/LlamaFactory#6749")
+def tokens_added_before_wrapping(base: nn.Module, config: PeftConfig, tokens: int = 4) -> PeftModel:
+    """Add tokens to the vocabulary, then attach an adapter that does not hold their rows.
+
+    LP604 reports it at step 0, given ``new_token_ids``.
+
+    Args:
+        base: A language model.
+        config: A configuration without the embedding.
+        tokens: How many.
+
+    Returns:
+        The model, whose new rows are random and frozen.
+    """
+    from peft import get_peft_model
+
+    model: Any = base
+    model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + tokens)
+    return get_peft_model(model, config)
+
+
+@_fault("J07", "LP601", "unslothai/unsloth#9331")
+def target_filtered_out(base: nn.Module, config: LoraConfig, unsupported: str = "lm_head") -> PeftModel:
+    """Drop a target on the way to PEFT, as a wrapper does with what it does not support.
+
+    LP601 reports it at step 0, given ``expect_targets=(unsupported,)``.
+
+    Args:
+        base: The base model.
+        config: A LoraConfig whose targets name it.
+        unsupported: The target that is dropped.
+
+    Returns:
+        The model.
+    """
+    from peft import get_peft_model
+
+    config.target_modules = [name for name in _targets(config) if name != unsupported]
+    return get_peft_model(base, config)
+
+
+@_fault("J08", "LP605", "meta-pytorch/torchtune#2250")
+def magnitude_frozen(model: nn.Module) -> None:
+    """Freeze DoRA's magnitude: the run is one of LoRA under another name.
+
+    LP605 reports it at step 0.
+
+    Args:
+        model: A model with a DoRA adapter.
+    """
+    for name, tensor in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            tensor.requires_grad_(False)
+
+
+@_fault("J09", "LP504", "huggingface/peft#1929", "huggingface/peft#1930", "huggingface/peft#1626")
+def principal_part_in_the_adapter(base: nn.Module, config: LoraConfig) -> PeftModel:
+    """Initialise with PiSSA, where the loss compares with the model without its adapters.
+
+    The principal part is in the adapter and no more in the base weight: without adapters the model is a
+    residual that nobody trained. LP504 reports it at step 0, given ``reference="disabled"``.
+
+    Args:
+        base: The base model.
+        config: A LoraConfig.
+
+    Returns:
+        The model.
+    """
+    from peft import get_peft_model
+
+    config.init_lora_weights = "pissa"
+    return get_peft_model(base, config)
+
+
+@_fault("J11", "LP504", "huggingface/peft#1042", "saforem2/ezpz#207")
+def initialised_after_wrapping(model: PeftModel) -> None:
+    """Call ``init_weights()`` of a model that has its adapter already: B is no longer zero.
+
+    LP504 reports it at step 0, given ``resumed=False``.
+
+    Args:
+        model: A PeftModel around a transformers model.
+    """
+    base: Any = model.get_base_model()
+    base.init_weights()
+
+
+@_fault("J13", "LP602", "huggingface/peft#3582", "huggingface/peft#3588", "axolotl-ai-cloud/axolotl#3673")
+def pattern_that_matches_nothing(base: nn.Module, config: LoraConfig, key: str = "q_porj") -> PeftModel:
+    """Ask for another rank in layers that do not exist.
+
+    peft 0.21 warns of it, earlier ones do not. LP602 warns at step 0.
+
+    Args:
+        base: The base model.
+        config: A LoraConfig.
+        key: The key that matches nothing.
+
+    Returns:
+        The model, with the default rank everywhere.
+    """
+    from peft import get_peft_model
+
+    config.rank_pattern = {key: 16}
+    return get_peft_model(base, config)
+
+
+@_fault("J14", "LP504", "huggingface/peft#1525", "huggingface/peft#1532", "yxli2123/LoftQ#23")
+@torch.no_grad()
+def quantisation_error_in_the_adapter(model: PeftModel, levels: int = 16) -> None:
+    """Put into the adapter what quantising takes from the base weight, as LoftQ does.
+
+    Right with that base weight alone: where the loss compares with the model without its adapters, or the adapter
+    meets the original weight, the error is applied in full. (PEFT's own LoftQ needs a GPU.) LP504 reports it at
+    step 0, given ``reference="disabled"``.
+
+    Args:
+        model: A model with a LoRA adapter on linear layers.
+        levels: Of the quantised weight.
+    """
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    for layer in layers:
+        weight = layer.base_layer.weight
+        step = 2 * weight.abs().max() / levels
+        quantised = (weight / step).round() * step
+        u, s, v = torch.linalg.svd(weight - quantised, full_matrices=False)
+        for name, a in layer.lora_A.items():
+            rank = a.weight.shape[0]
+            a.weight.copy_(s[:rank].sqrt()[:, None] * v[:rank])
+            layer.lora_B[name].weight.copy_(u[:, :rank] * s[:rank].sqrt() / layer.scaling[name])
+        weight.copy_(quantised)
+    for config in model.peft_config.values():
+        config.init_lora_weights = "loftq"  # type: ignore[attr-defined]

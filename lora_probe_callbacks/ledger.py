@@ -90,7 +90,7 @@ class Ledger:
         if verdict.seen is not None:
             step, framework_step = verdict.seen
         if known is None:
-            evidence = {**verdict.evidence, **_what_changed(self.baseline, state, verdict)}
+            evidence = {**verdict.evidence, **_what_changed(self.baseline if facts.units else None, state, verdict)}
             return self._finding(check, verdict, step, framework_step, evidence=evidence)
         return self._finding(
             check,

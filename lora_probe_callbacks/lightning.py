@@ -5,8 +5,11 @@ Translates Lightning's callback methods into session calls and its loggers into 
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -74,14 +77,32 @@ class LoraProbe(Callback):
         if self._session is not None:
             self._session.watch(value, name=name, direction=direction)
 
+    def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
+        """Read a saved file back and compare it with the adapter, see :meth:`ProbeSession.check_saved`.
+
+        Args:
+            path: A folder or file of an adapter, or a checkpoint. Also after training has ended.
+
+        Returns:
+            What was found in this file.
+        """
+        return (self._session or ProbeSession(self._config)).check_saved(path)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._restored = None  # what test() or validate() has loaded is no resume
+
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         # Not in on_train_start: the module's own on_train_start comes after the callbacks'.
         if self._session is not None and self._session.running:
+            self._session.saves_written()
             return
         self._session = ProbeSession(self._config, log=self._keep, main_rank=trainer.is_global_zero)
         if self._restored is not None:
-            self._session.load_state_dict(self._restored)
+            self._session.load_state_dict(self._restored, whole=True)
+            self._restored = None  # of this fit alone
         self._trainer = trainer
         self._session.start(
             _roots(trainer, pl_module),
@@ -126,9 +147,23 @@ class LoraProbe(Callback):
             self._flush(trainer)
 
     @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._session is not None:
+            self._session.saves_written()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        path = _path_of_save()
+        if self._session is not None and path is not None:
+            self._session.save_announced(path)
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._session is not None:
             self._session.close()
+            self._session.saves_written()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -150,6 +185,17 @@ class LoraProbe(Callback):
         for step, metrics in sorted(rows.items()):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
+
+
+def _path_of_save() -> str | None:
+    """Where the checkpoint goes that is being made: no callback is told (lightning 2.6), the caller's caller knows."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:  # as few frames as the profiler and the module's own hooks put between
+        if frame.f_code is pl.Trainer.save_checkpoint.__code__:
+            path = frame.f_locals.get("filepath")
+            return None if path is None else str(path)
+        frame = frame.f_back
+    return None
 
 
 def _roots(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[tuple[str, nn.Module]]:

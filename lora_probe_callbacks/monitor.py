@@ -6,7 +6,8 @@ observed through torch's own hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeGuard
 
@@ -73,6 +74,7 @@ class LoraProbeMonitor:
         main = accelerator is None or accelerator.is_main_process
         self._session = ProbeSession(ProbeConfig(**intent), log=log, main_rank=main, on_stop=self._stop)
         self._entered = False
+        self._saves: Any = None
 
     @property
     def report(self) -> ProbeReport:
@@ -94,21 +96,57 @@ class LoraProbeMonitor:
         """
         self._session.watch(value, name=name, direction=direction)
 
+    def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
+        """Read a saved file back and compare it with the adapter, see :meth:`ProbeSession.check_saved`.
+
+        Args:
+            path: A folder or file of an adapter, or a checkpoint. Also after the context has ended.
+
+        Returns:
+            What was found in this file.
+        """
+        return self._session.check_saved(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What tells a later run whether it goes on from this one.
+
+        Under Accelerate: ``accelerator.register_for_checkpointing(probe)``.
+
+        Returns:
+            Plain values, for a checkpoint.
+        """
+        return self._session.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state of the run that is continued: the adapter and the optimizer must be what they were.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self._session.load_state_dict(state, whole=self._accelerator is not None)
+
     def __enter__(self) -> LoraProbeMonitor:
         if self._entered:
             raise RuntimeError("got a monitor that was entered before, expected a new one: make one for each run")
         names = [""] if len(self._models) == 1 else [f"model{i}" for i in range(len(self._models))]
         self._session.start(zip(names, self._models, strict=True), self._optimizers, scaler=self._scaler)
         self._entered = True
+        if self._accelerator is not None:
+            self._saves = self._accelerator.register_save_state_pre_hook(self._announce)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._saves is not None:
+            self._saves.remove()
         if error is None:
             self._session.end()
         else:
             self._session.abort(error)
+
+    def _announce(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+        self._session.save_announced(folder)
 
     def _stop(self) -> None:
         if self._accelerator is not None:

@@ -5,20 +5,18 @@ when that happens. A **decision** is made once per step, at the first optimizer 
 before the update wherever the event comes before it, and covers everything observed up to then. What
 is seen later is judged by the next one. Nothing raises anywhere else.
 
-Several ranks decide together. They exchange at the same decisions: whether there is one depends on the
-number of the step and the cadence alone. A rank whose probe is broken takes part and has nothing to say.
-What is found before the first forward waits for the first step (ranks may reach that forward at
-different times, and one may be waited for in it), and a rank that is left by an exception exchanges
-nothing: it says so where the others see it without waiting.
+Several ranks decide together (``agreement.py``), so whether there is a decision depends on the number of
+the step and the cadence alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -29,33 +27,36 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lora_probe_callbacks.agreement import agreed, decode, encode
-from lora_probe_callbacks.checks.base import Check, Verdict
+from lora_probe_callbacks.agreement import Agreement
+from lora_probe_callbacks.checkpoints import Checkpoints
+from lora_probe_callbacks.checks.base import OF_OWNED_TENSORS, Check, Verdict, skipped
 from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
 from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.facts import (
+    Coverage,
     EstimatorFact,
     Facts,
+    ForwardFact,
+    Mode,
     Moment,
-    RankReport,
-    RanksFact,
+    ReferenceFact,
+    SavedFact,
     SlotHistory,
+    StartFact,
     StepResponse,
 )
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.history import advance
 from lora_probe_callbacks.observe.idle import AdaptersElsewhere
 from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of, unwrap_optimizer
-from lora_probe_callbacks.observe.ranks import AgreementLostError, Ranks
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
 from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, RandomState, random_state
 from lora_probe_callbacks.observe.response import ResponseObserver
-from lora_probe_callbacks.observe.scene import FlatParametersError, Scene
+from lora_probe_callbacks.observe.scene import NotJudgedError, Scene
 from lora_probe_callbacks.observe.witness import WeightWitness
-from lora_probe_callbacks.observe.wrappers import DataParallel, data_parallel
 from lora_probe_callbacks.report.console import finding_panel, health_table
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError, LoraProbeWarning, ProbeReport
 from lora_probe_callbacks.report.metrics import (
@@ -63,7 +64,6 @@ from lora_probe_callbacks.report.metrics import (
     metrics_of_response,
     metrics_of_step,
     metrics_of_update,
-    sums_of,
 )
 from lora_probe_callbacks.report.record import Record, Row
 from lora_probe_callbacks.steps import StepTracker
@@ -71,6 +71,7 @@ from lora_probe_callbacks.steps import StepTracker
 __all__ = ["ProbeConfig", "ProbeSession"]
 
 ALWAYS = 4  # the first steps are always probed: most faults are there from the start
+_OF_FILES = ("LP801", "LP802", "LP803", "LP805", "LP807")  # what a saved file alone can be judged by
 REPEATS_EVERY = 16  # after them, one probed step in so many runs a forward a second time
 
 
@@ -112,16 +113,19 @@ class ProbeSession:
         self._merges = 0
         self._was_active: set[str] = set()
         self._elsewhere = AdaptersElsewhere()
+        self._looked_at_start = False
+        self._start: StartFact | None = None
+        self._coverage: Coverage | None = None
+        self._reference = None if config.reference is None else ReferenceFact(disabled=False, active=0)
         self._responses: tuple[StepResponse, ...] = ()
+        self._checkpoints: Checkpoints | None = None
+        self._restored: tuple[Mapping[str, Any], str, bool] | None = None  # before the start
+        self._reads_files = main_rank
         self._estimates: list[EstimatorFact] = []
         self._zero_estimates: dict[str, int] = {}  # looks in a row at which all gradients of one were exactly zero
         self._told: set[str] = set()  # why estimates could not be computed
-        self._ranks = Ranks()
-        self._held: dict[str, Verdict] = {}  # found at the start, and not yet told to the other ranks
-        self._equal_at_start: bool | None = None  # the adapter tensors of all ranks
-        self._differed = False  # their gradients, when they were last compared
+        self._agreement = Agreement([check.code for check in self._checks], self._alone)
         self._last_probed = False
-        self._synced = True
         self._overhead_ms = 0.0
         self._probed_steps = 0
         self._handles: list[RemovableHandle] = []
@@ -160,14 +164,14 @@ class ProbeSession:
                 lagged=config.lagged_adapters,
                 frozen=config.frozen,
             )
-        except FlatParametersError as error:
+        except NotJudgedError as error:
             self._ledger.not_judged(f"could not judge: {error}", 0, 0)
             self.report.findings = self._ledger.findings
             return
         self._reader = DeviceReader(self._scene)
         self._estimation = None if config.estimator is None else Estimation(config.estimator, self._scene)
-        self._parallel: DataParallel | None = None
-        self._guarded(self._meet_ranks)
+        self._guarded(lambda: self._agreement.enter([root for _, root in self._scene.roots]))
+        self._saving(self._begin_saving)
         self._observer = ForwardObserver(before=self._before_forward, after=self._after_forward, on_error=self._break)
         self._watch()
         for index, optimizer in enumerate(self._scene.optimizers):
@@ -177,10 +181,12 @@ class ProbeSession:
         self._begin_step()
         self._recorded(self._write_start)
 
-    def _meet_ranks(self) -> None:
-        self._ranks.enter()
-        if self._ranks.world > 1:
-            self._parallel = data_parallel([root for _, root in self._scene.roots])
+    def _begin_saving(self) -> None:
+        if any(check.code.startswith("LP8") for check in self._checks):
+            self._checkpoints = Checkpoints(self._scene, reads=self._reads_files)
+            if self._restored is not None:
+                state, source, whole = self._restored
+                self._checkpoints.restored(state, source, whole=whole)
 
     def _watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
@@ -215,7 +221,7 @@ class ProbeSession:
             if not isinstance(error, LoraProbeError | KeyboardInterrupt | SystemExit | GeneratorExit):
                 self._note_on(error)
         finally:
-            self._ranks.leave(f"the run was left by {type(error).__name__}")
+            self._agreement.leave(f"the run was left by {type(error).__name__}")
             self.close()
             self._finish_report()
 
@@ -229,19 +235,132 @@ class ProbeSession:
             handle.remove()
         self._handles.clear()
         self._let_go()
-        self._ranks.close()
+        self._agreement.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later session should know: the last healthy state."""
-        return {"baseline": self._ledger.baseline}
+        """What a later session should know: the last healthy state, and a fingerprint of what is trained now."""
+        state: dict[str, Any] = {"baseline": self._ledger.baseline}
+        checkpoints = self._checkpoints
+        if checkpoints is not None:
+            self._saving(lambda: state.update(fingerprint=checkpoints.state()))
+        return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the last healthy state of an earlier session.
+    def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the checkpoint", whole: bool = False) -> None:
+        """Take over what an earlier session knew; the next decision compares its fingerprint with what is here.
 
         Args:
             state: What :meth:`state_dict` returned.
+            source: Where it comes from, for messages.
+            whole: The adapter and the optimizer are restored from the same place, by a framework.
         """
         self._ledger.baseline = state.get("baseline")
+        if state.get("fingerprint") is not None:
+            self._restored = (state["fingerprint"], source, whole)
+            if self._checkpoints is not None:
+                self._checkpoints.restored(state["fingerprint"], source, whole=whole)
+
+    # --- saves ------------------------------------------------------------------------------
+
+    def save_announced(self, path: str | os.PathLike[str]) -> None:
+        """A framework writes a checkpoint: the adapter is sampled now, and the file read at the next event.
+
+        Args:
+            path: The file or folder.
+        """
+        checkpoints = self._checkpoints
+        if checkpoints is not None and not self._broken:
+            step, framework_step = self._step_of("end"), self._framework_step()
+            self._saving(lambda: checkpoints.announced(path, step, framework_step))
+
+    def saves_written(self) -> None:
+        """What was announced is complete: read it. After the end of the run it is judged at once."""
+        checkpoints = self._checkpoints
+        if checkpoints is None or self._broken:
+            return
+        if self._running:
+            self._saving(checkpoints.look)
+            return
+        found: list[SavedFact] = []
+        self._saving(lambda: found.extend(checkpoints.take(end=True)))
+        if found:
+            self._show(self._judge_saves(found, self._ledger)[1])
+
+    def _show(self, findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            if self._console is not None:
+                self._console.print(finding_panel(finding))
+
+    def restored_from(self, path: str | os.PathLike[str]) -> None:
+        """The run goes on from a checkpoint that holds no state of this probe: the adapter should be its own.
+
+        Args:
+            path: The checkpoint.
+        """
+        checkpoints = self._checkpoints
+        if checkpoints is not None and self._reads_files and os.path.exists(path):
+            self._saving(lambda: checkpoints.check(path, self.step, self._framework_step(), running=True) and None)
+
+    def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
+        """Read a saved file back and compare every element with the adapter; see :class:`Checkpoints`.
+
+        While training goes on, what fails is acted upon by the next decision as well. Nothing is raised here.
+
+        Args:
+            path: A folder or file of an adapter, or a checkpoint of the whole module.
+
+        Returns:
+            What was found in this file.
+        """
+        report = ProbeReport(judged_steps=1)
+        checks = [check for check in self._checks if check.code in _OF_FILES]
+        ledger = Ledger(checks)
+        found: list[SavedFact] = []
+        checkpoints = self._checkpoints
+        if checkpoints is not None and not self._broken:
+            step, framework_step = self._step_of("end"), self._framework_step()
+            self._saving(lambda: found.extend(checkpoints.check(path, step, framework_step, running=self._running)))
+        if found:
+            self._judge_saves(found, ledger)
+            if not self._running:
+                self._show(self._judge_saves(found, self._ledger)[1])
+        else:
+            ledger.not_judged("could not judge: the probe has not begun, or has stepped aside", self.step, self.step)
+        report.findings = ledger.findings
+        return report
+
+    def _judge_saves(self, found: Sequence[SavedFact], ledger: Ledger) -> tuple[dict[str, Verdict], list[Finding]]:
+        """The verdicts on saved files alone, outside a decision."""
+        first = found[0]
+        facts = Facts("step", None, first.step, first.framework_step, (), False, (), (), (), (), ())
+        facts = dataclasses.replace(facts, saves=tuple(found))
+        verdicts = {code: v for code, v in self._judge(facts, only=_OF_FILES).items() if v.status != "pending"}
+        changed = ledger.add(facts, verdicts)
+        if ledger is self._ledger:
+            self.report.findings = ledger.findings
+        if ledger is self._ledger and changed and self._running:
+            self._recorded(lambda record: self._write_record(record, facts, verdicts, changed))
+        return verdicts, changed
+
+    def _decide_on_files(self) -> None:
+        """Between two probed steps nothing but a file may wait: the rest is not looked at for that."""
+        checkpoints = self._checkpoints
+        found: list[SavedFact] = []
+        if checkpoints is not None:
+            self._saving(lambda: found.extend(checkpoints.take()))
+        if found:
+            self._act(*self._judge_saves(found, self._ledger), "step")
+
+    def _saving(self, work: Callable[[], object]) -> None:
+        """An error of our own about a file ends these checks, and nothing else."""
+        try:
+            work()
+        except Exception as error:
+            self._internal(error)
+            self._checkpoints = None
+            checks = [check for check in self._checks if check.code.startswith("LP8")]
+            reason = f"could not judge: {type(error).__name__} while a checkpoint was looked at: {error}"
+            self._ledger.not_judged(reason, self.step, self._framework_step(), checks)
+            self.report.findings = self._ledger.findings
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -256,7 +375,7 @@ class ProbeSession:
         self._response: ResponseObserver | None = None
         self._began_with: RandomState | None = None
         self._observer.reset()
-        if not self._probed or (self._broken and not self._ranks.several):
+        if not self._probed or (self._broken and not self._agreement.several):
             self._observer.disarm()
             return
         if self._broken:
@@ -350,6 +469,8 @@ class ProbeSession:
                 return
             if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
+            if self._checkpoints is not None:
+                self._checkpoints.stepped_at = time.time()
             self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
@@ -373,9 +494,11 @@ class ProbeSession:
         if not self._now.decided:
             self._now.decided = True
             # Whether something waits may differ between ranks, of which one may have skipped its last step.
-            waiting = self._last_probed if self._ranks.several else (self._reader.waiting or bool(self._estimates))
+            waiting = self._last_probed if self._agreement.several else self._waits
             if self._probed or waiting:
                 self._decide("step", index, final=final)
+            elif self._checkpoints is not None and not self._broken and not self._agreement.several:
+                self._decide_on_files()
         elif first and self._probed:  # a further optimizer of a step that is decided already
             self._guarded(self._scene.look)
             self._guarded(lambda: self._reader.read_gradients(index, unowned=False))
@@ -391,6 +514,12 @@ class ProbeSession:
             self._guarded(lambda: estimation.stepping(self.step))
         if response is not None and not self._broken:
             self._guarded(lambda: response.stepping(inside=inside))
+
+    @property
+    def _waits(self) -> bool:
+        """Something was observed that no decision has judged yet."""
+        restored = self._checkpoints is not None and self._checkpoints.to_compare
+        return self._reader.waiting or bool(self._estimates) or restored
 
     def _begins_again(self, index: int) -> None:
         self._now.begins_again(index, self._scene.owners(), self._scene.has_gradients)
@@ -413,8 +542,7 @@ class ProbeSession:
                 self._decide("skipped", None)
             self._end_step()
         self._raise_again()
-        if self._parallel is not None:
-            self._synced = self._parallel.syncs
+        self._agreement.forward_begins()
         if self._broken:
             return
         if self._estimation is not None:
@@ -436,6 +564,7 @@ class ProbeSession:
         # ... or this is the forward of a reference, which no optimizer owns.
         if names != former and (self._scene.owned(names) or not self._scene.owned(former)):
             self._scene.expect(names)
+            self._saving(self._begin_saving)
             self._watch()
             self._begin_step()
 
@@ -532,18 +661,14 @@ class ProbeSession:
 
     def _decide(self, moment: Moment, optimizer: int | None, *, final: bool = False) -> None:
         """Judge everything observed up to now, once; tell it, and act on it."""
-        together = self._ranks.several
+        together = self._agreement.several
         if self._broken and not together:
             return
         began = time.perf_counter()
         facts, verdicts = self._look(moment, optimizer, final=final)
         if together:
-            if moment == "start":
-                self._held = {code: v for code, v in verdicts.items() if v.status in ("warn", "fail")}
-                verdicts = {code: v for code, v in verdicts.items() if code not in self._held}
-            else:
-                verdicts, self._held = explain({**verdicts, **self._held}), {}
-                facts, verdicts = self._agree(facts, verdicts)
+            judge = partial(self._judge, between=True)
+            facts, verdicts = self._agreement.decide(facts, verdicts, broken=self._broken, judge=judge)
         try:
             changed = self._ledger.add(facts, verdicts)
         except Exception as error:
@@ -567,63 +692,6 @@ class ProbeSession:
         step, framework_step = self.step, self._framework_step()
         return Facts(moment, optimizer, step, framework_step, (), False, (), (), (), (), ()), {}
 
-    def _agree(self, facts: Facts, verdicts: dict[str, Verdict]) -> tuple[Facts, dict[str, Verdict]]:
-        """Hear the other ranks, and come to the verdicts that all of them come to."""
-        ranks = self._ranks
-        message = encode(facts, verdicts, broken=self._broken)
-        in_need = any(v.status == "fail" for v in verdicts.values())
-        if in_need:
-            ranks.post(message)
-        reports = {ranks.rank: decode(message)}
-        if facts.moment == "exception":
-            self._hear_posted(reports)
-        elif self._parallel is None or not self._parallel.joining:
-            try:
-                reports = self._exchanged(message, in_need=in_need)
-                facts = self._with_ranks(facts, reports)
-                if not self._broken:
-                    verdicts = {**verdicts, **self._judge(facts, between=True)}
-                if facts.moment != "end" and any(r.moment == "end" for r in reports.values()):
-                    ranks.leave("a rank has ended its run before the others")
-            except AgreementLostError as lost:
-                self._hear_posted(reports)
-                self._alone(str(lost), facts)
-        known = {check.code for check in self._checks} | set(verdicts)
-        heard = {r: _only(report, known) for r, report in reports.items()}
-        return facts, agreed(verdicts, heard, ranks.world)
-
-    def _exchanged(self, message: bytes, *, in_need: bool) -> dict[int, RankReport]:
-        messages = self._ranks.exchange(message, in_need=in_need)
-        try:
-            return dict(enumerate(map(decode, messages)))
-        except ValueError as error:
-            self._ranks.leave(str(error))
-            raise AgreementLostError(str(error)) from error
-
-    def _hear_posted(self, reports: dict[int, RankReport]) -> None:
-        """What a rank has found that will not come to a decision any more."""
-        posted = self._ranks.posted()
-        if posted is not None and posted[0] not in reports:
-            reports[posted[0]] = decode(posted[1])
-
-    def _alone(self, reason: str, facts: Facts) -> None:
-        checks = [check for check in self._checks if check.code.startswith("LP7")]
-        self._ledger.not_judged(f"the ranks do not decide together: {reason}", facts.step, facts.framework_step, checks)
-
-    def _with_ranks(self, facts: Facts, reports: Mapping[int, RankReport]) -> Facts:
-        ranks = RanksFact(tuple(reports[r] for r in range(self._ranks.world)), self._ranks.rank)
-        if self._equal_at_start is None:
-            self._equal_at_start = ranks.tensors_differ is None
-        ranks = dataclasses.replace(ranks, equal_at_start=self._equal_at_start, differed_before=self._differed)
-        if ranks.stepping:
-            self._differed = ranks.gradients_differ is not None
-        mine = ranks.reports[ranks.rank]
-        sums = sums_of(facts, {i: 1.0 for i in range(len(facts.slots)) if i not in facts.shards})
-        for report in ranks.reports:
-            if report.first == mine.first:
-                sums += report.shards
-        return dataclasses.replace(facts, ranks=ranks, sums=sums)
-
     def _collect(self, moment: Moment, optimizer: int | None, *, final: bool) -> Facts:
         if self._scene.refresh():
             history = self._history
@@ -633,7 +701,7 @@ class ProbeSession:
         probed = optimizer is not None and self._probed
         if probed and optimizer is not None:
             self._reader.read_gradients(optimizer, unowned=True)
-        if self._ranks.several:
+        if self._agreement.several:
             self._reader.read_samples(optimizer if probed else None)
         readings = self._reader.fetch(
             final=optimizer if final and probed else None,
@@ -641,7 +709,19 @@ class ProbeSession:
             sample=probed,
             merges=self._merges,
         )
-        return self._facts(moment, optimizer, readings, final=final)
+        facts = self._facts(moment, optimizer, readings, final=final)
+        return self._with_files(facts)
+
+    def _with_files(self, facts: Facts) -> Facts:
+        """What was saved and restored since the last decision."""
+        checkpoints = self._checkpoints
+        if checkpoints is None:
+            return facts
+        checkpoints.moved |= any(h.had_move and s.role == "B" for h, s in zip(facts.history, facts.slots, strict=True))
+        found: dict[str, Any] = {}
+        self._saving(lambda: found.update(saves=checkpoints.take(again=True, end=facts.moment == "end")))
+        self._saving(lambda: found.update(restored=checkpoints.resumed()))
+        return dataclasses.replace(facts, **found)
 
     def _facts(self, moment: Moment, optimizer: int | None, readings: Readings, *, final: bool) -> Facts:
         scene, observer = self._scene, self._observer
@@ -649,6 +729,12 @@ class ProbeSession:
         modes, active = observer.state()
         forwards = observer.facts(scene.slot_of())
         self._history = advance(self._history, slots, readings.gradients, readings.update, self.step)
+        if not self._looked_at_start:
+            self._looked_at_start = True
+            self._look_at_start()
+        if readings.followers is not None:
+            scene.followers.advance(readings.followers, self.step, moved=_moved(readings))
+        self._look_beside(forwards, moment)
         scaler = self._scaler is not None or any(grad_scale(o) is not None for o in scene.optimizers)
         overflow = scaler and any(g is not None and not g.finite for g in readings.gradients)
         if readings.skipped_inside:
@@ -700,28 +786,49 @@ class ProbeSession:
             why_not_repeated=None if self._repeat is None else self._repeat.why_not,
             responses=self._responses,
             estimators=tuple(self._estimates),
+            why_not_owned=scene.why_not_owned(),
+            resumed=self.config.resumed,
+            reference=self._reference,
+            new_tokens=tuple(self.config.new_token_ids),
+            start=self._start if self._start and len(self._start.units) == len(scene.units) else None,
+            coverage=self._coverage,
         )
         self._estimates.clear()
-        if self._ranks.world > 1:
-            facts = self._with_wrapping(facts, readings)
+        facts = self._agreement.add_wrapping(facts, scene, observer.called(), readings)
         others_train = any(scene.has_gradients(i) for i in range(len(scene.optimizers)))
         if facts.nobody_called and not others_train:  # else something beside the adapter is trained first
             elsewhere = self._elsewhere.look([layer.module for layer in scene.inventory.layers])
             facts = dataclasses.replace(facts, elsewhere=elsewhere)
         return facts
 
-    def _with_wrapping(self, facts: Facts, readings: Readings) -> Facts:
-        shards = self._scene.shards()
-        joining = self._parallel is not None and self._parallel.joining
-        uneven = "the inputs of the ranks are uneven (Join): every rank decides by itself"
-        return dataclasses.replace(
-            facts,
-            wrapping=self._scene.wrapping(self._parallel, self._observer.called(), synced=self._synced),
-            shards=shards,
-            shard_sums=sums_of(facts, shards),
-            tensor_sample=readings.tensor_sample,
-            gradient_sample=readings.gradient_sample,
-            why_alone=uneven if joining else self._ranks.why_alone,
+    def _alone(self, reason: str, facts: Facts) -> None:
+        checks = [check for check in self._checks if check.code.startswith("LP7")]
+        self._ledger.not_judged(reason, facts.step, facts.framework_step, checks)
+
+    def _look_at_start(self) -> None:
+        """Values and names, once; models differ most here, and what cannot be read ends these checks alone."""
+        try:
+            self._start = self._scene.start(self._framework_step())
+            self._coverage = self._scene.coverage(self.config.expect_targets, self.config.new_token_ids)
+        except Exception as error:
+            self._internal(error)
+            left = [c for c in self._checks if c.code in ("LP503", "LP504") or c.code.startswith("LP6")]
+            self._checks = [c for c in self._checks if c not in left]
+            reason = f"could not judge: {type(error).__name__} when the model was looked at"
+            self._ledger.not_judged(reason, self.step, self._framework_step(), left)
+
+    def _look_beside(self, forwards: tuple[ForwardFact, ...], moment: Moment) -> None:
+        """Did a forward run with the adapters disabled, where the loss compares with it?"""
+        if self._reference is None:
+            return
+        modes = {*self._observer.beside, *(m for f in forwards for m in _ran_in(f))}
+        # With gradients and never differentiated: a reference that is detached afterwards.
+        if any(f.received for f in forwards):
+            aside = [f for f in forwards if not f.received]
+            modes |= {f.mode(u) for f in aside for u in range(len(self._scene.units)) if f.called(u) is not False}
+        active = "active" in modes and moment in ("step", "skipped")
+        self._reference = ReferenceFact(
+            disabled=self._reference.disabled or "disabled" in modes, active=self._reference.active + active
         )
 
     def _step_of(self, moment: Moment) -> int:
@@ -729,14 +836,15 @@ class ProbeSession:
         over = moment == "end" and self.step and not self._observer.candidates
         return self.step - 1 if over else self.step
 
-    def _judge(self, facts: Facts, *, between: bool = False) -> dict[str, Verdict]:
+    def _judge(self, facts: Facts, *, between: bool = False, only: Iterable[str] = ()) -> dict[str, Verdict]:
         """The verdicts on one set of facts; those ``between`` ranks need what the other ranks have sent."""
         verdicts: dict[str, Verdict] = {}
         for check in list(self._checks):
-            if between and not check.code.startswith("LP7"):
+            if (between and not check.code.startswith("LP7")) or (only and check.code not in only):
                 continue
             try:
-                verdicts[check.code] = check.judge(facts)
+                hidden = facts.why_not_owned and check.code in OF_OWNED_TENSORS
+                verdicts[check.code] = skipped(facts.why_not_owned) if hidden else check.judge(facts)
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)
@@ -855,7 +963,7 @@ class ProbeSession:
             return
         self._broken = True
         self._internal(error)
-        if self._ranks.several:
+        if self._agreement.several:
             self._observer.bare = True  # the others count on this rank at every decision
         else:
             self._observer.disarm()
@@ -876,6 +984,13 @@ class ProbeSession:
         self._recorded(lambda record: record.error(self.step, text))
 
 
-def _only(report: RankReport, codes: set[str]) -> RankReport:
-    """Without what this rank was not asked to judge."""
-    return dataclasses.replace(report, bad=tuple((c, s) for c, s in report.bad if c in codes))
+def _moved(readings: Readings) -> bool:
+    """The last update has moved the adapter."""
+    return readings.update is not None and any(u is not None and u.moved > 0 for u in readings.update.slots)
+
+
+def _ran_in(forward: ForwardFact) -> Iterator[Mode]:
+    """Other states in which layers ran inside one forward."""
+    for _, _, other in forward.calls or ():
+        if other is not None:
+            yield other

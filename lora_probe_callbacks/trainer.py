@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
 from lora_probe_callbacks.config import ProbeConfig
@@ -105,6 +107,17 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
         if self._session is not None:
             self._session.watch(value, name=name, direction=direction)
 
+    def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
+        """Read a saved file back and compare it with the adapter, see :meth:`ProbeSession.check_saved`.
+
+        Args:
+            path: A folder or file of an adapter, or a checkpoint. Also after training has ended.
+
+        Returns:
+            What was found in this file.
+        """
+        return (self._session or ProbeSession(self._config)).check_saved(path)
+
     def attach(self, trainer: Any) -> LoraProbeTrainerCallback:
         """Join a trainer: adds the callback if it is missing, and hears of exceptions.
 
@@ -139,6 +152,10 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # A checkpoint written without this callback lacks its entry, and the next save asks for it (transformers 5.23).
+        callbacks: Any = state.stateful_callbacks
+        if isinstance(callbacks, dict):
+            callbacks.setdefault(type(self).__name__, self.state())
         if self._session is not None:
             self._session.close()  # what an exception in an earlier train() left behind
         self._session = None
@@ -153,8 +170,10 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
         self._rows = {}
         # Without a reference to this object: the session is closed when nobody holds it any more.
         session = ProbeSession(self._config, log=partial(_keep, self._rows), main_rank=state.is_world_process_zero)
+        checkpoint = _folder(args, state)
+        stored = _stored(state, type(self).__name__)
         if state.global_step:  # resumed; else what is stored is this callback's own state of a moment ago
-            session.load_state_dict(_stored(state, type(self).__name__))
+            session.load_state_dict(stored, source=checkpoint, whole=not args.save_only_model)
         self._session = session
         weakref.finalize(self, session.close)
         trainer = _trainer_of(state)
@@ -168,6 +187,8 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
             scaler=getattr(kwargs["optimizer"], "scaler", None),
             framework_step=lambda: state.global_step,
         )
+        if state.global_step and "fingerprint" not in stored:  # written without this callback
+            session.restored_from(checkpoint)
 
     @override
     def on_substep_end(
@@ -179,6 +200,12 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._flush(args, state, control, before=state.global_step)
         self._pass_on_stop(control)
+
+    @override
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._session is not None:
+            self._session.save_announced(_folder(args, state))
+            self._session.saves_written()
 
     @override
     def on_epoch_end(
@@ -228,6 +255,11 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
             then.global_step = step
             for reporter in self._reporters:
                 reporter.on_log(args, then, control, logs=dict(metrics), model=None)
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> str:
+    """The checkpoint of the present step."""
+    return os.path.join(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _keep(rows: dict[int, dict[str, float]], metrics: dict[str, float], framework_step: int) -> None:

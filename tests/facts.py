@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lora_probe_callbacks.checks.base import Verdict
 from lora_probe_callbacks.checks.catalogue import all_checks, explain
 from lora_probe_callbacks.observe.facts import (
+    EstimatorFact,
     Facts,
     ForwardFact,
     GradientFact,
     Mode,
+    OtherAdapter,
+    RankReport,
+    RanksFact,
     SlotFact,
     SlotHistory,
     StepUpdate,
+    Sums,
     UnitFact,
     UpdateFact,
+    Wrapping,
 )
 
 GRADIENT = GradientFact(present=True, norm=1.0, zero=False, finite=True)
@@ -36,11 +43,15 @@ def facts(
     unit: dict[str, Any] | None = None,
     updates: Sequence[UpdateFact] = (),
     called: Sequence[bool] = (),
+    at: Mapping[int, Mapping[str, Any]] | None = None,
+    forward: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Facts:
     """A healthy fifth step of an adapter with A and B in each of two layers; arguments change it.
 
     ``modes`` and ``called`` have an entry a unit; ``gradients`` and ``updates`` one a slot (A, B, A, B).
+    ``history``, ``slot`` and ``unit`` hold for all; ``at`` changes the slot fact or the history of single slots,
+    ``forward`` the one forward.
     """
     modes = tuple(modes) or ("active",) * units
     called = tuple(called) or (True,) * units
@@ -66,7 +77,7 @@ def facts(
     )
     gradients = tuple(gradients) or (GRADIENT,) * len(slots)
     past = SlotHistory(**{"read": 5, "had_gradient": True, "had_signal": True, "had_rate": True, **(history or {})})
-    forward = ForwardFact(
+    seen = ForwardFact(
         module="model",
         received=True,
         modes=modes,
@@ -102,7 +113,7 @@ def facts(
         "modes": modes,
         "active": ("default",),
         "history": (past,) * len(slots),
-        "forwards": (forward,),
+        "forwards": (dataclasses.replace(seen, **(forward or {})),),
         "gradients": gradients,
         "gradients_final": True,
         "update": update,
@@ -110,7 +121,92 @@ def facts(
         "optimizers": 1,
         "ever_stepped": True,
     }
+    for index, own in (at or {}).items():
+        for key, parts in (("slots", values["slots"]), ("history", values["history"])):
+            known = {field.name for field in dataclasses.fields(parts[index])}
+            mine = dataclasses.replace(parts[index], **{k: v for k, v in own.items() if k in known})
+            values[key] = (*parts[:index], mine, *parts[index + 1 :])
     return Facts(**{**values, **changes})
+
+
+def other(name: str = "other", **changes: Any) -> OtherAdapter:
+    """A second adapter that was used before and stands still now."""
+    healthy: dict[str, Any] = {"declared": None, "tensors": 4, "trainable": 0, "owned": 0, "changed": ()}
+    healthy |= {"was_active": True, "ever_changed": True, "active_now": False}
+    return OtherAdapter(name=name, **{**healthy, **changes})
+
+
+def estimator(**changes: Any) -> EstimatorFact:
+    """A healthy look at an estimator ``S`` in the fifth step: all tensors reached, direction and gradients given."""
+    what = facts()
+    healthy: dict[str, Any] = {"name": "S", "step": 4, "framework_step": 40, "forwards": what.forwards}
+    healthy |= {"modes": what.modes, "active": what.active, "graph": True, "reached": frozenset(range(4))}
+    healthy |= {"direction": frozenset(range(4)), "missing": frozenset()}
+    return EstimatorFact(**{**healthy, **changes})
+
+
+WRAPPED = Wrapping("DistributedDataParallel", 0, entered=True, synced=True, hook=False, unmanaged=(), whole=4)
+SAME = (1.0, 0.5, 2.0, 1.0, 0.5, 2.0, 0.0, 0.0, 0.0)
+OTHER = (1.1, 0.5, 2.0, 1.0, 0.5, 2.0, 0.0, 0.0, 0.0)  # 5 % of the norm apart
+
+
+def ranks(
+    *,
+    tensors: bool = True,
+    gradients: bool = True,
+    equal_at_start: bool = True,
+    differed_before: bool = False,
+    **own: Any,
+) -> dict[str, Any]:
+    """What two ranks have sent, as changes for :func:`facts`.
+
+    Args:
+        tensors: They hold equal tensors.
+        gradients: And equal gradients.
+        equal_at_start: See ``RanksFact``.
+        differed_before: See ``RanksFact``.
+        **own: Changes of both reports.
+    """
+    healthy: dict[str, Any] = {"moment": "step", "step": 4, "broken": False, "bad": (), "first": 0, "whole": 4}
+    healthy |= {"unmanaged": 0, "final": True, "bypassed": False, "unsynced": False, "hook": False}
+    healthy |= {"tensors": SAME, "gradients": SAME, "shards": Sums()}
+    reports = [RankReport(**{**healthy, **own}) for _ in range(2)]
+    reports[1] = dataclasses.replace(
+        reports[1],
+        tensors=reports[1].tensors if tensors else OTHER,
+        gradients=reports[1].gradients if gradients else OTHER,
+    )
+    sent = RanksFact(tuple(reports), 0, equal_at_start, differed_before)
+    return {"ranks": sent, "wrapping": WRAPPED, "why_alone": ""}
+
+
+ALL = frozenset(range(4))
+
+
+def expect(
+    verdict: Verdict,
+    status: str,
+    *words: str,
+    slots: Collection[int] = (),
+    got: str | None = None,
+    expected: str | None = None,
+    cause: str = "",
+    fix: str = "",
+    of_update: bool = False,
+    seen: tuple[int, int] | None = None,
+) -> None:
+    """Compare a verdict as a whole: all that is not given must be empty."""
+    assert verdict.status == status, verdict
+    assert bool(verdict.message) == (status != "pass"), verdict
+    for word in words:
+        assert word in verdict.message, verdict.message
+    assert verdict.evidence == ({} if got is None else {"got": got, "expected": expected}), verdict.evidence
+    assert verdict.slots == frozenset(slots), verdict.slots
+    assert verdict.cause == cause
+    assert fix in verdict.fix, verdict.fix
+    assert bool(verdict.fix) == bool(fix), verdict.fix
+    assert verdict.of_update is of_update
+    assert verdict.seen == seen
 
 
 def bad(what: Facts) -> dict[str, Verdict]:

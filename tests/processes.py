@@ -38,16 +38,19 @@ class Outcome:
     extra: Any = None
 
 
-def in_processes(scenarios: Mapping[str, Callable[[int, int], Any]], world: int, folder: Path) -> dict[str, list[Any]]:
+def in_processes(
+    scenarios: Mapping[str, Callable[[int, int], Any]], world: int, folder: Path, *, dying: int = 0
+) -> dict[str, list[Any]]:
     """Fork ``world`` processes; each runs every scenario in a fresh process group.
 
     Args:
         scenarios: Name to ``scenario(rank, world)``; what it returns must pickle.
         world: Number of processes.
         folder: For the rendezvous files.
+        dying: Number of processes that end without a result.
 
     Returns:
-        Name to what the ranks returned, in order.
+        Name to what the ranks returned, in order; None for those that have died.
     """
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -58,7 +61,7 @@ def in_processes(scenarios: Mapping[str, Callable[[int, int], Any]], world: int,
         process.start()
     results: dict[str, list[Any]] = {name: [None] * world for name in scenarios}
     try:
-        for _ in range(world * len(scenarios)):
+        for _ in range((world - dying) * len(scenarios)):
             name, rank, result = queue.get(timeout=120)
             results[name][rank] = result
     finally:

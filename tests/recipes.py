@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from training import Training, adamw, adapter_tensors, config, llama, lora, next_token_loss, trainable, trained
 
 from lora_probe_callbacks import faults
+from lora_probe_callbacks.selftest import trial_of
 
 
 @dataclass(frozen=True)
@@ -477,3 +479,132 @@ def assigned_at_3() -> Training:
             tensor.requires_grad_(True)
 
     return Training(lora(), between_steps=from_step(3, change))
+
+
+# --- the runs of `lora-probe selftest`, under a front door ----------------------------------------
+
+
+def of_selftest(name: str) -> Training:
+    """The package's own run of a fault, for whichever front door fits it."""
+    trial = trial_of(faults.FAULTS[name])
+    return Training(
+        trial.model,
+        trial.loss,
+        optimizer=adamw if trial.optimizer is None else trial.optimizer,
+        between_steps=lambda run, step: trial.between(step),
+        set_to_none=trial.set_to_none,
+    )
+
+
+def from_selftest(entry: str, name: str, code: str, step: int, *words: str, **options: Any) -> None:
+    recipe(entry, code, step, *words, **options)(partial(of_selftest, name))
+
+
+from_selftest("A04", "added_after_a_frozen_one", "LP101", 0, "'other'", "not active", "['default']", adapter="other")
+from_selftest("A04-undeclared", "added_after_a_frozen_one", "LP203", 0, "all 8 tensors", "frozen")
+from_selftest(
+    "A08", "disabled_and_always_enabled", "LP109", 3, "no forward ran with the adapters disabled", reference="disabled"
+)
+from_selftest(
+    "A09",
+    "trained_before",
+    "LP504",
+    0,
+    "the reference is not where the policy starts",
+    "4 of 4",
+    status="warn",
+    reference="disabled",
+)
+from_selftest(
+    "A10", "reference_not_disabled", "LP109", 3, "policy and reference are the same weights", reference="disabled"
+)
+from_selftest(
+    "A11",
+    "head_of_reference_left_trainable",
+    "LP207",
+    0,
+    "'ref'",
+    "1 of its 9 tensors",
+    adapter="policy",
+    reference_adapters=("ref",),
+)
+from_selftest(
+    "B04-plain",
+    "resumed_and_wrapped_anew",
+    "LP504",
+    0,
+    "the restored adapter is a fresh one",
+    "all 4 adapted layers",
+    resumed=True,
+    warnings=TWICE,
+)
+from_selftest("C05", "only_default_marked_trainable", "LP203", 0, "all 8 tensors of adapter 'abc'", "frozen")
+from_selftest(
+    "E07",
+    "embedding_missing_from_loraplus",
+    "LP210",
+    0,
+    "lora_embedding_B has the learning rate of A",
+    "while every other B has",
+    status="warn",
+)
+from_selftest("E08", "master_copies_from_before", "LP407", 0, "one step erased the adapter", "all 4 adapted layers")
+from_selftest("E10", "second_moment_not_representable", "LP501", 1, "nan")
+from_selftest("G03", "projection_inside_a_kernel", "LP104", 1, "second", "base weight is used", "never called")
+from_selftest("G06", "casts_cached_without_gradients", "LP301", 0)
+from_selftest(
+    "H03",
+    "averaged_in_half_precision",
+    "LP408",
+    3,
+    "'teacher'",
+    "not one bit changed",
+    adapter="default",
+    lagged_adapters=("teacher",),
+)
+from_selftest("J01", "misspelt_target", "LP601", 0, "target_modules asks for 'gate_porj'", status="warn")
+from_selftest("J02", "head_dropped_by_layer_choice", "LP601", 0, "asks for 'lm_head'", status="warn")
+from_selftest(
+    "J03", "one_tower_only", "LP601", 0, "no adapted module has 'language'", expect_targets=("vision", "language")
+)
+from_selftest("J04", "experts_that_are_no_modules", "LP606", 0, "2 fused expert weights", "experts", status="warn")
+from_selftest("J04-expected", "experts_that_are_no_modules", "LP601", 0, "'experts'", expect_targets=("experts",))
+from_selftest(
+    "J05",
+    "head_copied_from_a_tie",
+    "LP607",
+    0,
+    "lm_head is trained as a copy",
+    "embed_tokens",
+    status="warn",
+    warnings=("ignore:Model has `tie_word_embeddings=True`",),
+)
+from_selftest(
+    "J06",
+    "tokens_added_before_wrapping",
+    "LP604",
+    0,
+    "4 of 4 new tokens",
+    "token 64, 65, 66",
+    new_token_ids=range(64, 68),
+)
+from_selftest(
+    "J07", "target_filtered_out", "LP601", 0, "no adapted module has 'lm_head'", expect_targets=("q_proj", "lm_head")
+)
+from_selftest("J08", "magnitude_frozen", "LP605", 0, "every lora_magnitude_vector", "frozen, 4 tensors")
+from_selftest(
+    "J09", "principal_part_in_the_adapter", "LP504", 0, "the reference is not the base model", reference="disabled"
+)
+from_selftest("J11", "initialised_after_wrapping", "LP504", 0, "the new adapter is not the identity", resumed=False)
+from_selftest(
+    "J13",
+    "pattern_that_matches_nothing",
+    "LP602",
+    0,
+    "rank_pattern has 'q_porj'",
+    status="warn",
+    warnings=("ignore:The following .* keys did not match:RuntimeWarning",),
+)
+from_selftest(
+    "J14", "quantisation_error_in_the_adapter", "LP504", 0, "the reference is not the base model", reference="disabled"
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from lora_probe_callbacks import LoraProbeError, LoraProbeMonitor
 from lora_probe_callbacks.checks.catalogue import all_checks
 from lora_probe_callbacks.cli import app
+from lora_probe_callbacks.faults import FAULTS
 
 SMALL = ["--batch", "2", "--G", "2", "--prompt-lens", "5,3", "--gen-lens", "4", "--device", "cpu"]
 
@@ -288,3 +290,26 @@ def test_listing_the_checks_does_not_load_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "LP103" in done.stdout
+
+
+# --- selftest -----------------------------------------------------------------------------------
+
+
+def test_selftest_finds_every_fault_in_time_and_nothing_beside_it() -> None:
+    result = lora_probe("selftest", "--json")
+    rows = json.loads(result.stdout)["faults"]
+    assert {row["fault"] for row in rows} == set(FAULTS)
+    assert [row for row in rows if not row["found"]] == []
+    assert all(row["code"] == row["expected"] and row["step"] <= row["by_step"] and not row["others"] for row in rows)
+    assert result.exit_code == 0
+
+
+def test_selftest_that_misses_a_fault_says_which_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in set(FAULTS) - {"left_merged", "left_disabled"}:
+        monkeypatch.delitem(FAULTS, name)
+    monkeypatch.setitem(FAULTS, "left_merged", dataclasses.replace(FAULTS["left_merged"], code="LP102"))
+    result = lora_probe("selftest")
+    assert result.exit_code == 1
+    assert "LP103, not LP102" in result.stdout
+    assert "1 of 2 faults found" in result.stdout
+    assert "missed: left_merged" in result.stderr

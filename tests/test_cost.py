@@ -140,7 +140,9 @@ def test_optimizer_kernels_are_the_same(how: str):
     assert probed == plain
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look (torch 2.13)
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # dynamo's own look (torch 2.13)
 @pytest.mark.parametrize("where", ["whole model", "layers"])
 def test_compiled_model_is_neither_broken_nor_compiled_again(where: str):
     """Between probed steps nothing; a probed step observes from outside of the graphs."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from doors import autocast, fit_plain, new_scaler
 from facts import NONE, bad, facts
-from peft import get_peft_model
+from peft import LoHaConfig, get_peft_model
 from tiny import quantised_llama
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -270,6 +270,42 @@ def normalised() -> nn.Module:
     return made
 
 
+def test_kink_is_no_wrong_gradient() -> None:
+    """Ahead, the loss changes as the gradient says; behind, the ReLU has cut it off."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return nn.functional.relu(self.out(x) - shift + 1e-6)
+
+    def loss(model: nn.Module, ids: Tensor, step: int) -> Tensor:
+        x = ids[:, :4].float() / 64
+        with torch.no_grad():
+            shift = model.out(x)
+        return model(x, shift).sum()
+
+    result = seen(Training(get_peft_model(Shifted(), config(target_modules=["out"])), loss=loss))
+    assert [0.4 < r.central < 0.6 for r in result.responses] == [True] * 4, result.responses
+    assert not result.found, result.found
+    assert "kink" in next(f.message for f in result.report.findings if f.code == "LP307")
+
+
+def test_dora_holds_a_norm_constant_by_design() -> None:
+    result = seen(Training(lora(use_dora=True)))
+    assert not result.found, result.found
+    assert all("DoRA" in r.why_not for r in result.responses)
+
+
+def test_other_tuners_approximate_by_design() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoHaConfig(r=4, target_modules=["0"]))
+    result = seen(Training(model, loss=lambda m, ids, step: m(ids[:, :8].float()).square().mean()))
+    assert not result.found, result.found
+    assert all("no LoRA layer" in r.why_not for r in result.responses)
+
+
 def test_batch_norm_and_a_generator_of_the_models_own() -> None:
     assert_right(seen(Training(normalised(), vectors)), low=0.98, high=1.02)
 
@@ -388,6 +424,36 @@ def test_training_is_bit_equal(build: Callable[[], nn.Module]) -> None:
         flat_a, flat_b = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
         assert len(flat_a) == len(flat_b)
         assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(flat_a, flat_b, strict=True))
+
+
+def test_objects_that_modules_keep_are_left_as_they_are() -> None:
+    """A buffer of samples with a place in it, as MonteCLoRA has one."""
+
+    class Samples:
+        def __init__(self) -> None:
+            self.place, self.drawn = 0, []
+
+        def draw(self) -> float:
+            self.place += 1
+            self.drawn.append(self.place)
+            return 0.001 * self.place
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.samples = nn.Linear(4, 4), Samples()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x) + self.samples.draw()
+
+    base = Noisy()
+    run = Training(
+        get_peft_model(base, config(target_modules=["out"])),
+        loss=lambda model, ids, step: model(ids[:, :4].float() / 64).square().sum(),
+    )
+    seen(run, steps=6)
+    assert base.samples.place == 6
+    assert base.samples.drawn == [1, 2, 3, 4, 5, 6]
 
 
 def test_no_hook_and_no_tensor_is_left() -> None:
@@ -530,7 +596,7 @@ def response(step: int = 3, **changes: Any) -> StepResponse:
     return StepResponse(step, step, **{"predicted": -1.0, "measured": -1.0, "central": 1.0, **changes})
 
 
-WRONG = {"central": 0.5, "again": 0.52, "own": 0.5}
+WRONG = {"central": 0.5, "again": 0.52, "own": 0.5, "sides": (0.48, 0.52)}
 
 
 def test_two_bad_steps_fail_with_the_step_that_was_seen() -> None:
@@ -545,7 +611,14 @@ def test_one_bad_step_is_not_enough() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"again": 0.9}, "two sizes disagree"), ({"own": 1.0}, "holds more than"), ({"again": None}, "two sizes")],
+    [
+        ({"again": 0.9}, "two sizes disagree"),
+        ({"own": 1.0}, "holds more than"),
+        ({"again": None}, "two sizes"),
+        ({"sides": (0.1, 0.9)}, "kink"),
+        ({"sides": (0.7, 0.9)}, "kink"),
+        ({"sides": None}, "kink"),
+    ],
 )
 def test_doubtful_steps_are_skipped(changes: dict[str, Any], words: str) -> None:
     verdict = judge(facts(responses=(response(2, **WRONG), response(3, **(WRONG | changes)))))

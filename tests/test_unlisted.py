@@ -23,11 +23,12 @@ from training import (
     watch,
 )
 from unlisted import UNLISTED
+from unlisted_declared import DECLARED
 
 from lora_probe_callbacks import LoraProbeError
 
 
-@pytest.mark.parametrize("recipe", parameters(UNLISTED))
+@pytest.mark.parametrize("recipe", parameters(UNLISTED + DECLARED))
 def test_unlisted_fault_is_reported(recipe: Recipe) -> None:
     watched = watch(recipe.build(), recipe.steps, every_n_steps=1, **recipe.intent)
     assert_found(watched, recipe.code, recipe.step, *recipe.words, status=recipe.status, evidence=recipe.evidence)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from peft import IA3Config, get_peft_model
-from peft.tuners.lora import LoraLayer
 from recipes import TWICE, Recipe, from_step, recipe
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -172,15 +171,6 @@ def lower_block_frozen() -> Training:
     return Training(model)
 
 
-@unlisted("DoRA magnitude frozen", "LP203", 0, "4 of 12", "magnitude", status="warn")
-def magnitude_frozen() -> Training:
-    model = lora(use_dora=True)
-    for name, tensor in model.named_parameters():
-        if "magnitude" in name:
-            tensor.requires_grad_(False)
-    return Training(model)
-
-
 @unlisted("rate 0 for the adapter's group alone", "LP208", 3, "learning rate is exactly 0")
 def group_at_zero() -> Training:
     base = llama()
@@ -287,15 +277,6 @@ def all_dropped() -> Training:
         if isinstance(module, nn.Dropout):
             module.p = 1.0
     return Training(model.train(), optimizer=adamw(model, weight_decay=0.0))
-
-
-@unlisted("scaling of 0", "LP303", 3, "every adapter gradient is exactly zero")
-def scaled_to_nothing() -> Training:
-    model = lora()
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.set_scale("default", 0.0)
-    return Training(model, optimizer=adamw(model, weight_decay=0.0))
 
 
 # --- update -------------------------------------------------------------------------------------

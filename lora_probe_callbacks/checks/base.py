@@ -8,7 +8,19 @@ from typing import Literal
 
 from lora_probe_callbacks.observe.facts import Facts
 
-__all__ = ["PERSISTENT", "Check", "Status", "Verdict", "fail", "ok", "pending", "skipped", "some", "warn"]
+__all__ = [
+    "OF_OWNED_TENSORS",
+    "PERSISTENT",
+    "Check",
+    "Status",
+    "Verdict",
+    "fail",
+    "ok",
+    "pending",
+    "skipped",
+    "some",
+    "warn",
+]
 
 Status = Literal["pass", "warn", "fail", "pending", "skipped"]
 
@@ -27,6 +39,10 @@ FAMILIES = {
     "8": "checkpoints",
     "9": "estimator",
 }
+
+
+# What is judged by the tensors that the optimizer owns, their gradients and their updates.
+OF_OWNED_TENSORS = ("LP201", "LP202", "LP208", "LP302", "LP303", "LP307", "LP401", "LP402", "LP403", "LP406", "LP501")
 
 
 @dataclass(frozen=True, slots=True)

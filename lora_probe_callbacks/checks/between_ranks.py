@@ -29,23 +29,28 @@ def not_comparable(facts: Facts) -> str:
     Returns:
         A reason.
     """
-    if facts.wrapping is not None and facts.wrapping.kind == "DeepSpeed":
+    if facts.why_not_owned or (facts.wrapping is not None and facts.wrapping.kind == "DeepSpeed"):
         return "DeepSpeed keeps master copies and gradients of its own"
     if facts.wrapping is not None and not facts.wrapping.whole:
         return "every adapter tensor is in shards: no two ranks should hold the same"
     return ""
 
 
-def explained(ranks: RanksFact) -> str:
-    """Name what a rank has found of itself: ranks that are in different states differ in their tensors.
+def explained(ranks: RanksFact, code: str) -> str:
+    """Name what explains that ranks differ, now or since a former decision.
+
+    A rank may have found it of itself: ranks that are in different states differ in their tensors. And of
+    the three things that are seen between ranks the first is the cause of the others.
 
     Args:
         ranks: What all ranks have sent.
+        code: Of the check that asks.
 
     Returns:
         A reason, or the empty string.
     """
-    return f"explained by {some(ranks.found)}" if ranks.found else ""
+    causes = sorted({*ranks.found, *ranks.causes} - {code})
+    return f"explained by {some(causes)}" if causes else ""
 
 
 def unmanaged(facts: Facts) -> bool:

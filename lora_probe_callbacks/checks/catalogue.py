@@ -63,8 +63,9 @@ def selected(select: Iterable[str] | None = None, ignore: Iterable[str] = ()) ->
 def explain(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
     """Leave out what a nearer cause explains.
 
-    A verdict goes if every slot that it concerns is concerned by a nearer cause as well. What
-    remains is the root cause, not its consequences.
+    A verdict goes if every slot that it concerns is concerned by a nearer cause as well; one that is
+    of no slot (of another adapter), if the nearer one names the same cause. What remains is the root
+    cause, not its consequences.
 
     Args:
         verdicts: Code to verdict.
@@ -79,7 +80,10 @@ def explain(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
         nearer: frozenset[int] = frozenset()
         names = []
         for other in checks_by_code[code].explained_by:
-            if other in bad and bad[other].slots & verdict.slots:
+            if other not in bad:
+                continue
+            same = not verdict.slots and verdict.cause and verdict.cause == bad[other].cause
+            if same or bad[other].slots & verdict.slots:
                 nearer |= bad[other].slots
                 names.append(other)
         if names and verdict.slots <= nearer:

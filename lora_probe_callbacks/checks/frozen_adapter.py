@@ -63,6 +63,6 @@ CHECK = Check(
         "huggingface/transformers#26098",
         "X-GenGroup/Flow-Factory#56",
     ),
-    explained_by=("LP101", "LP102", "LP105", "LP106"),
+    explained_by=("LP101", "LP102", "LP105", "LP106", "LP605"),
     judge=judge,
 )

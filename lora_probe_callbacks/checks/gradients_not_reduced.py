@@ -12,7 +12,7 @@ def judge(facts: Facts) -> Verdict:
     ranks, wrapping = facts.ranks, facts.wrapping
     if ranks is None or wrapping is None:
         return alone(facts)
-    if why_not := not_comparable(facts) or explained(ranks):
+    if why_not := not_comparable(facts) or explained(ranks, "LP702"):
         return skipped(why_not)
     if any(r.hook for r in ranks.reports):
         return skipped("a communication hook of DistributedDataParallel decides what is reduced, and when")

@@ -11,6 +11,7 @@ def judge(facts: Facts) -> Verdict:
     if facts.nested:
         return fail(
             f"{len(facts.nested)} adapted layers lie inside other adapted layers: {some(facts.nested)}",
+            facts.intended,
             cause="nested",
             got=f"{len(facts.nested)} nested adapted layers",
             expected="0",
@@ -19,6 +20,7 @@ def judge(facts: Facts) -> Verdict:
         return fail(
             f"a PeftModel is wrapped in a PeftModel ({some(facts.rewrapped)}): an adapter of the same name was "
             "initialised anew by the second wrap, and checkpoints get keys that do not load",
+            facts.intended,
             cause="rewrapped",
             got=f"{len(facts.rewrapped)} PeftModel inside a PeftModel",
             expected="one PeftModel",

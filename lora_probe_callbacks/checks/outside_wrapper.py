@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending, skipped, some
-from lora_probe_callbacks.checks.between_ranks import alone, explained, unmanaged
+from lora_probe_callbacks.checks.between_ranks import alone, explained, not_comparable, unmanaged
 from lora_probe_callbacks.observe.facts import Facts
 
 
@@ -14,7 +14,9 @@ def judge(facts: Facts) -> Verdict:
         return alone(facts)
     if wrapping.kind is None:
         return skipped("no wrapper is known")
-    if why_not := explained(ranks):
+    if wrapping.kind == "DeepSpeed":
+        return skipped(not_comparable(facts))
+    if why_not := explained(ranks, "LP703"):
         return skipped(why_not)
     if not ranks.unmanaged:
         return ok()

@@ -12,7 +12,7 @@ def judge(facts: Facts) -> Verdict:
     ranks = facts.ranks
     if ranks is None or facts.wrapping is None:
         return alone(facts)
-    if why_not := not_comparable(facts) or explained(ranks):
+    if why_not := not_comparable(facts) or explained(ranks, "LP701"):
         return skipped(why_not)
     differ = ranks.tensors_differ
     if differ is None:

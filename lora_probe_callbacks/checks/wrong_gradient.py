@@ -11,6 +11,7 @@ from lora_probe_callbacks.observe.facts import Facts, StepResponse
 # Healthy central differences over the norm of the gradient: 0.93 to 1.03 in bfloat16, 1.00 in float32.
 OFF = 0.15
 AGREE = 0.1  # how far two of them may lie apart to be believed
+APART = 0.25  # how far the half ahead and the half behind may: rounding in bfloat16 makes up to 0.13
 STEPS = 2
 
 
@@ -52,6 +53,9 @@ def _doubt(response: StepResponse) -> str | None:
         return "finite differences of two sizes disagree: the forward is not precise enough, or too curved, for them"
     if own is None or not _off(own):
         return "the gradient holds more than what left the model through its outputs, such as a penalty on weights or inner activations"
+    sides = response.sides
+    if sides is None or not abs(sides[0] - sides[1]) <= APART or not all(map(_off, sides)):
+        return "ahead and behind, the loss changes by different amounts: it has a kink here (ReLU), and no one gradient"
     return None
 
 
@@ -65,7 +69,7 @@ CHECK = Check(
     fix="Compare the gradients with gradient checkpointing on and off under one seed; with checkpointing, keep preserve_rng_state=True and leave no state "
     "that one forward changes and the next one reads. Without it, look at custom autograd functions, fused kernels, and layers that merge the adapter in "
     "their forward (LoRA of nn.MultiheadAttention applies the one of out_proj twice, and its gradient knows of one; peft 0.21).",
-    quiet="Penalties on weights, losses on inner activations, hooks that change gradients, several forwards in a step, clipping, scaling; what cannot be "
+    quiet="DoRA, VeLoRA and tuners other than LoRA, whose gradients approximate by design; kinks of a ReLU; penalties on weights, losses on inner activations, hooks that change gradients, several forwards in a step, clipping, scaling; what cannot be "
     "repeated is skipped with its reason. Small disagreements (dropout of a few percent) stay below what it can tell.",
     threads=("Comfy-Org/ComfyUI#15846", "huggingface/peft#3774"),
     explained_by=("LP308", "LP405"),

@@ -79,6 +79,6 @@ CHECK = Check(
     fix="Look at the labels (all -100?), the advantages and the factors of the loss.",
     quiet="lora_A before B has moved; batches without a signal among others; after a signal was seen it only warns.",
     threads=("modelscope/ms-swift#4547", "unslothai/unsloth#5747"),
-    explained_by=("LP102", "LP103", "LP104", "LP203", "LP308", "LP402"),
+    explained_by=("LP102", "LP103", "LP104", "LP203", "LP308", "LP402", "LP502", "LP503"),
     judge=judge,
 )

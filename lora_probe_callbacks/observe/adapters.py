@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.xlora.model import XLoraModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -91,6 +92,7 @@ class Slot:
     adapter: str
     role: Role
     frozen: bool  # PEFT or the method keeps it frozen by design
+    shards: dict[int, torch.Tensor] = field(default_factory=dict)  # see wrappers.shards_behind; one for all slots
     name: str = field(init=False)  # qualified, for people
 
     def __post_init__(self) -> None:
@@ -98,6 +100,12 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor | None:
+        """The tensor that belongs there: what is registered now, or the shard that it stands for."""
+        shown = self.shown
+        return None if shown is None else self.shards.get(id(shown), shown)
+
+    @property
+    def shown(self) -> torch.Tensor | None:
         """The tensor that is registered there now."""
         module: nn.Module | None = self.layer.module
         for part in self.path[:-1]:
@@ -124,6 +132,7 @@ class Inventory:
     rewrapped: list[str]
     nested: list[str]
     unloaded: list[str]
+    out_of_reach: list[str]  # tuners whose trained tensors lie in no tuner layer
     compiled: list[str]  # compiled regions whose layers cannot be hooked
     groups: dict[int, str]  # the models that hold adapters, by name
 
@@ -156,7 +165,7 @@ def take_inventory(roots: Iterable[tuple[str, nn.Module]]) -> Inventory:
     Returns:
         The layers, units and slots, and the modules above them.
     """
-    inventory = Inventory([], [], [], [], [], [], [], {})
+    inventory = Inventory([], [], [], [], [], [], [], [], {})
     seen: set[int] = set()
     above: dict[int, tuple[str, nn.Module, bool]] = {}
     for root_name, root in roots:
@@ -188,6 +197,7 @@ def take_inventory(roots: Iterable[tuple[str, nn.Module]]) -> Inventory:
                 inside = inside or is_compiled(ancestor)
         inventory.rewrapped.extend(_rewrapped(modules))
         inventory.unloaded.extend(_unloaded(modules))
+        inventory.out_of_reach.extend(_out_of_reach(modules))
         inventory.compiled.extend(name for name, module in modules.items() if is_compiled(module))
     inventory.ancestors = list(above.values())
     return inventory
@@ -285,10 +295,22 @@ def _rewrapped(modules: Mapping[str, nn.Module]) -> Iterator[str]:
             yield name
 
 
+def _without_tuner_layers(module: nn.Module) -> bool:
+    return isinstance(module, PeftModel | PeftMixedModel) and not any(
+        isinstance(m, BaseTunerLayer | ModulesToSaveWrapper) or "prompt_encoder" in m._modules for m in module.modules()
+    )
+
+
 def _unloaded(modules: Mapping[str, nn.Module]) -> Iterator[str]:
     for name, module in modules.items():
-        if isinstance(module, PeftModel | PeftMixedModel) and not any(
-            isinstance(m, BaseTunerLayer | ModulesToSaveWrapper) or "prompt_encoder" in m._modules
-            for m in module.modules()
-        ):
+        if _without_tuner_layers(module) and isinstance(module.base_model, BaseTuner):
             yield name
+
+
+def _out_of_reach(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Adaption prompt exchanges attention modules; X-LoRA trains a classifier over frozen adapters (peft 0.21)."""
+    for module in modules.values():
+        if isinstance(module, XLoraModel) and not module.xlora_config.use_trainable_adapters:
+            yield type(module).__name__
+        elif _without_tuner_layers(module) and not isinstance(module.base_model, BaseTuner):
+            yield type(module.base_model).__name__

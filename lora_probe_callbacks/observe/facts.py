@@ -19,6 +19,9 @@ from typing import Literal
 Role = Literal["A", "B", "other"]
 Mode = Literal["active", "inactive", "disabled", "merged"]
 Moment = Literal["start", "step", "skipped", "end", "exception"]
+Values = Literal[
+    "equal", "untrained", "start", "previous", "partly", "unrelated", "base", "fresh", "related", "not finite"
+]
 WrapperKind = Literal["DistributedDataParallel", "FullyShardedDataParallel", "fully_shard", "DeepSpeed"]
 
 
@@ -51,6 +54,7 @@ class SlotFact:
     frozen_by_intent: bool
     half: bool
     numel: int
+    part: str = ""  # PEFT's name of the kind of tensor: "lora_A", "lora_magnitude_vector", "modules_to_save"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,8 @@ class UnitFact:
     # Its base weight was used in a forward that left the layer out; None where nobody watched.
     base_weight_used: bool | None = None
     lora: bool = True
+    scaling: float | None = None  # the factor of the product BA now; None where the method has no such factor
+    natural: float | None = None  # alpha/r, or alpha/sqrt(r) under rsLoRA
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +201,121 @@ class OtherAdapter:
     was_active: bool  # active in some forward of this session
     ever_changed: bool
     active_now: bool
+    half: bool = False  # some tensor is stored in 16 bits
+    still: int = 0  # probed steps in a row after which it was bit-equal, while the expected adapter moved; lagged only
+    still_since: int = 0  # the step in which that row began
+    written: int = 0  # of these, those in which something wrote to it all the same
+
+
+@dataclass(frozen=True, slots=True)
+class UnitStart:
+    """What one unit held before the first training forward.
+
+    Attributes:
+        a: Largest element of A, by size; of the part that this rank holds.
+        b: The same of B.
+        product: Frobenius norm of BA over the product of the norms of B and A: 0 if the adapter is the identity.
+        moves_base: Its initialisation takes the product out of the base weight, so that it is not zero by design.
+    """
+
+    a: float
+    b: float
+    product: float
+    moves_base: bool
+
+    @property
+    def identity(self) -> bool:
+        """The adapter adds nothing. Orthogonal factors cancel up to the rounding of 16 bits."""
+        return not self.a or not self.b or self.product < 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class StartFact:
+    """The state in which training began.
+
+    Attributes:
+        units: One entry a unit; None where there is no pair of A and B, or it cannot be read.
+        framework_step: The framework's number of the first step: above 0 in a run that was resumed.
+        optimizer_state: The optimizer holds a state for some adapter tensor already.
+    """
+
+    units: tuple[UnitStart | None, ...]
+    framework_step: int
+    optimizer_state: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One name that PEFT's configuration asks for.
+
+    Attributes:
+        adapter: Whose configuration.
+        argument: ``"target_modules"``, ``"target_parameters"`` or ``"modules_to_save"``.
+        name: As it stands there.
+        exists: Some module or parameter of the model has this name.
+    """
+
+    adapter: str
+    argument: str
+    name: str
+    exists: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """An embedding or head with one row for each token.
+
+    Attributes:
+        name: Its name.
+        side: ``"input"`` or ``"output"``.
+        rows: How many tokens it knows.
+        untrained: Declared tokens whose row nobody trains.
+    """
+
+    name: str
+    side: Literal["input", "output"]
+    rows: int
+    untrained: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What was asked for, and what the adapters cover. Read once, when training starts.
+
+    Attributes:
+        unmet: Names in a configuration that own no adapted module.
+        expected: Declared name parts, and how many adapted modules have each.
+        patterns: Keys of ``rank_pattern`` and ``alpha_pattern`` that match no adapted module, as (argument, key).
+        sparse: Stacks of layers of which few are adapted, as (name, adapted, all).
+        experts: Fused expert weights without an adapter, although projections of their name were asked for.
+        untied: Of a tied pair of embedding and head, the one that is trained as a copy and the one that stays.
+        fresh_heads: Heads that look freshly initialised, are frozen and carry no adapter.
+        tokens: Tables with a row for each token; only if tokens were declared.
+        unmade: (part, adapted modules that lack it) of parts that the configuration asks for.
+    """
+
+    unmet: tuple[Request, ...] = ()
+    expected: tuple[tuple[str, int], ...] = ()
+    patterns: tuple[tuple[str, str], ...] = ()
+    sparse: tuple[tuple[str, int, int], ...] = ()
+    experts: tuple[str, ...] = ()
+    untied: tuple[tuple[str, str], ...] = ()
+    fresh_heads: tuple[str, ...] = ()
+    tokens: tuple[TokenTable, ...] = ()
+    unmade: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFact:
+    """The forwards beside training, where the loss compares with this model, its adapters disabled.
+
+    Attributes:
+        disabled: Some forward of this session ran with the adapters disabled.
+        active: Probed steps up to now in which forwards beside training ran, all with an adapter active.
+    """
+
+    disabled: bool
+    active: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +399,7 @@ class StepResponse:
         central: A central difference along the gradient over what the gradient says: 1 if it is right.
         again: The same at twice the distance; taken only where ``central`` is in doubt.
         own: The same for a gradient made anew from the outputs alone, likewise.
+        sides: What the half ahead and the half behind say alone, likewise: a kink makes them differ.
         why_not: Why nothing was measured.
     """
 
@@ -288,6 +410,7 @@ class StepResponse:
     central: float | None = None
     again: float | None = None
     own: float | None = None
+    sides: tuple[float, float] | None = None
     why_not: str | None = None
 
 
@@ -399,19 +522,26 @@ class RanksFact:
         rank: This rank.
         equal_at_start: Tensors were equal at the first decision.
         differed_before: Gradients differed when they were last compared.
+        causes: Codes of what was found at former decisions and explains that ranks differ from then on.
     """
 
     reports: tuple[RankReport, ...]
     rank: int
     equal_at_start: bool = True
     differed_before: bool = False
+    causes: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Codes of what failed on some rank, judged by that rank alone."""
+        codes = {c for r in self.reports for c, status in r.bad if status == "fail"}
+        return tuple(sorted(c for c in codes if not c.startswith("LP7")))
 
     @property
     def found(self) -> tuple[str, ...]:
         """Codes of what some rank saw of itself, apart from mere hints: causes of what differs between ranks."""
         hints = ("LP104", "LP301", "LP302", "LP303")
-        codes = {c for r in self.reports for c, status in r.bad if status == "fail" or c in hints}
-        return tuple(sorted(c for c in codes if not c.startswith("LP7")))
+        return tuple(sorted({*self.failed, *(c for r in self.reports for c, _ in r.bad if c in hints)}))
 
     @property
     def tensors_differ(self) -> tuple[int, int, float] | None:
@@ -446,14 +576,17 @@ class RanksFact:
     def _differ(self, samples: list[Sample]) -> tuple[int, int, float] | None:
         worst: tuple[int, int, float] | None = None
         for b in range(1, len(samples)):
-            same = [a for a in range(b) if self.reports[a].first == self.reports[b].first]
-            if not same or self.reports[same[0]].whole != self.reports[b].whole:
-                continue
-            a = same[0]
+            mine = self.reports[b]
+            a = next((a for a in range(b) if _comparable(self.reports[a], mine)), b)
             apart = _apart(samples[a], samples[b])
             if apart > NEAR and (worst is None or apart > worst[2]):
                 worst = (a, b, apart)
         return worst
+
+
+def _comparable(some: RankReport, other: RankReport) -> bool:
+    """They stand below one wrapper and hold as many whole tensors."""
+    return some.first == other.first and some.whole == other.whole
 
 
 def _apart(some: Sample, others: Sample) -> float:
@@ -466,6 +599,106 @@ def _apart(some: Sample, others: Sample) -> float:
         if norm > 0:
             largest = max(largest, *(abs(some[i] - others[i]) / norm for i in range(role, role + 3)))
     return largest
+
+
+@dataclass(frozen=True, slots=True)
+class SavedFact:
+    """One adapter in one saved file, compared with the live adapter as it was when the file was written.
+
+    Attributes:
+        path: The file, or the folder in which it was looked for.
+        adapter: The adapter that it should hold.
+        step: The step in which it was saved, or looked at.
+        framework_step: Its number in the framework.
+        slots: The slots of the adapter.
+        form: ``"adapter"`` as PEFT writes it; ``"state"`` of a whole module under its own names; ``"model"``,
+            a whole model that ``from_pretrained`` will read.
+        unreadable: Why the file cannot be read at all.
+        final: Nobody trains any more: a file that cannot be read now stays so.
+        before_steps: No step was made yet: the adapter should be the file's, if that was restored.
+        why_not: Why it was not compared at all.
+        tensors: Number of tensors that the file should hold of the adapter.
+        missing: Those that it does not hold.
+        empty: Those of which it holds no element.
+        wrapped: Names in the file that carry the name of a wrapper.
+        foreign: Names in the file that stand for nothing in the model.
+        shapes: Name, shape in the file and live, where they differ.
+        values: How the values compare; None where they were not compared. ``"untrained"``: every B is zero;
+            ``"start"``: as when training began; ``"previous"``: as in the file before, though the adapter has
+            moved; ``"partly"``: some tensors are right, others not; ``"unrelated"``: they have nothing in
+            common; ``"base"``: the adapted weights are the base's; ``"fresh"``: the live adapter was never
+            trained, and the file's was; ``"related"``: they point the same way, as an average over steps does.
+        differing: Names of tensors with other values.
+        apart: Relative distance of the values.
+        why_no_values: Why they were not compared.
+        other: The adapter whose values these are.
+        converted: PEFT's conversion of PiSSA and its like to plain LoRA: A and B of the trained adapter beside those
+            of the initial one, at twice the rank.
+        settings: Setting, saved and live, where a reload would compute something else.
+        left_out: What was trained or resized beside the adapter and is not in the file, and how.
+        beside: Another file of weights in the same folder, which may hold that.
+    """
+
+    path: str
+    adapter: str
+    step: int
+    framework_step: int
+    slots: frozenset[int] = frozenset()
+    form: Literal["adapter", "state", "model"] = "adapter"
+    unreadable: str | None = None
+    final: bool = False
+    before_steps: bool = False
+    why_not: str | None = None
+    tensors: int = 0
+    missing: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+    wrapped: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    shapes: tuple[tuple[str, str, str], ...] = ()
+    values: Values | None = None
+    differing: tuple[str, ...] = ()
+    apart: float = 0.0
+    why_no_values: str | None = None
+    other: str | None = None
+    converted: bool = False
+    settings: tuple[tuple[str, str, str], ...] = ()
+    left_out: tuple[tuple[str, Literal["trained embedding", "resized embedding", "trained"]], ...] = ()
+    beside: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResumedFact:
+    """A run that goes on from a saved state, compared with what was saved.
+
+    Attributes:
+        source: Where the saved state comes from.
+        whole: The framework restores the optimizer together with this state.
+        known: Slots of which the saved state holds a fingerprint.
+        unknown: Names in the saved state that are not in this model.
+        differing: Slots with other values than were saved.
+        fresh: Every B is exactly zero, and was not when it was saved.
+        optimizer: Slots whose optimizer state was compared.
+        wrong: Slot, and the name of the slot whose state it has, or "" where it is nobody's.
+        lost: Slots that had a state and have none.
+        rates: Slots whose learning rate is another slot's.
+        base: Relative distance of sampled base weights, None where they were not compared.
+        base_layer: The layer where it is largest.
+        why_no_base: Why they were not compared.
+    """
+
+    source: str
+    whole: bool
+    known: frozenset[int]
+    unknown: int = 0
+    differing: tuple[int, ...] = ()
+    fresh: bool = False
+    optimizer: frozenset[int] = frozenset()
+    wrong: tuple[tuple[int, str], ...] = ()
+    lost: tuple[int, ...] = ()
+    rates: tuple[int, ...] = ()
+    base: float | None = None
+    base_layer: str = ""
+    why_no_base: str | None = None
 
 
 @dataclass(frozen=True)  # without slots: what every check asks for is worked out once
@@ -513,6 +746,8 @@ class Facts:
     stale_forward: tuple[bool, str] | None = None  # (stale, what was compared)
     why_not_repeated: str | None = None
     estimators: tuple[EstimatorFact, ...] = ()  # looked at since the last decision
+    saves: tuple[SavedFact, ...] = ()  # files looked at since the last decision
+    restored: ResumedFact | None = None  # compared at this decision
     responses: tuple[StepResponse, ...] = ()  # of the steps in which it was looked for, the last ones
     wrapping: Wrapping | None = None  # None in a run of one process
     shards: Mapping[int, float] = field(default_factory=dict)  # slot of which this rank holds a part, and its weight
@@ -521,7 +756,13 @@ class Facts:
     tensor_sample: Sample = (0.0,) * SAMPLE
     gradient_sample: Sample = (0.0,) * SAMPLE
     ranks: RanksFact | None = None  # None: not exchanged at this decision
+    resumed: bool | None = None  # as declared
+    reference: ReferenceFact | None = None  # None: not declared
+    new_tokens: tuple[int, ...] = ()  # as declared
+    start: StartFact | None = None  # read before the first training forward, and kept
+    coverage: Coverage | None = None  # likewise
     why_alone: str = "there is one process"  # why nothing will be exchanged; empty while ranks decide together
+    why_not_owned: str = ""  # why no tensor of the adapter can be told apart in the optimizer
 
     @cached_property
     def training_forwards(self) -> tuple[ForwardFact, ...]:

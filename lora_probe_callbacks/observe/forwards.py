@@ -141,6 +141,7 @@ class ForwardObserver:
         self.without_grad = 0
         self.active_seen: set[str] = set()
         self.merged_seen = False
+        self.beside: set[Mode] = set()  # states in which layers ran beside training: no gradients, or disabled
         self.witness: WeightWitness | None = None
         self.paused = False  # while the probe itself runs the model
         self.bare = False  # only follow the steps, observe nothing: after an error of the probe, for the other ranks
@@ -202,7 +203,7 @@ class ForwardObserver:
     def reset(self) -> None:
         """Forget what the last step showed."""
         self.candidates, self.without_grad, self._walked = [], 0, {}
-        self.active_seen, self.merged_seen = set(), False
+        self.active_seen, self.merged_seen, self.beside = set(), False, set()
         self._thread = threading.local()
         self.close_witness()
         self.witness = None
@@ -272,7 +273,9 @@ class ForwardObserver:
         frame: _Frame | None = getattr(self._thread, "frame", None)
         # The module of the frame again: it calls itself, or that forward ended in a BaseException, which calls no hook.
         if frame is not None and frame.module is not module:
-            if frame.candidate is not None:
+            if frame.candidate is None:
+                self._note_beside(module)
+            else:
                 try:
                     self._note_call(frame.candidate, module)
                 except Exception as error:
@@ -287,6 +290,7 @@ class ForwardObserver:
             self.without_grad += 1
             self.active_seen.update(self.inventory.active)
             self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
+            self._note_beside(module)
         else:
             try:
                 self._before(module)
@@ -359,11 +363,15 @@ class ForwardObserver:
                 candidate.with_grad.add(index)
             candidate.calls[index] = (good + (mode == "active"), total + 1, bad if mode == "active" else mode)
             if self.sharded:
-                for slot, tensor in enumerate((s.tensor for s in unit.slots), start=self._first_slot[index]):
+                for slot, tensor in enumerate((s.shown for s in unit.slots), start=self._first_slot[index]):
                     if tensor is None:  # FSDP1 shows a view of its flat parameter, and the graph ends in that
                         candidate.why_unknown = "parameters are views of flat ones inside the forward"
                     else:
                         candidate.inside[id(tensor)] = slot
+
+    def _note_beside(self, module: nn.Module) -> None:
+        for index in self._units_of.get(id(module), ()):
+            self.beside.add(self.units[index].layer.mode(self.units[index].adapter))
 
     def _finish(self, candidate: Candidate, output: Any) -> None:
         outputs = [t for t in tensors_in(output) if t.requires_grad]

@@ -37,6 +37,7 @@ class Readings:
         all_non_finite: Nothing that arrived was finite: no change of the loss scale cures that.
         tensor_sample: Of what every rank should hold alike, if it was asked for.
         gradient_sample: The same of the gradients.
+        followers: Sums of the bits of lagged adapters, if there are any.
     """
 
     gradients: tuple[GradientFact | None, ...]
@@ -48,6 +49,7 @@ class Readings:
     all_non_finite: bool
     tensor_sample: Sample
     gradient_sample: Sample
+    followers: list[float] | None
 
 
 @dataclass(eq=False, slots=True)
@@ -168,6 +170,7 @@ class DeviceReader:
         tickets, self._tickets = self._tickets, _Tickets()
         readout = tickets.readout
         drift = self._sample.read(readout) if sample else None
+        followers = self._scene.followers.read(readout) if sample else None
         arrived = [readout.add(c.reshape(1)) for c in cotangents]
         readout.fetch()
         found: dict[int, GradientFact] = {}
@@ -193,6 +196,7 @@ class DeviceReader:
             all_non_finite=hopeless or (bool(present) and not any(g.finite for g in present)),
             tensor_sample=samples[0],
             gradient_sample=samples[1],
+            followers=None if followers is None else readout.get(followers),
         )
 
     def _update(self, tickets: _Tickets) -> StepUpdate | None:

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map_only
 
 from lora_probe_callbacks.observe.forwards import tensors_in
-from lora_probe_callbacks.observe.wrappers import data_parallel, is_compiled
+from lora_probe_callbacks.observe.wrappers import data_parallel, is_compiled, tensor_parallel
 
 __all__ = [
     "MOST_BYTES",
@@ -108,7 +109,7 @@ class KeptForward:
         module = self.module
         if is_compiled(module) or any(is_compiled(m) for m in module.modules()):
             return "a compiled module is not bit-equal to its eager repeat"
-        if data_parallel([module]) is not None:
+        if data_parallel([module]) is not None or tensor_parallel([module]):
             return "several ranks would have to repeat it together"
         if any(type(m).__name__ == "Linear4bit" and not m.training for m in module.modules()):
             # bitsandbytes 0.50 repacks the weights for inference at a forward in eval mode without input
@@ -287,7 +288,7 @@ def _restored(module: nn.Module, before: RandomState, device: torch.device) -> I
 def module_state_restored(module: nn.Module, device: torch.device) -> Iterator[None]:
     """End with all state that was there: random numbers, buffers, and what the modules keep in their attributes.
 
-    The last are a router's auxiliary loss, a counter, a list of features.
+    The last are a router's auxiliary loss, a counter, a list of features, or an object with such things.
 
     Args:
         module: What is run inside.
@@ -298,7 +299,9 @@ def module_state_restored(module: nn.Module, device: torch.device) -> Iterator[N
     """
     after = random_state(module, device)
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
-    attributes = [(m.__dict__, {k: (v, _contents(v)) for k, v in m.__dict__.items()}) for m in module.modules()]
+    holders = [m.__dict__ for m in module.modules()]
+    kept = {id(v): v.__dict__ for held in holders for v in held.values() if _is_an_object(v)}
+    attributes = [(held, {k: (v, _contents(v)) for k, v in held.items()}) for held in (*holders, *kept.values())]
     try:
         yield
     finally:
@@ -314,6 +317,13 @@ def module_state_restored(module: nn.Module, device: torch.device) -> Iterator[N
             # which a write that counts would break.
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
+
+
+def _is_an_object(value: object) -> bool:
+    """An instance of somebody's class, such as a buffer of samples with a place in it."""
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(
+        value, type | ModuleType | FunctionType | torch.Tensor | nn.Module
+    )
 
 
 def _contents(value: object) -> list[Any] | None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -29,6 +31,8 @@ __all__ = ["ResponseObserver", "aliased"]
 _SIZE = 0.005
 _DOUBT = 0.1  # a central difference off by more than this is looked at twice
 _SAMPLE = 1024
+
+_Place = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # outputs, and the parameters that made them
 
 
 class ResponseObserver:
@@ -181,12 +185,12 @@ class ResponseObserver:
         predicted = _dot(g, [t.detach().float() - s.float() for t, s in zip(tensors, start, strict=True)])
         measured = forward.change(at_start, forward.kept.run())
         found = dataclasses.replace(blank, predicted=predicted / scale, measured=measured / scale)
-        central = trial.central(g, _SIZE)
+        central, sides = trial.differences(g, _SIZE, at_start)
         if abs(central - 1) <= _DOUBT or not math.isfinite(central):
             return dataclasses.replace(found, central=central)
-        return dataclasses.replace(
-            found, central=central, again=trial.central(g, 2 * _SIZE), own=trial.central(trial.gradients(), _SIZE)
-        )
+        again, _ = trial.differences(g, 2 * _SIZE, at_start)
+        own, _ = trial.differences(trial.gradients(), _SIZE, at_start)
+        return dataclasses.replace(found, central=central, again=again, own=own, sides=sides)
 
     def _incomplete(self) -> str | None:
         if self._forward is None or not self._forward.cotangents:
@@ -231,19 +235,22 @@ class _Trial:
     tensors: list[torch.Tensor]  # those that have a gradient
     start: list[torch.Tensor]  # and what they held before the step
 
-    def central(self, g: Sequence[torch.Tensor], size: float) -> float:
-        """``<c, out(theta + h g/|g|) - out(theta - h g/|g|)>`` over what ``g`` says of it.
+    def differences(
+        self, g: Sequence[torch.Tensor], size: float, at_start: Sequence[torch.Tensor]
+    ) -> tuple[float, tuple[float, float]]:
+        """``<c, out(theta + h g/|g|) - out(theta - h g/|g|)>`` over what ``g`` says of it, and of either half.
 
         Args:
             g: A gradient.
             size: h, relative to the norm of the adapter.
+            at_start: Outputs at ``theta``.
 
         Returns:
-            1 where the gradient is right.
+            1 where the gradient is right; the same of the half ahead and of the half behind.
         """
         norm = math.sqrt(_dot(g, g))
         if not norm or not math.isfinite(norm):
-            return math.nan
+            return math.nan, (math.nan, math.nan)
         theta = [s.float() for s in self.start]
         h = size * math.sqrt(sum(float(b.float().square().sum()) for b in self.before)) / norm
         # As the parameters' own types can hold it: what is asked of the gradient is the move that was made.
@@ -254,8 +261,13 @@ class _Trial:
                 up = self.forward.kept.run()
             with holding(self.tensors, behind):
                 down = self.forward.kept.run()
-        expected = _dot(g, [a.float() - b.float() for a, b in zip(ahead, behind, strict=True)])
-        return self.forward.change(down, up) / expected if expected else math.nan
+
+        def ratio(before: _Place, after: _Place) -> float:
+            expected = _dot(g, [a.float() - b.float() for a, b in zip(after[1], before[1], strict=True)])
+            return self.forward.change(before[0], after[0]) / expected if expected else math.nan
+
+        low, here, high = (down, behind), (at_start, theta), (up, ahead)
+        return ratio(low, high), (ratio(here, high), ratio(low, here))
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradient of ``<c, out>`` alone: nothing in it that did not leave through the outputs."""
@@ -318,10 +330,27 @@ def _why_not(module: nn.Module, tensors: Sequence[torch.Tensor], ours: Collectio
         return "gradients are averaged over ranks, and outputs are of one rank"
     if any(hasattr(t, "to_local") or hasattr(t, "ds_id") for t in tensors):
         return "the adapter is sharded"
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer) and (reason := _by_design(layer)):
+            return reason
     for parameter in module.parameters():
         foreign = parameter._backward_hooks and id(parameter) not in ours
         if foreign or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return "a hook on a parameter changes or uses its gradient"
+    return None
+
+
+def _by_design(layer: BaseTunerLayer) -> str | None:
+    """Why the gradient of an adapter is meant to be another one than the loss's (peft 0.21)."""
+    if not isinstance(layer, LoraLayer):
+        # Projected parameters, norms taken for constants, noise drawn in the forward.
+        return f"{type(layer).__name__} is no LoRA layer: other tuners approximate their gradients by design"
+    for variant in layer.lora_variant.values():
+        kind = type(variant).__name__
+        if kind.startswith("Dora"):
+            return "DoRA takes the norm of the adapted weight for a constant in its gradient, by design"
+        if kind.startswith("Velora"):
+            return "VeLoRA makes the gradient of A from compressed activations, by design"
     return None
 
 

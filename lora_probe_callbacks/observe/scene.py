@@ -6,31 +6,44 @@ Built from the inventory and the names that are meant; asked at every decision f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer, Inventory, Slot, Unit, take_inventory
+from lora_probe_callbacks.observe.coverage import adapter_configs, read_coverage
 from lora_probe_callbacks.observe.facts import (
+    Coverage,
     ForwardFact,
     GradientFact,
     OtherAdapter,
     SlotFact,
+    StartFact,
     UnitFact,
     Wrapping,
 )
 from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
-from lora_probe_callbacks.observe.updates import Fingerprints
-from lora_probe_callbacks.observe.wrappers import DataParallel, is_flat, is_shard, replicas, tensor_parallel
+from lora_probe_callbacks.observe.start import natural_scaling, read_start, scaling
+from lora_probe_callbacks.observe.updates import Fingerprints, Followers
+from lora_probe_callbacks.observe.wrappers import (
+    DataParallel,
+    is_flat,
+    is_shard,
+    master_copies,
+    replicas,
+    shards_behind,
+    tensor_parallel,
+)
 
-__all__ = ["FlatParametersError", "Scene", "base_weight"]
+__all__ = ["NotJudgedError", "Scene", "base_weight"]
 
 
-class FlatParametersError(ValueError):
-    """The adapter's tensors were poured into flat parameters: no slot holds one of them."""
+class NotJudgedError(ValueError):
+    """What trains lies in no slot: tensors poured into flat parameters, or a tuner without tuner layers."""
 
 
 class Scene:
@@ -71,15 +84,31 @@ class Scene:
         self.suspects: set[int] = set()  # units to be watched for that
         self._left: dict[str, torch.Tensor] = {}  # what layers held that are no longer there
         self._four_bit = [m for _, root in roots for m in root.modules() if type(m).__name__ == "Linear4bit"]
+        self._shards: dict[int, torch.Tensor] = {}
+        self._find_shards()
         self.expect(self.active_names())
+
+    def _find_shards(self) -> None:
+        self._shards.clear()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return  # a walk over all modules
+        self._shards.update(shards_behind(root for _, root in self.roots))
+        for unit in self.inventory.units:
+            for slot in unit.slots:
+                slot.shards = self._shards
 
     # --- what is meant ----------------------------------------------------------------------
 
     def _check_names(self) -> None:
         inventory = self.inventory
+        if inventory.out_of_reach:
+            raise NotJudgedError(
+                f"{inventory.out_of_reach[0]} trains tensors that lie in no tuner layer of PEFT; LoRA, and what has "
+                "tuner layers like it, can be judged"
+            )
         if not inventory.units and not inventory.unloaded:
             if any(is_flat(p) for _, root in self.roots for p in root.parameters()):
-                raise FlatParametersError(
+                raise NotJudgedError(
                     "the adapter is part of flat parameters of FullyShardedDataParallel, in which no tensor of it "
                     "can be told apart: pass use_orig_params=True"
                 )
@@ -135,6 +164,9 @@ class Scene:
             for name, slots in self._others.items()
             if name not in self._lagged
         }
+        lagged = {name: [t for s in self._others.get(name, ()) if (t := s.tensor) is not None] for name in self._lagged}
+        self.followers = Followers(lagged)
+        self._naturals = [natural_scaling(unit) for unit in self.units]
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -166,10 +198,12 @@ class Scene:
     def refresh(self) -> bool:
         """Look, and take the inventory again if a layer was exchanged; returns whether it was."""
         if self.inventory.in_place:
+            self._find_shards()
             self.look()
             return False
         former = {slot.name: t for slot, t in zip(self.slots, self._start_tensors, strict=True) if t is not None}
         self.inventory = take_inventory(self.roots)
+        self._find_shards()
         self.expect(self.expected)
         self._left.update(former)
         for slot in self.slots:
@@ -236,6 +270,16 @@ class Scene:
             if tensor is not None and is_shard(tensor)
         }
 
+    def why_not_owned(self) -> str:
+        """Say why no tensor of the adapter can be told apart in the optimizer, or give the empty string.
+
+        Returns:
+            The reason.
+        """
+        if any(own is not None for own in self._owned):
+            return ""
+        return master_copies(root for _, root in self.roots)
+
     def wrapping(self, parallel: DataParallel | None, called: set[int], *, synced: bool) -> Wrapping:
         """What holds several processes together, and what it leaves out.
 
@@ -297,6 +341,7 @@ class Scene:
             frozen_by_intent=self._kept[index],
             half=tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16),
             numel=size,
+            part=slot.path[0],
         )
 
     def unit_facts(
@@ -330,6 +375,7 @@ class Scene:
             elif watched:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
+            natural = self._naturals[index]
             facts.append(
                 UnitFact(
                     name=unit.layer.name,
@@ -338,9 +384,27 @@ class Scene:
                     idle_part=part,
                     base_weight_used=self.base_used.get(index),
                     lora=unit.layer.lora,
+                    scaling=None if natural is None else scaling(unit),
+                    natural=natural,
                 )
             )
         return tuple(facts)
+
+    def start(self, framework_step: int) -> StartFact:
+        """What the expected units hold before the first training forward."""
+        held = {id(t): state for optimizer in self.optimizers for t, state in optimizer.state.items()}
+        first: Mapping[str, Any] = next((held[i] for slot in self.slots if (i := id(slot.tensor)) in held), {})
+        return read_start(
+            self.units,
+            adapter_configs(self.roots),
+            framework_step=framework_step,
+            # Adagrad makes its state before the first step, with a count of 0; LBFGS before its first closure.
+            optimizer_state=float(first.get("step", 0)) > 0 or first.get("momentum_buffer") is not None,
+        )
+
+    def coverage(self, expect_targets: Sequence[str], new_token_ids: Sequence[int]) -> Coverage:
+        """What was asked for, and what the expected units cover."""
+        return read_coverage(self.roots, self.units, expect_targets=expect_targets, new_token_ids=new_token_ids)
 
     def suspected_weights(self) -> dict[int, int]:
         """Id of the base weight to unit, for layers that were left out while their surroundings ran."""
@@ -382,13 +446,13 @@ class Scene:
         return tuple(name for name, weight in trainable.items() if weight not in shared)
 
     def packed(self) -> tuple[int, int]:
-        """Count the 4-bit weights that bitsandbytes holds in its layout for inference.
+        """4-bit weights that bitsandbytes holds in its layout for inference, and all 4-bit weights.
 
         On CPUs with AVX512-BF16 a forward in eval mode without input gradients packs them, and every later
         forward goes through a kernel without a backward (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
 
         Returns:
-            Their number, and that of all 4-bit weights.
+            Both counts.
         """
         states = [getattr(m.weight, "quant_state", None) for m in self._four_bit]
         return sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in states), len(states)
@@ -454,6 +518,8 @@ class Scene:
                     was_active=name in was_active,
                     ever_changed=name in self.ever_changed,
                     active_now=name in active,
+                    half=any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors),
+                    **self.followers.counts(name),
                 )
             )
         return tuple(facts)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_probe_callbacks.observe.facts import WrapperKind
@@ -27,7 +28,9 @@ __all__ = [
     "is_compiled",
     "is_flat",
     "is_shard",
+    "master_copies",
     "replicas",
+    "shards_behind",
     "tensor_parallel",
 ]
 
@@ -107,6 +110,28 @@ def data_parallel(roots: Iterable[nn.Module]) -> DataParallel | None:
     return None
 
 
+def master_copies(roots: Iterable[nn.Module]) -> str:
+    """Tell that DeepSpeed's optimizer steps flat master copies in the place of the model's tensors.
+
+    The Transformers Trainer hands out the model inside the engine: then only the marks on the tensors are left
+    (DeepSpeed 0.19: `_hp_mapping` under ZeRO 1 and 2, `ds_id` under ZeRO 3).
+
+    Args:
+        roots: What is trained.
+
+    Returns:
+        A reason why the optimizer cannot be judged, or the empty string.
+    """
+    for root in roots:
+        marked = any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in root.parameters())
+        if marked or any(_KINDS["DeepSpeed"](m) for m in root.modules()):
+            return (
+                "could not judge: DeepSpeed steps master copies of its own, in which no adapter tensor can be told "
+                "apart, and clears the gradients before it does"
+            )
+    return ""
+
+
 def tensor_parallel(roots: Iterable[nn.Module]) -> bool:
     """Tell whether ranks compute parts of one model: what they hold may differ by design.
 
@@ -138,9 +163,32 @@ def _reduced(modules: Iterable[nn.Module]) -> frozenset[int]:
 
 def is_shard(tensor: torch.Tensor) -> bool:
     """Tell whether this rank holds a part of a tensor: other ranks hold other values by design."""
-    if getattr(tensor, "_fsdp_flattened", False) or is_flat(tensor):
+    if getattr(tensor, "_fsdp_flattened", False) or is_flat(tensor) or hasattr(tensor, "ds_id"):
         return True
     return any(not p.is_replicate() for p in _placements(tensor))
+
+
+def shards_behind(roots: Iterable[nn.Module]) -> dict[int, torch.Tensor]:
+    """Find the whole tensors that fully_shard shows for a while, and the shards that the optimizer knows.
+
+    It does so inside a forward, and at its root also after one that no backward followed.
+
+    Args:
+        roots: What is trained.
+
+    Returns:
+        The id of every whole tensor to its shard.
+    """
+    found: dict[int, torch.Tensor] = {}
+    sharded = (m for root in roots for m in root.modules() if isinstance(m, FSDPModule))
+    for state in [module._get_fsdp_state() for module in sharded]:
+        # Only its own records tell (torch 2.11 has one group a module, 2.13 a list of them).
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            for one in getattr(group, "fsdp_params", ()):
+                whole = getattr(one, "_unsharded_param", None)
+                if whole is not None:
+                    found[id(whole)] = one.sharded_param
+    return found
 
 
 def is_flat(tensor: torch.Tensor) -> bool:

@@ -86,7 +86,7 @@ class Record:
         """
         layout = [(facts.units[s.unit].name, s.name, s.role, s.adapter) for s in facts.slots]
         named = {}
-        if layout != self._layout:
+        if facts.slots and layout != self._layout:  # a file that was judged by itself tells of no slots
             self._layout = layout
             keys = ("layer", "name", "role", "adapter")
             named = {"tensors": [dict(zip(keys, entry, strict=True)) for entry in layout]}

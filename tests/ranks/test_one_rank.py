@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,26 @@ def exception_where_others_wait_in_the_exchange(rank: int, world: int) -> Outcom
             raise ValueError("the user's own")
 
     return loop(model, adamw(model), rank, before_step=before_step, steps=3)
+
+
+def death(rank: int, world: int) -> Outcome:
+    model = wrapped()
+
+    def before_step(step: int) -> None:
+        if step == 2 and bad(rank, world):
+            os._exit(1)
+
+    return loop(model, adamw(model), rank, before_step=before_step, steps=3)
+
+
+def test_death_of_one_rank_ends_the_wait_of_the_others(tmp_path: Path) -> None:
+    """It comes in the exchange, where nothing but the group's timeout tells of it."""
+    first, died = in_processes({"death": death}, 2, tmp_path, dying=1)["death"]
+    assert died is None
+    assert isinstance(first, Outcome), first
+    assert (first.found, first.internal) == ([], [])
+    assert "the ranks do not decide together" in first.statuses["LP701"][1]
+    assert first.seconds < 60
 
 
 @pytest.mark.parametrize("world", [2, 4])

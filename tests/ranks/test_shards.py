@@ -49,6 +49,21 @@ def healthy_fully_shard(rank: int, world: int) -> Outcome:
 
 
 @scenario
+def healthy_evaluation(rank: int, world: int) -> Outcome:
+    """After a forward without a backward the root keeps showing whole tensors, at the end of the run too."""
+    model = wide()
+    sharded(model, model.base_model.model.model.layers, world)
+
+    @torch.no_grad()
+    def evaluate(probe: Any) -> None:
+        model.eval()
+        model(input_ids=batch_of(0, 99))
+        model.train()
+
+    return loop(model, sgd(model), rank, during=evaluate, every_n_steps=1)
+
+
+@scenario
 def healthy_flattened_views(rank: int, world: int) -> Outcome:
     model = FullyShardedDataParallel(wide(), use_orig_params=True, device_id=torch.device("cpu"))
     return loop(model, sgd(model), rank, during=lambda probe: dict(probe.report.metrics), every_n_steps=1)
@@ -68,6 +83,14 @@ def adapter_after_fully_shard(rank: int, world: int) -> Outcome:  # L03
     sharded(base, base.model.layers, world)
     torch.manual_seed(50 + rank)
     model = get_peft_model(base, config())
+    return loop(model, adamw(model), rank)
+
+
+@scenario
+def base_trained_after_fully_shard(rank: int, world: int) -> Outcome:  # L07
+    model = lora()
+    sharded(model, model.base_model.model.model.layers, world)
+    model.requires_grad_(True)
     return loop(model, adamw(model), rank)
 
 
@@ -132,7 +155,7 @@ def alone() -> Outcome:
     return loop(joined, sgd(joined), 0, during=lambda probe: dict(probe.report.metrics), every_n_steps=1)
 
 
-@pytest.mark.parametrize("name", ["healthy_fully_shard", "healthy_flattened_views"])
+@pytest.mark.parametrize("name", ["healthy_fully_shard", "healthy_flattened_views", "healthy_evaluation"])
 def test_healthy_run_is_quiet(outcomes: dict[str, list[Any]], name: str) -> None:
     assert_all_healthy(outcomes[name])
 
@@ -151,6 +174,7 @@ def test_norms_are_those_of_one_process(outcomes: dict[str, list[Any]], alone: O
     [
         ("optimizer_before_fully_shard", "LP202", 0),
         ("adapter_after_fully_shard", "LP703", 0),
+        ("base_trained_after_fully_shard", "LP206", 0),
         ("optimizer_before_flattening", "LP201", 0),
     ],
 )
@@ -168,3 +192,4 @@ def test_flat_parameters_are_not_judged_and_not_passed(outcomes: dict[str, list[
 def test_rank_that_hangs_in_a_reduction_learns_why(outcomes: dict[str, list[Any]]) -> None:
     """Without its adapter rank 1 reduces nothing, and rank 0 waits for it in its backward until the group gives up."""
     assert_all_know(outcomes["disabled_on_one_rank"], "LP102", 2)
+    assert {code for one in outcomes["disabled_on_one_rank"] for code, *_ in one.found} == {"LP102"}

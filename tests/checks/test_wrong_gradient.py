@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from facts import ALL, bad, expect, facts
+
+from lora_probe_callbacks.checks.wrong_gradient import CHECK
+from lora_probe_callbacks.observe.facts import Facts, StepResponse
+
+WRONG = {"central": 0.5, "again": 0.52, "own": 0.5, "sides": (0.48, 0.52)}
+
+
+def response(step: int = 3, **changes: Any) -> StepResponse:
+    return StepResponse(step, 10 * step, **{"predicted": -1.0, "measured": -1.0, "central": 1.0, **changes})
+
+
+def steps(*changes: dict[str, Any]) -> Facts:
+    return facts(responses=tuple(response(step, **c) for step, c in enumerate(changes)))
+
+
+def test_gradient_that_disagrees_in_two_steps_fails() -> None:
+    what = steps(WRONG, {}, {**WRONG, "central": 0.6, "own": 0.6})
+    assert list(bad(what)) == ["LP307"]
+    expect(
+        CHECK.judge(what),
+        "fail",
+        "the gradient is not that of the loss",
+        slots=ALL,
+        got="finite difference over gradient 0.50, 0.60 in steps 0, 2",
+        expected="1, within rounding",
+        seen=(2, 20),
+    )
+
+
+def test_one_bad_step_is_not_enough() -> None:
+    words = "the gradient disagrees with a finite difference in one step (0.50 of it)"
+    expect(CHECK.judge(steps({}, WRONG)), "pending", words)
+    expect(CHECK.judge(steps(WRONG, {})), "pass")
+
+
+@pytest.mark.parametrize(("central", "status"), [(0.851, "pass"), (0.849, "fail"), (1.149, "pass"), (1.151, "fail")])
+def test_fifteen_per_cent_are_allowed(central: float, status: str) -> None:
+    bad_step = {"central": central, "again": central, "own": central, "sides": (central, central)}
+    assert CHECK.judge(steps(bad_step, bad_step)).status == status
+
+
+DISAGREE = "finite differences of two sizes disagree"
+MORE = "the gradient holds more than what left the model through its outputs"
+KINK = "it has a kink here"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"again": 0.61}, DISAGREE),
+        ({"again": 0.39}, DISAGREE),
+        ({"again": None}, DISAGREE),
+        ({"again": float("nan")}, DISAGREE),
+        ({"own": 0.86}, MORE),
+        ({"own": None}, MORE),
+        ({"sides": None}, KINK),
+        ({"sides": (0.3, 0.56)}, KINK),
+        ({"sides": (0.56, 0.3)}, KINK),
+        ({"sides": (0.8, 0.9)}, KINK),
+        ({"sides": (0.9, 0.8)}, KINK),
+    ],
+)
+def test_doubtful_steps_are_skipped(changes: dict[str, Any], words: str) -> None:
+    expect(CHECK.judge(steps(WRONG, WRONG | changes)), "skipped", words)
+    assert CHECK.judge(steps(WRONG | changes, WRONG)).status == "pending", "it does not count"
+
+
+@pytest.mark.parametrize("changes", [{"again": 0.59}, {"again": 0.41}, {"own": 0.84}, {"sides": (0.25, 0.5)}])
+def test_small_differences_are_no_doubt(changes: dict[str, Any]) -> None:
+    assert CHECK.judge(steps(WRONG, WRONG | changes)).status == "fail"
+
+
+def test_reasons_not_to_judge() -> None:
+    expect(CHECK.judge(facts()), "pending", "no step response was measured yet")
+    expect(CHECK.judge(steps(WRONG, WRONG, {"why_not": "two forwards"})), "skipped", "two forwards")
+    for nothing in (None, float("nan")):
+        verdict = CHECK.judge(steps(WRONG, WRONG, {"central": nothing}))
+        expect(verdict, "skipped", "the gradient says that nothing changes along it")
+    assert CHECK.judge(steps({"central": None, "why_not": "x"}, WRONG, WRONG)).status == "fail"
+
+
+def test_right_gradient_passes() -> None:
+    expect(CHECK.judge(steps({}, {"central": 0.95})), "pass")
+
+
+def test_stale_forward_is_the_nearer_cause() -> None:
+    what = facts(responses=(response(2, **WRONG), response(3, **WRONG)), stale_forward=(True, "differ"))
+    assert list(bad(what)) == ["LP405"]
