@@ -170,28 +170,27 @@ def test_share_of_the_next_training_batch() -> None:
 
 def test_loop_with_a_closure_gives_the_same_numbers() -> None:
     """Its gradients are made inside step(): what the estimator starts from is kept before."""
-    logged = []
-    for closure in (False, True):
-        run = Training(model())
-        optimizer = run.built_optimizer()
-        probe = LoraProbeMonitor(run.model, optimizer, verbose=False, estimator=VarianceProbe([E], nll))
-        with probe:
-            for number, batch in enumerate(batches(3)):
+    assert fitted_with(closure=True) == fitted_with(closure=False)
 
-                def evaluate(
-                    run: Training = run, optimizer: Any = optimizer, batch: Tensor = batch, number: int = number
-                ) -> Tensor:
-                    optimizer.zero_grad()
-                    loss = next_token_loss(run.model, batch, number)
-                    loss.backward()
-                    return loss
 
-                if not closure:
-                    evaluate()
-                optimizer.step(evaluate if closure else None)
-        assert not probe.report.with_status("fail", "warn")
-        logged.append((numbers(probe.report), probe.report.metrics["lora_probe/step_response/ratio"]))
-    assert logged[0] == logged[1]
+def fitted_with(*, closure: bool) -> tuple[dict[str, float], float]:
+    run = Training(model())
+    optimizer = run.built_optimizer()
+    probe = LoraProbeMonitor(run.model, optimizer, verbose=False, estimator=VarianceProbe([E], nll))
+    with probe:
+        for number, batch in enumerate(batches(3)):
+
+            def evaluate(batch: Tensor = batch, number: int = number) -> Tensor:
+                optimizer.zero_grad()
+                loss = next_token_loss(run.model, batch, number)
+                loss.backward()
+                return loss
+
+            if not closure:
+                evaluate()
+            optimizer.step(evaluate if closure else None)
+    assert not probe.report.with_status("fail", "warn")
+    return numbers(probe.report), probe.report.metrics["lora_probe/step_response/ratio"]
 
 
 def test_preflight_runs_it_and_leaves_no_trace() -> None:
