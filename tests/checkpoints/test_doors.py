@@ -21,7 +21,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
-from training import Loop, Training, adamw, adapter_tensors, batches, config, hooks_of_the_probe, lora, next_token_loss, trainable
+from training import (
+    Loop,
+    Training,
+    adamw,
+    adapter_tensors,
+    batches,
+    config,
+    hooks_of_the_probe,
+    lora,
+    next_token_loss,
+    trainable,
+)
 
 from lora_probe_callbacks import LoraProbe, LoraProbeError, LoraProbeMonitor, LoraProbeTrainerCallback, ProbeReport
 
@@ -112,7 +123,10 @@ def test_lightning_save_between_probed_steps_is_judged_in_the_next_step(tmp_path
 
 
 SPOILS = {
-    "every B zero": (lambda s: {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in s.items()}, "every B in it is zero"),
+    "every B zero": (
+        lambda s: {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in s.items()},
+        "every B in it is zero",
+    ),
     "half of it": (lambda s: {k: v for k, v in s.items() if "layers.1" in k}, "lacks 4 of its 8"),
     "no B": (lambda s: {k: v for k, v in s.items() if "lora_A" in k}, "lacks 4 of its 8"),
     "empty": (lambda s: {k: torch.empty(0) for k in s}, "no elements"),
@@ -262,14 +276,25 @@ class NothingFound(Loop):
 
 @pytest.mark.parametrize(
     ("module", "words"),
-    [(Rewrapping, "its adapter is fresh"), (NothingFound, "its adapter is fresh"), (OneLayerLost, "4 of 8 adapter tensors")],
+    [
+        (Rewrapping, "its adapter is fresh"),
+        (NothingFound, "its adapter is fresh"),
+        (OneLayerLost, "4 of 8 adapter tensors"),
+    ],
 )
 def test_lightning_resume_that_starts_anew(
     module: type[Loop], words: str, lightning_checkpoint: Path, tmp_path: Path
 ) -> None:
     probe = LoraProbe(verbose=False)
     with pytest.raises(LoraProbeError, match=words):
-        fit(module(Training(square(), optimizer=fast)), tmp_path, probe, 6, ckpt_path=lightning_checkpoint, weights_only=False)
+        fit(
+            module(Training(square(), optimizer=fast)),
+            tmp_path,
+            probe,
+            6,
+            ckpt_path=lightning_checkpoint,
+            weights_only=False,
+        )
     assert found(probe.report) == [("LP803", "fail", 0)]
 
 
@@ -529,7 +554,10 @@ class TestPlainResume:
     def test_two_layers_exchanged(self, saved: Any) -> None:
         state, weights, moments = saved
         swap = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
-        moved = {next((k.replace(a, b) for a, b in swap.items() if a in k and "lora_" in k), k): v for k, v in weights.items()}
+        moved = {
+            next((k.replace(a, b) for a, b in swap.items() if a in k and "lora_" in k), k): v
+            for k, v in weights.items()
+        }
         model = square()
         model.load_state_dict(moved)
         optimizer = fast(model)
@@ -598,7 +626,9 @@ class TestPlainResume:
         for name, tensor in model.named_parameters():
             if "base_layer" in name:
                 nn.init.normal_(tensor, std=0.02)
-        assert [(c, s) for c, s, _ in found(resumed(model, fast(model), state, ignore=["LP804"]))] == [("LP806", "fail")]
+        assert [(c, s) for c, s, _ in found(resumed(model, fast(model), state, ignore=["LP804"]))] == [
+            ("LP806", "fail")
+        ]
 
     def test_file_compared_before_the_first_step(self, saved: Any, tmp_path: Path) -> None:
         """K04 and K05: the load found nothing, and the user asks."""
@@ -620,7 +650,13 @@ def test_training_with_saves_is_bit_equal(tmp_path: Path) -> None:
         optimizer = fast(model)
         torch.manual_seed(3)
         probe = LoraProbeMonitor(model, optimizer, verbose=False, every_n_steps=1, ignore=() if probed else ("LP8",))
-        loop(model, optimizer, probe, 5, lambda step: (model.save_pretrained(tmp_path), probe.check_saved(tmp_path)) and None)
+        loop(
+            model,
+            optimizer,
+            probe,
+            5,
+            lambda step: (model.save_pretrained(tmp_path), probe.check_saved(tmp_path)) and None,
+        )
         return {**model.state_dict(), "rng": torch.get_rng_state()}
 
     with_files, without = run(True), run(False)

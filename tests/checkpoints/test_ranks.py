@@ -114,9 +114,7 @@ def sharded(rank: int, world: int, save: Any) -> Outcome:
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return loop(
-        model, adamw(model), rank, during=Saving(rank, lambda *args: save(model, *args)), every_n_steps=1
-    )
+    return loop(model, adamw(model), rank, during=Saving(rank, lambda *args: save(model, *args)), every_n_steps=1)
 
 
 def write(model: nn.Module, folder: Path, rank: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -162,11 +160,11 @@ def test_save_is_judged_by_its_writer(outcomes: dict[str, list[Any]]) -> None:
 
 
 def test_wrong_names_stop_all_ranks_together(outcomes: dict[str, list[Any]]) -> None:
-    assert_all_found(outcomes["names_of_the_wrapper"], "LP801", 3, "fail", "module.base_model")
+    assert_all_found(outcomes["names_of_the_wrapper"], "LP801", 2, "fail", "module.base_model")
 
 
 def test_shards_of_one_rank_are_not_the_adapter(outcomes: dict[str, list[Any]]) -> None:
-    assert_all_found(outcomes["shards_of_rank_0"], "LP801", 3, "fail", "other shapes")
+    assert_all_found(outcomes["shards_of_rank_0"], "LP801", 2, "fail", "other shapes")
 
 
 def test_rank_that_restored_nothing_is_named(outcomes: dict[str, list[Any]]) -> None:

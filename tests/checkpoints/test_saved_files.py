@@ -61,7 +61,9 @@ def assert_fails(report: ProbeReport, code: str, *words: str, status: str = "fai
 
 def assert_passes(report: ProbeReport, *codes: str) -> None:
     assert not bad(report), str(report)
-    assert {f.code for f in report.with_status("pass")} >= set(codes or ("LP801", "LP802", "LP805", "LP807")), str(report)
+    assert {f.code for f in report.with_status("pass")} >= set(codes or ("LP801", "LP802", "LP805", "LP807")), str(
+        report
+    )
     assert report.healthy is True
 
 
@@ -122,7 +124,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], tuple[str, ...
         ("lacks 8 of its 8", "layers.0.self_attn.q_proj.lora_A"),
     ),
     "one tower only": (lambda t: {k: v for k, v in t.items() if "layers.1." in k}, ("lacks 4 of its 8",)),
-    "names of torch.compile": (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, ("names of a wrapper", "_orig_mod.")),
+    "names of torch.compile": (
+        lambda t: {f"_orig_mod.{k}": v for k, v in t.items()},
+        ("names of a wrapper", "_orig_mod."),
+    ),
     "names of a compiled block": (
         lambda t: {k.replace("layers.0.", "layers.0._orig_mod."): v for k, v in t.items()},
         ("names of a wrapper", "_orig_mod."),
@@ -374,7 +379,9 @@ def test_pickled_adapter(model: PeftModel, probe: LoraProbeMonitor, tmp_path: Pa
     assert_passes(probe.check_saved(tmp_path / "adapter_model.bin"))
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {f"model.{k}": v for k, v in s.items()}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {f"model.{k}": v for k, v in s.items()}]
+)
 def test_state_of_the_whole_module(
     wrap: Callable[[Any], Any], model: PeftModel, probe: LoraProbeMonitor, tmp_path: Path
 ) -> None:
@@ -398,12 +405,17 @@ def test_average_over_steps_is_not_judged(tmp_path: Path) -> None:
     model = lora()
     start = {n: p.detach().clone() for n, p in adapter_tensors(model).items()}
     probe = trained_probe(model, steps=4)
-    average = {k: 0.5 * v + 0.5 * start[k.replace(".weight", ".default.weight")] for k, v in get_peft_model_state_dict(model).items()}
+    average = {
+        k: 0.5 * v + 0.5 * start[k.replace(".weight", ".default.weight")]
+        for k, v in get_peft_model_state_dict(model).items()
+    }
     model.save_pretrained(tmp_path)
     save_file(average, tmp_path / FILE)
     report = probe.check_saved(tmp_path)
     assert not bad(report), str(report)
-    assert [f.message for f in report.findings if f.code == "LP801" and f.status == "skipped" and "average" in f.message]
+    assert [
+        f.message for f in report.findings if f.code == "LP801" and f.status == "skipped" and "average" in f.message
+    ]
 
 
 def test_best_checkpoint_is_older_than_the_adapter(tmp_path: Path) -> None:
