@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from training import (
     Loop,
     Training,
-    adamw,
     adapter_tensors,
     batches,
     config,
@@ -301,7 +300,7 @@ def test_lightning_resume_that_starts_anew(
 def test_lightning_optimizer_state_on_the_wrong_tensors(lightning_checkpoint: Path, tmp_path: Path) -> None:
     """E09."""
     probe = LoraProbe(verbose=False)
-    with pytest.raises(LoraProbeError, match="has that of .*v_proj"):
+    with pytest.raises(LoraProbeError, match=r"has that of .*v_proj"):
         fit(
             Loop(Training(square(), optimizer=reversed_order)),
             tmp_path,
@@ -547,7 +546,7 @@ class TestPlainResume:
         state, weights, _ = saved
         model = square()
         model.load_state_dict(weights)
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="multiple adapters|second time|already"):
             model = get_peft_model(model.base_model.model, config())
         assert [(c, s) for c, s, _ in found(resumed(model, fast(model), state))] == [("LP803", "fail")]
 
@@ -650,13 +649,12 @@ def test_training_with_saves_is_bit_equal(tmp_path: Path) -> None:
         optimizer = fast(model)
         torch.manual_seed(3)
         probe = LoraProbeMonitor(model, optimizer, verbose=False, every_n_steps=1, ignore=() if probed else ("LP8",))
-        loop(
-            model,
-            optimizer,
-            probe,
-            5,
-            lambda step: (model.save_pretrained(tmp_path), probe.check_saved(tmp_path)) and None,
-        )
+
+        def save(step: int) -> None:
+            model.save_pretrained(tmp_path)
+            probe.check_saved(tmp_path)
+
+        loop(model, optimizer, probe, 5, save)
         return {**model.state_dict(), "rng": torch.get_rng_state()}
 
     with_files, without = run(True), run(False)

@@ -537,7 +537,8 @@ def test_file_that_another_process_writes_is_not_judged(
         "import sys, time, pathlib\n"
         "data = pathlib.Path(sys.argv[1]).read_bytes()\n"
         "with open(sys.argv[2], 'wb', buffering=0) as out:\n"
-        "    for i in range(0, len(data), len(data) // 40): out.write(data[i : i + len(data) // 40]); time.sleep(0.03)\n"
+        "    size = len(data) // 40\n"
+        "    for i in range(0, len(data), size): out.write(data[i : i + size]); time.sleep(0.03)\n"
     )
     (tmp_path / FILE).write_bytes(data[:100])
     writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "whole"), str(tmp_path / FILE)])
