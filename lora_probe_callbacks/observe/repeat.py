@@ -14,7 +14,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from operator import is_
+from types import FunctionType, ModuleType, NoneType
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,7 @@ class KeptForward:
         self._args, self._kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         self._inputs = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
         self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        self._state: ModuleState | None = None
 
     def why_not(self) -> str | None:
         """Say why this forward must not be repeated, or None."""
@@ -127,6 +129,15 @@ class KeptForward:
             return "an argument of the forward was changed in place after it"
         return None
 
+    @contextmanager
+    def several(self) -> Iterator[None]:
+        """Inside, it may be run many times: the state to come back to is kept once."""
+        self._state = ModuleState(self.module, self._device)
+        try:
+            yield
+        finally:
+            self._state = None
+
     def run(self) -> list[torch.Tensor]:
         """Run it again without gradients; returns its floating outputs."""
         with self.again(), torch.no_grad():
@@ -140,13 +151,17 @@ class KeptForward:
         the forward itself has said.
         """
         enabled, dtype = self._autocast
-        with (
-            _restored(self.module, self._before, self._device),
-            torch.autocast(self._device.type, dtype, enabled=enabled, cache_enabled=False),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
+        state = self._state or ModuleState(self.module, self._device)
+        try:
+            _set_random_state(self._before, self._device)
+            with (
+                torch.autocast(self._device.type, dtype, enabled=enabled, cache_enabled=False),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            state.put_back()
 
     def call(self) -> list[torch.Tensor]:
         """The call itself; returns its floating outputs."""
@@ -256,7 +271,7 @@ def random_state(module: nn.Module, device: torch.device) -> RandomState:
     Returns:
         Copies.
     """
-    own = {g for m in module.modules() for g in m.__dict__.values() if isinstance(g, torch.Generator)}
+    own = {v for m in module.modules() for v in _unusual(m.__dict__) if isinstance(v, torch.Generator)}
     return RandomState(
         python=random.getstate(),
         numpy=dict(np.random.get_state(legacy=False)),
@@ -276,19 +291,62 @@ def _set_random_state(state: RandomState, device: torch.device) -> None:
         generator.set_state(own)
 
 
-@contextmanager
-def _restored(module: nn.Module, before: RandomState, device: torch.device) -> Iterator[None]:
-    """Begin with the random state of the first run, and end with all state that it left."""
-    with module_state_restored(module, device):
-        _set_random_state(before, device)
-        yield
+class ModuleState:
+    """All state that a forward may leave: random numbers, buffers, and what modules keep in their attributes.
+
+    The last are a router's auxiliary loss, a counter, a list of features, or an object with such things.
+
+    Args:
+        module: What may be run.
+        device: Where its parameters are.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._random = random_state(module, device)
+        self._buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        holders = [m.__dict__ for m in module.modules()]
+        kept = {id(v): v.__dict__ for held in holders for v in _unusual(held) if _is_an_object(v)}
+        self._attributes = [_Attributes(held) for held in (*holders, *kept.values())]
+
+    def put_back(self) -> None:
+        """Make it what it was."""
+        _set_random_state(self._random, self._device)
+        for attributes in self._attributes:
+            attributes.put_back()
+        for buffer, value in self._buffers:
+            # Batch norm writes its statistics without counting it as a change, and saves them for the backward,
+            # which a write that counts would break.
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
+
+
+class _Attributes:
+    """The attributes of one object, and the contents of the containers among them. There are many thousands."""
+
+    __slots__ = ("_containers", "_former", "_present")
+
+    def __init__(self, present: dict[str, Any]) -> None:
+        self._present = present
+        self._former = dict(present)
+        self._containers = [
+            (value, contents)
+            for key, value in present.items()
+            if key not in _TORCHS and (contents := _contents(value)) is not None
+        ]
+
+    def put_back(self) -> None:
+        present, former = self._present, self._former
+        if len(present) != len(former) or not all(map(is_, present.values(), former.values())):
+            present.clear()
+            present.update(former)
+        for value, contents in self._containers:
+            _put_back(value, contents)
 
 
 @contextmanager
 def module_state_restored(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """End with all state that was there: random numbers, buffers, and what the modules keep in their attributes.
-
-    The last are a router's auxiliary loss, a counter, a list of features, or an object with such things.
+    """End with all state that was there before.
 
     Args:
         module: What is run inside.
@@ -297,55 +355,46 @@ def module_state_restored(module: nn.Module, device: torch.device) -> Iterator[N
     Yields:
         Nothing.
     """
-    after = random_state(module, device)
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
-    holders = [m.__dict__ for m in module.modules()]
-    kept = {id(v): v.__dict__ for held in holders for v in held.values() if _is_an_object(v)}
-    attributes = [(held, {k: (v, _contents(v)) for k, v in held.items()}) for held in (*holders, *kept.values())]
+    state = ModuleState(module, device)
     try:
         yield
     finally:
-        _set_random_state(after, device)
-        for present, former in attributes:
-            for added in present.keys() - former.keys():
-                del present[added]
-            for key, (value, contents) in former.items():
-                present[key] = value
-                _put_back(value, contents)
-        for buffer, value in buffers:
-            # Batch norm writes its statistics without counting it as a change, and saves them for the backward,
-            # which a write that counts would break.
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
+        state.put_back()
+
+
+# What torch keeps in every module and a forward does not touch; parameters and buffers may be exchanged.
+_TORCHS = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers"}
+_USUAL = (bool, int, float, str, bytes, NoneType, tuple, list, dict, set, OrderedDict, type, FunctionType, nn.Parameter)
+
+
+def _unusual(attributes: dict[str, Any]) -> list[Any]:
+    """Values of other types than most: told by their very type, since asking torch's classes is slow."""
+    return [value for value in attributes.values() if type(value) not in _USUAL]
 
 
 def _is_an_object(value: object) -> bool:
     """An instance of somebody's class, such as a buffer of samples with a place in it."""
-    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(
-        value, type | ModuleType | FunctionType | torch.Tensor | nn.Module
-    )
+    kinds = type | ModuleType | FunctionType | torch.Tensor | nn.Module
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, kinds)
 
 
 def _contents(value: object) -> list[Any] | None:
-    if type(value) in (dict, OrderedDict):
-        return list(value.items())  # type: ignore[attr-defined]
-    return list(value) if type(value) in (list, set) else None  # type: ignore[call-overload]
+    kind = type(value)
+    if kind is dict or kind is OrderedDict:
+        return [*value, *value.values()]  # type: ignore[attr-defined, misc]
+    return list(value) if kind is list or kind is set else None  # type: ignore[call-overload]
 
 
-def _put_back(value: Any, contents: list[Any] | None) -> None:
+def _put_back(value: Any, contents: list[Any]) -> None:
+    """Compares by identity: comparing tensors by value would not give one answer."""
+    if not contents and not value:
+        return
     now = _contents(value)
-    if contents is None or now is None or _same(now, contents):
+    if now is None or (len(now) == len(contents) and all(map(is_, now, contents))):
         return
     value.clear()
-    (value.extend if isinstance(value, list) else value.update)(contents)
-
-
-def _same(some: list[Any], others: list[Any]) -> bool:
-    """Whether two contents are the same objects; comparing tensors by value would not give one answer."""
-    if len(some) != len(others):
-        return False
-    return all(
-        a is b
-        or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2 and a[0] == b[0] and a[1] is b[1])
-        for a, b in zip(some, others, strict=True)
-    )
+    if isinstance(value, dict):
+        half = len(contents) // 2
+        value.update(zip(contents[:half], contents[half:], strict=True))
+    else:
+        (value.extend if isinstance(value, list) else value.update)(contents)
