@@ -242,7 +242,9 @@ def ddp_is_bit_equal_with_the_probe(device: torch.device) -> Any:
     for probed in (False, True):
         model = ddp(lora(base()).to(device), device)
         estimator = VarianceProbe(lambda step: batch(1000 + step, device), row_losses, every_n_steps=2)
-        made = train(model, adamw(model), device, probed=probed, estimator=estimator if probed else None)
+        made = train(
+            model, adamw(model), device, probed=probed, estimator=estimator if probed else None, ignore=("LP902",)
+        )
         report = made if probed else report
         trained.append(adapter(model))
     differ = [name for name, tensor in trained[0].items() if not torch.equal(tensor, trained[1][name])]

@@ -229,7 +229,8 @@ def agreed(verdicts: Mapping[str, Verdict], reports: Mapping[int, RankReport], w
             base = dataclasses.replace(base, message=f"reported by {_ranks(list(seen), world)}, whose report says more")
         fix = base.fix or next(check.fix for check in all_checks() if check.code == code)
         evidence = {**base.evidence, "seen on": _ranks(list(seen), world)}
-        when = base.seen if len(seen) == world else None  # else the others know no step but that of the decision
+        # Another rank may have seen it in another step than its message says: one for all.
+        when = told.seen if told is not None else None
         result[code] = dataclasses.replace(base, status=status, evidence=evidence, fix=fix, seen=when)
     return result
 

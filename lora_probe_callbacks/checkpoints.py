@@ -48,7 +48,7 @@ _UNRELATED = 0.5  # cosine between the A of one run at two times is near 1; of t
 _MOMENT = 0.05  # seconds: clocks of file systems are coarse
 _STILL_WRITING = 0.2  # seconds after which a file that nobody writes to has not changed
 
-_AT_A_SAVE = 64  # tensors whose values are compared: half of them always, the others in turn; by hand all
+_AT_A_SAVE = 32  # tensors whose values are compared: half of them always, the others in turn; by hand all
 
 Sample = dict[str, torch.Tensor]
 

@@ -151,7 +151,7 @@ CHECK = Check(
     "a load that finds nothing is as silent.",
     fix="Save with PeftModel.save_pretrained on the module inside all wrappers, and load the file once into a fresh model before you rely on it.",
     quiet="Copies rounded to 16 bits; averages over steps (EMA, SWA), whose values are not judged; files older than the last step; checkpoints of a whole wrapped "
-    "module, which are restored into the same; saved embeddings; PiSSA converted to LoRA. Of every tensor some elements are compared, by hand all.",
+    "module, which are restored into the same; saved embeddings; PiSSA converted to LoRA. While training goes on, some elements of up to 32 tensors are compared, half of these in turn; by hand all of all.",
     threads=(
         "huggingface/trl#4416",
         "huggingface/peft#2892",

@@ -35,6 +35,7 @@ from lora_probe_callbacks.observe.wrappers import (
     is_shard,
     master_copies,
     replicas,
+    sharded_modules,
     shards_behind,
     tensor_parallel,
 )
@@ -89,13 +90,16 @@ class Scene:
         self.expect(self.active_names())
 
     def _find_shards(self) -> None:
-        self._shards.clear()
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return  # a walk over all modules
-        self._shards.update(shards_behind(root for _, root in self.roots))
+        self._sharded = sharded_modules(root for _, root in self.roots)
         for unit in self.inventory.units:
             for slot in unit.slots:
                 slot.shards = self._shards
+        self._look_behind()
+
+    def _look_behind(self) -> None:
+        if self._sharded:
+            self._shards.clear()
+            self._shards.update(shards_behind(self._sharded))
 
     # --- what is meant ----------------------------------------------------------------------
 
@@ -198,7 +202,7 @@ class Scene:
     def refresh(self) -> bool:
         """Look, and take the inventory again if a layer was exchanged; returns whether it was."""
         if self.inventory.in_place:
-            self._find_shards()
+            self._look_behind()
             self.look()
             return False
         former = {slot.name: t for slot, t in zip(self.slots, self._start_tensors, strict=True) if t is not None}

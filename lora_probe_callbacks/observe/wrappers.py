@@ -30,6 +30,7 @@ __all__ = [
     "is_shard",
     "master_copies",
     "replicas",
+    "sharded_modules",
     "shards_behind",
     "tensor_parallel",
 ]
@@ -168,20 +169,24 @@ def is_shard(tensor: torch.Tensor) -> bool:
     return any(not p.is_replicate() for p in _placements(tensor))
 
 
-def shards_behind(roots: Iterable[nn.Module]) -> dict[int, torch.Tensor]:
+def sharded_modules(roots: Iterable[nn.Module]) -> list[FSDPModule]:
+    """The modules that fully_shard was called on."""
+    return [module for root in roots for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def shards_behind(modules: Iterable[FSDPModule]) -> dict[int, torch.Tensor]:
     """Find the whole tensors that fully_shard shows for a while, and the shards that the optimizer knows.
 
     It does so inside a forward, and at its root also after one that no backward followed.
 
     Args:
-        roots: What is trained.
+        modules: Those that fully_shard was called on.
 
     Returns:
         The id of every whole tensor to its shard.
     """
     found: dict[int, torch.Tensor] = {}
-    sharded = (m for root in roots for m in root.modules() if isinstance(m, FSDPModule))
-    for state in [module._get_fsdp_state() for module in sharded]:
+    for state in [module._get_fsdp_state() for module in modules]:
         # Only its own records tell (torch 2.11 has one group a module, 2.13 a list of them).
         for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
             for one in getattr(group, "fsdp_params", ()):

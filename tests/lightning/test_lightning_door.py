@@ -480,7 +480,7 @@ def codes(probe: LoraProbe) -> set[str]:
 def test_select_and_ignore():
     probe = LoraProbe(verbose=False, select=["LP1", "LP201"], ignore=["LP107"])
     fit(Task(peft_llama()), probe, token_batches(5))
-    assert codes(probe) == {"LP101", "LP102", "LP103", "LP104", "LP105", "LP106", "LP108", "LP201"}
+    assert codes(probe) == {"LP101", "LP102", "LP103", "LP104", "LP105", "LP106", "LP108", "LP109", "LP201"}
 
 
 def test_ignored_fault_does_not_stop_the_run():
