@@ -72,7 +72,9 @@ def test_doubtful_steps_are_skipped(changes: dict[str, Any], words: str) -> None
     assert CHECK.judge(steps(WRONG | changes, WRONG)).status == "pending", "it does not count"
 
 
-@pytest.mark.parametrize("changes", [{"again": 0.54}, {"again": 0.46}, {"noise": 0.12}, {"own": 0.84}, {"sides": (0.25, 0.5)}])
+@pytest.mark.parametrize(
+    "changes", [{"again": 0.54}, {"again": 0.46}, {"noise": 0.12}, {"own": 0.84}, {"sides": (0.25, 0.5)}]
+)
 def test_small_differences_are_no_doubt(changes: dict[str, Any]) -> None:
     assert CHECK.judge(steps(WRONG, WRONG | changes)).status == "fail"
 
