@@ -626,6 +626,24 @@ def test_doubtful_steps_are_skipped(changes: dict[str, Any], words: str) -> None
     assert words in verdict.message
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"noise": 0.2}, "too small to be told from rounding"),
+        # Nothing is left of the gradient's share so far out: 0.12 and 0.03 agree by being small.
+        ({"central": 0.12, "again": 0.03, "own": 0.12}, "two sizes disagree"),
+    ],
+)
+def test_what_rounding_or_curvature_can_make_is_skipped(changes: dict[str, Any], words: str) -> None:
+    verdict = judge(facts(responses=(response(2, **WRONG), response(3, **(WRONG | changes)))))
+    assert (verdict.status, words in verdict.message) == ("skipped", True)
+
+
+def test_deep_model_far_from_linear_is_no_wrong_gradient() -> None:
+    deep = lora(base=llama(layers=24, initializer_range=0.02), target_modules="all-linear")
+    assert not seen(Training(deep, optimizer=lambda m: adamw(m, lr=1e-4))).found
+
+
 def test_nothing_measured_says_why() -> None:
     assert judge(facts()).status == "pending"
     assert judge(facts(responses=(response(why_not="two forwards"),))).message == "two forwards"

@@ -10,9 +10,10 @@ from lora_probe_callbacks.observe.facts import Facts, StepResponse
 
 # Healthy central differences over the norm of the gradient: 0.93 to 1.03 in bfloat16, 1.00 in float32.
 OFF = 0.15
-AGREE = 0.1  # how far two of them may lie apart to be believed
+AGREE = 0.1  # how far two of them may lie apart to be believed, relative to the first if that is below 1
 APART = 0.25  # how far the half ahead and the half behind may: rounding in bfloat16 makes up to 0.13
 STEPS = 2
+SURE = 4  # times what rounding makes of it, that a difference has to be off
 
 
 def judge(facts: Facts) -> Verdict:
@@ -49,8 +50,10 @@ def _off(ratio: float) -> bool:
 def _doubt(response: StepResponse) -> str | None:
     """Why a difference that is off need not mean a wrong gradient."""
     central, again, own = response.central, response.again, response.own
-    if central is None or again is None or not abs(central - again) <= AGREE:
+    if central is None or again is None or not abs(central - again) <= AGREE * min(1.0, abs(central)):
         return "finite differences of two sizes disagree: the forward is not precise enough, or too curved, for them"
+    if not abs(central - 1) > SURE * response.noise:
+        return "the change along the gradient is too small to be told from rounding"
     if own is None or not _off(own):
         return "the gradient holds more than what left the model through its outputs, such as a penalty on weights or inner activations"
     sides = response.sides

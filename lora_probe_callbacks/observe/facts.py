@@ -400,6 +400,7 @@ class StepResponse:
         again: The same at twice the distance; taken only where ``central`` is in doubt.
         own: The same for a gradient made anew from the outputs alone, likewise.
         sides: What the half ahead and the half behind say alone, likewise: a kink makes them differ.
+        noise: What rounding makes of ``central``, likewise.
         why_not: Why nothing was measured.
     """
 
@@ -411,6 +412,7 @@ class StepResponse:
     again: float | None = None
     own: float | None = None
     sides: tuple[float, float] | None = None
+    noise: float = 0.0
     why_not: str | None = None
 
 

@@ -190,7 +190,8 @@ class ResponseObserver:
             return dataclasses.replace(found, central=central)
         again, _ = trial.differences(g, 2 * _SIZE, at_start)
         own, _ = trial.differences(trial.gradients(), _SIZE, at_start)
-        return dataclasses.replace(found, central=central, again=again, own=own, sides=sides)
+        noise = trial.noise(g, _SIZE, at_start)
+        return dataclasses.replace(found, central=central, again=again, own=own, sides=sides, noise=noise)
 
     def _incomplete(self) -> str | None:
         if self._forward is None or not self._forward.cotangents:
@@ -268,6 +269,42 @@ class _Trial:
 
         low, here, high = (down, behind), (at_start, theta), (up, ahead)
         return ratio(low, high), (ratio(here, high), ratio(low, here))
+
+    def noise(self, g: Sequence[torch.Tensor], size: float, at_start: Sequence[torch.Tensor]) -> float:
+        """What rounding makes of a central difference, in the units of :meth:`differences`.
+
+        Along random directions of the same length next to nothing of ``g`` is left (one part in the root of the
+        number of elements), and whatever differs from that little is noise of the forward at this distance.
+
+        Args:
+            g: The gradient.
+            size: h, relative to the norm of the adapter.
+            at_start: Outputs at ``theta``.
+
+        Returns:
+            Its root mean square over three directions, or the resolution of the outputs if that is more.
+        """
+        length = math.sqrt(sum(float(b.float().square().sum()) for b in self.before))
+        largest = 2 * size * length * math.sqrt(_dot(g, g))  # what is expected along g
+        generator, found = torch.Generator().manual_seed(0), []
+        for _ in range(3):
+            d = [torch.randn(x.shape, generator=generator).to(x) for x in g]
+            h = size * length / math.sqrt(_dot(d, d))
+            ahead = [(s.float() + h * x).to(s) for s, x in zip(self.start, d, strict=True)]
+            behind = [(s.float() - h * x).to(s) for s, x in zip(self.start, d, strict=True)]
+            with holding(self.every, self.before):
+                with holding(self.tensors, ahead):
+                    up = self.forward.kept.run()
+                with holding(self.tensors, behind):
+                    down = self.forward.kept.run()
+            expected = _dot(g, [a.float() - b.float() for a, b in zip(ahead, behind, strict=True)])
+            found.append((self.forward.change(down, up) - expected) ** 2)
+        parts = (
+            (c.float() * at_start[i].float()) * torch.finfo(at_start[i].dtype).eps
+            for i, c in self.forward.cotangents.items()
+        )
+        resolution = math.sqrt(sum(float(part.square().sum()) for part in parts))
+        return max(math.sqrt(sum(found) / len(found)), resolution) / largest if largest else math.inf
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradient of ``<c, out>`` alone: nothing in it that did not leave through the outputs."""
