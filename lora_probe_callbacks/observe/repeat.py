@@ -108,16 +108,16 @@ class KeptForward:
 
     def why_not(self) -> str | None:
         """Say why this forward must not be repeated, or None."""
-        module = self.module
-        if is_compiled(module) or any(is_compiled(m) for m in module.modules()):
+        module, modules = self.module, list(self.module.modules())
+        if any(is_compiled(m) for m in modules):
             return "a compiled module is not bit-equal to its eager repeat"
         if data_parallel([module]) is not None or tensor_parallel([module]):
             return "several ranks would have to repeat it together"
-        if any(type(m).__name__ == "Linear4bit" and not m.training for m in module.modules()):
+        if any(type(m).__name__ == "Linear4bit" and not m.training for m in modules):
             # bitsandbytes 0.50 repacks the weights for inference at a forward in eval mode without input
             # gradients (CPUs with AVX512-BF16), and training forwards then go through a kernel without backward.
             return "a 4-bit model in eval mode is changed by a forward without gradients"
-        foreign = next((h for m in module.modules() for h in _hooks(m) if not _of_a_library(h)), None)
+        foreign = next((h for m in modules for h in _hooks(m) if not _of_a_library(h)), None)
         if foreign is not None:
             return f"a forward hook ({getattr(foreign, '__qualname__', type(foreign).__name__)}) would be called twice"
         for value in (*self._args, *self._kwargs.values()):
@@ -125,6 +125,10 @@ class KeptForward:
                 return "a cache among the arguments would be written twice"
         if sum(b.numel() * b.element_size() for b in module.buffers()) > MOST_BYTES:
             return "the buffers are too large to be saved and restored"
+        return self.changed()
+
+    def changed(self) -> str | None:
+        """Say what has been changed since it ran, or None."""
         if any(tensor._version != version for tensor, version in self._inputs):
             return "an argument of the forward was changed in place after it"
         return None
@@ -192,8 +196,8 @@ def holding(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> 
 
 @torch.no_grad()
 def _write(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
+    if tensors:
+        torch._foreach_copy_(list(tensors), list(values))
 
 
 def _hooks(module: nn.Module) -> Iterator[object]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,7 +161,8 @@ class ResponseObserver:
             What the step did, or why that is not known.
         """
         try:
-            return self._measure(step, framework_step, scale)
+            with nullcontext() if self._forward is None else self._forward.kept.several():
+                return self._measure(step, framework_step, scale)
         except Exception as error:  # the user's own code is run again: it may count its calls, or need more memory
             reason = f"run again, the forward raised {type(error).__name__}: {error}"
             return StepResponse(step=step, framework_step=framework_step, why_not=reason)
@@ -198,7 +200,7 @@ class ResponseObserver:
             return "no gradient arrived at the output of a watched forward"
         if not self._before or not any(bool(g.any()) for g in self._gradients.values()):
             return "no gradient arrived at the adapter"
-        return self._forward.kept.why_not()
+        return self._forward.kept.changed()
 
 
 @dataclass(eq=False, slots=True)
