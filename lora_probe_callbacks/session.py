@@ -727,7 +727,7 @@ class ProbeSession:
         scene, observer = self._scene, self._observer
         slots = scene.slot_facts()
         modes, active = observer.state()
-        forwards = observer.facts(scene.slot_of())
+        forwards = observer.facts(scene.seen())
         self._history = advance(self._history, slots, readings.gradients, readings.update, self.step)
         if not self._looked_at_start:
             self._looked_at_start = True

@@ -171,6 +171,7 @@ class Scene:
         lagged = {name: [t for s in self._others.get(name, ()) if (t := s.tensor) is not None] for name in self._lagged}
         self.followers = Followers(lagged)
         self._naturals = [natural_scaling(unit) for unit in self.units]
+        self._unit_facts: list[tuple[tuple[object, ...], UnitFact] | None] = [None] * len(self.units)
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -314,7 +315,12 @@ class Scene:
 
     def slot_of(self) -> dict[int, int]:
         """Tensor id to slot."""
-        return {id(t): i for i, s in enumerate(self.slots) if (t := s.tensor) is not None}
+        self.look()
+        return self.seen()
+
+    def seen(self) -> dict[int, int]:
+        """The same as of the last look."""
+        return {id(t): i for i, t in enumerate(self._tensors) if t is not None}
 
     def slot_facts(self) -> tuple[SlotFact, ...]:
         """Every expected slot as it is now."""
@@ -373,25 +379,30 @@ class Scene:
             slots = tuple(range(start, start + len(unit.slots)))
             start += len(unit.slots)
             part = idle_part(unit, called, self.inventory) if watched else None
-            silent = all((g := gradients[s]) is None or not g.present or g.zero for s in slots)
-            if part in ("layer", "sibling") and silent:
+            left_out = part in ("layer", "sibling")
+            if left_out and all((g := gradients[s]) is None or not g.present or g.zero for s in slots):
                 self.suspects.add(index)
             elif watched:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
             natural = self._naturals[index]
-            facts.append(
-                UnitFact(
-                    name=unit.layer.name,
-                    adapter=unit.adapter,
-                    slots=slots,
-                    idle_part=part,
-                    base_weight_used=self.base_used.get(index),
-                    lora=unit.layer.lora,
-                    scaling=None if natural is None else scaling(unit),
-                    natural=natural,
+            factor = None if natural is None else scaling(unit)
+            key, last = (part, self.base_used.get(index), factor), self._unit_facts[index]
+            if last is None or last[0] != key:
+                last = self._unit_facts[index] = (
+                    key,
+                    UnitFact(
+                        name=unit.layer.name,
+                        adapter=unit.adapter,
+                        slots=slots,
+                        idle_part=part,
+                        base_weight_used=self.base_used.get(index),
+                        lora=unit.layer.lora,
+                        scaling=factor,
+                        natural=natural,
+                    ),
                 )
-            )
+            facts.append(last[1])
         return tuple(facts)
 
     def start(self, framework_step: int) -> StartFact:
@@ -533,5 +544,8 @@ def base_weight(unit: Unit) -> torch.Tensor | None:
     """The weight that a LoRA unit adapts, or None where there is not one tensor of that name."""
     if not unit.layer.lora:
         return None
-    weight = getattr(unit.layer.module.get_base_layer(), "weight", None)  # type: ignore[operator]
+    base = unit.layer.module.get_base_layer()  # type: ignore[operator]
+    weight = base._parameters.get("weight")
+    if weight is None:  # not a parameter of its own: parametrized, or made by its module
+        weight = getattr(base, "weight", None)
     return weight if isinstance(weight, torch.Tensor) else None
