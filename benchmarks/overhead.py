@@ -13,6 +13,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import platform
 import statistics
 import tempfile
@@ -449,6 +450,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     training = Training(SHAPES[options.shape], options.device)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU, 1 thread"
     packages = ("torch", "peft", "transformers", "lightning", "wandb", "tensorboard", "guardtower")
@@ -471,7 +473,7 @@ def main() -> None:
     if "scale" in options.parts:
         result["scale"] = scale(options.steps, options.device)
     if "doors" in options.parts:
-        result["doors"] = doors(options.blocks, 10 * options.steps)
+        result["doors"] = doors(options.blocks, 5 * options.steps)
         for door, rows in result["doors"].items():
             print(door)
             show(rows)
@@ -480,6 +482,8 @@ def main() -> None:
         show(result["others"])
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"overhead-{options.shape}-{options.device}.json"
+    if path.exists():  # parts that were measured before stay
+        result = {**json.loads(path.read_text()), **result}
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(path)
 

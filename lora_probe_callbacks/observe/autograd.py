@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -58,7 +60,23 @@ def walk(outputs: Iterable[torch.Tensor], *, marks: bool = False) -> Walk:
     Returns:
         What was met.
     """
-    outputs = list(outputs)
+    with _no_collection():
+        return _walk(list(outputs), marks=marks)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Thousands of objects are made at once, and would set off a collection of everything that the process holds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _walk(outputs: list[torch.Tensor], *, marks: bool) -> Walk:
     stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
     found = Walk({id(t): t for t in outputs if t.grad_fn is None and t.requires_grad})
     seen = set(stack)
