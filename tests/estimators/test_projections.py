@@ -291,7 +291,7 @@ def _data_parallel(rank: int, path: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_data_parallel(tmp_path: Path) -> None:
     multiprocessing.spawn(_data_parallel, (str(tmp_path),), nprocs=2)
     assert sorted(path.name for path in tmp_path.glob("ok*")) == ["ok0", "ok1"]
