@@ -64,14 +64,8 @@ def look(
         fields |= gradient_fact(value, scene)
     if direction is not None:
         fields |= direction_fact(direction, scene)
-    return EstimatorFact(
-        name=name,
-        step=step,
-        framework_step=framework_step,
-        modes=observer.modes(),
-        active=scene.inventory.active,
-        **fields,
-    )
+    modes, active = observer.state()
+    return EstimatorFact(name=name, step=step, framework_step=framework_step, modes=modes, active=active, **fields)
 
 
 class Estimation:
@@ -213,7 +207,7 @@ class Estimation:
                 seen.update(graph_fact(L, scene, observer, own=True))
                 seen["without_grad"], seen["inference"] = observer.without_grad, L.is_inference()
                 # Now: afterwards the estimators put back whatever the loss has switched.
-                seen["modes"], seen["active"] = observer.modes(), scene.inventory.active
+                seen["modes"], seen["active"] = observer.state()
             return L
 
         row: dict[str, float] = {}

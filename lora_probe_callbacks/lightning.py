@@ -5,7 +5,6 @@ Translates Lightning's callback methods into session calls and its loggers into 
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,9 +18,9 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lora_probe_callbacks.door import Door
 from lora_probe_callbacks.estimators.probe import DirectionName, VarianceProbe
 from lora_probe_callbacks.estimators.projections import Backend
-from lora_probe_callbacks.report.findings import ProbeReport
 from lora_probe_callbacks.session import ProbeConfig, ProbeSession
 
 __all__ = [
@@ -33,7 +32,7 @@ __all__ = [
 ]
 
 
-class LoraProbe(Callback):
+class LoraProbe(Door, Callback):
     """Proves, while training runs, that the LoRA adapter is active, reached, owned, moved and seen.
 
     Args:
@@ -60,33 +59,6 @@ class LoraProbe(Callback):
         self._session: ProbeSession | None = None
         self._restored: Mapping[str, Any] | None = None
         self._rows: dict[int, dict[str, float]] = {}
-
-    @property
-    def report(self) -> ProbeReport:
-        """What was found so far."""
-        return ProbeReport() if self._session is None else self._session.report
-
-    def watch(self, value: object, *, name: str = "S", direction: object = None) -> None:
-        """Look at an estimator of your own in this step, see :meth:`ProbeSession.watch`.
-
-        Args:
-            value: What it differentiates, a tensor with a graph; or the gradients of its loss.
-            name: What messages call it.
-            direction: The update direction that it is projected on.
-        """
-        if self._session is not None:
-            self._session.watch(value, name=name, direction=direction)
-
-    def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
-        """Read a saved file back and compare it with the adapter, see :meth:`ProbeSession.check_saved`.
-
-        Args:
-            path: A folder or file of an adapter, or a checkpoint. Also after training has ended.
-
-        Returns:
-            What was found in this file.
-        """
-        return (self._session or ProbeSession(self._config)).check_saved(path)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -298,7 +298,7 @@ class ProbeSession:
         """
         checkpoints = self._checkpoints
         if checkpoints is not None and self._reads_files and os.path.exists(path):
-            self._saving(lambda: checkpoints.check(path, self.step, self._framework_step(), running=True) and None)
+            self._saving(lambda: checkpoints.check(path, self.step, self._framework_step(), running=True))
 
     def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
         """Read a saved file back and compare every element with the adapter; see :class:`Checkpoints`.

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
 from lora_probe_callbacks.config import ProbeConfig
-from lora_probe_callbacks.report.findings import ProbeReport
+from lora_probe_callbacks.door import Door
 from lora_probe_callbacks.session import ProbeSession
 
 __all__ = ["LoraProbeTrainerCallback"]
@@ -37,7 +37,7 @@ class _Trainer(Protocol):
     def add_callback(self, callback: TrainerCallback) -> None: ...
 
 
-class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
+class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
     """Proves, while the Trainer runs, that the LoRA adapter is active, reached, owned, moved and seen.
 
     Metrics go to ``state.log_history`` and to the Trainer's reporters, which write ``train/`` before
@@ -90,33 +90,6 @@ class LoraProbeTrainerCallback(TrainerCallback, ExportableState):
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy begins anew: hooks and optimizers cannot be copied."""
         return _again, (type(self).__bases__[0], self._intent)
-
-    @property
-    def report(self) -> ProbeReport:
-        """What was found so far."""
-        return ProbeReport() if self._session is None else self._session.report
-
-    def watch(self, value: object, *, name: str = "S", direction: object = None) -> None:
-        """Look at an estimator of your own in this step, see :meth:`ProbeSession.watch`.
-
-        Args:
-            value: What it differentiates, a tensor with a graph; or the gradients of its loss.
-            name: What messages call it.
-            direction: The update direction that it is projected on.
-        """
-        if self._session is not None:
-            self._session.watch(value, name=name, direction=direction)
-
-    def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
-        """Read a saved file back and compare it with the adapter, see :meth:`ProbeSession.check_saved`.
-
-        Args:
-            path: A folder or file of an adapter, or a checkpoint. Also after training has ended.
-
-        Returns:
-            What was found in this file.
-        """
-        return (self._session or ProbeSession(self._config)).check_saved(path)
 
     def attach(self, trainer: Any) -> LoraProbeTrainerCallback:
         """Join a trainer: adds the callback if it is missing, and hears of exceptions.

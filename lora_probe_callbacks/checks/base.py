@@ -20,6 +20,7 @@ __all__ = [
     "skipped",
     "some",
     "warn",
+    "worst",
 ]
 
 Status = Literal["pass", "warn", "fail", "pending", "skipped"]
@@ -152,3 +153,16 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """The first few names and how many more there are."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The first verdict that finds something wrong; else the first that could judge.
+
+    Args:
+        verdicts: At least one, each on another thing of the same kind.
+
+    Returns:
+        One of them.
+    """
+    order: tuple[Status, ...] = ("fail", "warn", "pass", "pending", "skipped")
+    return min(verdicts, key=lambda v: order.index(v.status))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from lora_probe_callbacks.checks.base import Verdict, pending, skipped
+from lora_probe_callbacks.checks.base import Verdict, pending, skipped, worst
 from lora_probe_callbacks.observe.facts import EstimatorFact, Facts
 
 __all__ = ["also_at_estimators", "at", "each"]
@@ -65,8 +65,7 @@ def each(facts: Facts, judge: Callable[[Facts, EstimatorFact], Verdict | None]) 
         if verdict is None:
             verdict = skipped(estimator.why_not or "nothing of this kind was given")
         verdicts.append(at(estimator, verdict))
-    order = ("fail", "warn", "pass", "pending", "skipped")
-    return min(verdicts, key=lambda v: order.index(v.status))
+    return worst(verdicts)
 
 
 def at(estimator: EstimatorFact, verdict: Verdict) -> Verdict:

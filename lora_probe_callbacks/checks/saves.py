@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from lora_probe_callbacks.checks.base import Verdict, pending, skipped
+from lora_probe_callbacks.checks.base import Verdict, pending, skipped, worst
 from lora_probe_callbacks.observe.facts import Facts, SavedFact
 
 __all__ = ["each_save"]
@@ -32,5 +32,4 @@ def each_save(facts: Facts, judge: Callable[[SavedFact], Verdict | None]) -> Ver
             why = f"it cannot be read: {save.unreadable}" if save.unreadable else save.why_not
             verdict = skipped(f"{save.path}: {why or 'nothing of this kind is in it'}")
         verdicts.append(dataclasses.replace(verdict, seen=(save.step, save.framework_step)))
-    order = ("fail", "warn", "pass", "pending", "skipped")
-    return min(verdicts, key=lambda v: order.index(v.status))
+    return worst(verdicts)

@@ -415,10 +415,6 @@ class ForwardObserver:
         names = dict.fromkeys(name for _, _, active in states.values() for name in active)
         return tuple(mode(*states[id(unit.layer)], unit.adapter) for unit in self.units), tuple(names)
 
-    def modes(self) -> tuple[Mode, ...]:
-        """The state of every expected unit at this moment."""
-        return self.state()[0]
-
     def facts(self, slot_of: dict[int, int]) -> tuple[ForwardFact, ...]:
         """The candidates since the step began."""
         return tuple(candidate.fact(slot_of) for candidate in self.candidates)
