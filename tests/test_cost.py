@@ -93,8 +93,8 @@ def test_probed_step_reads_every_tensor_in_few_operations():
 
 def test_a_decision_is_one_transfer(monkeypatch: pytest.MonkeyPatch):
     fetched = []
-    works = Readout.fetch
-    monkeypatch.setattr(Readout, "fetch", lambda self: (fetched.append(1), works(self))[1])
+    works = Readout.receive
+    monkeypatch.setattr(Readout, "receive", lambda self: (fetched.append(1), works(self))[1])
     loop = Loop()
     with loop.probe(1):
         loop.step()

@@ -13,16 +13,17 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Readout:
-    """Collects small device tensors and fetches them together, once.
+    """Collects small device tensors and brings them to the host together, once.
 
-    A value that was added is addressed by its ticket, which is valid after :meth:`fetch`.
+    A value that was added is addressed by its ticket, which is valid after :meth:`send` and :meth:`receive`.
     """
 
     def __init__(self) -> None:
         self._vectors: list[tuple[Sequence[int], torch.Tensor]] = []  # places, values
-        # The same of scalars, to be stacked when they are fetched.
+        # The same of scalars, to be stacked when they are sent.
         self._scalars: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
         self._length = 0
+        self._sent: list[tuple[list[int], torch.Tensor]] = []
         self._values: list[float] = []
 
     def add(self, values: torch.Tensor) -> range:
@@ -71,16 +72,21 @@ class Readout:
         start, self._length = self._length, self._length + size
         return range(start, self._length)
 
-    def fetch(self) -> None:
-        """Copy everything that was added to the host. One transfer for each device."""
-        by_device: dict[torch.device, list[tuple[Sequence[int], torch.Tensor]]] = {}
+    def send(self) -> None:
+        """Gather what was added, on its devices. Nothing waits for them here, nothing can be added any more."""
+        parts: dict[torch.device, list[tuple[Sequence[int], torch.Tensor]]] = {}
         stacked = [(places, torch.stack(scalars)) for places, scalars in self._scalars.values()]
         for places, vector in (*stacked, *self._vectors):
-            by_device.setdefault(vector.device, []).append((places, vector.to(_wide(vector.device))))
+            parts.setdefault(vector.device, []).append((places, vector.to(_wide(vector.device))))
+        self._sent = [
+            ([p for places, _ in some for p in places], torch.cat([v for _, v in some])) for some in parts.values()
+        ]
+
+    def receive(self) -> None:
+        """Copy what was sent to the host: one transfer for each device, which waits until the device has come to it."""
         self._values = [0.0] * self._length
-        for parts in by_device.values():
-            flat = torch.cat([vector for _, vector in parts]).tolist()
-            for place, value in zip((p for places, _ in parts for p in places), flat, strict=True):
+        for places, flat in self._sent:
+            for place, value in zip(places, flat.tolist(), strict=True):
                 self._values[place] = value
 
     def get(self, ticket: range) -> list[float]:

@@ -77,7 +77,7 @@ def read_update(
         framework_step: Its number in the framework.
 
     Returns:
-        A reading that yields facts after ``readout.fetch()``, or None if there is nothing to compare.
+        A reading that yields facts after ``readout.receive()``, or None if there is nothing to compare.
     """
     now = {s: local(t) for s, t in tensors.items()}
     slots = [s for s, b in before.items() if s in now and now[s].shape == b.shape and b.numel()]
