@@ -18,7 +18,7 @@ from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale
 from lora_probe_callbacks.observe.ranks import sample
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.scene import Scene
-from lora_probe_callbacks.observe.updates import BaseSample, UpdateReading, copy_before, read_update
+from lora_probe_callbacks.observe.updates import BaseSample, Copies, UpdateReading, copy_before, read_update
 
 __all__ = ["DeviceReader", "Readings"]
 
@@ -82,7 +82,7 @@ class DeviceReader:
         self._scene = scene
         self._sample = BaseSample(scene.layers)
         self._tickets = self._sent = _Tickets()
-        self._copies: dict[int, dict[int, torch.Tensor]] = {}  # optimizer to slot to its copy
+        self._copies: dict[int, Copies] = {}  # by optimizer
         self._final: dict[int, dict[int, float]] = {}  # norms that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
 
@@ -102,7 +102,7 @@ class DeviceReader:
     def copy(self, optimizer: int) -> None:
         """Copy what an optimizer is about to change; the copies live until its step has ended."""
         if optimizer not in self._copies:
-            self._copies[optimizer] = copy_before(self._scene.tensors(optimizer, unowned=False))
+            self._copies[optimizer] = copy_before(self._scene.tensors(optimizer, unowned=False), self._tickets.readout)
 
     @torch.no_grad()
     def read_others_before(self) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["Readout", "local"]
+__all__ = ["Readout", "chunks", "local"]
 
-_STACKED = 2**20  # elements of small tensors of one shape that are copied into one, for one kernel in place of many
+_CHUNK = 2**20  # elements
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -20,8 +20,6 @@ class Readout:
 
     def __init__(self) -> None:
         self._vectors: list[tuple[Sequence[int], torch.Tensor]] = []  # places, values
-        # The same of scalars, to be stacked when they are sent.
-        self._scalars: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
         self._length = 0
         self._sent: list[tuple[list[int], torch.Tensor]] = []
         self._values: list[float] = []
@@ -32,7 +30,13 @@ class Readout:
         self._vectors.append((ticket, values.detach()))
         return ticket
 
-    def add_norms(self, tensors: Sequence[torch.Tensor], order: float, scale: torch.Tensor | None = None) -> range:
+    def add_norms(
+        self,
+        tensors: Sequence[torch.Tensor],
+        order: float,
+        scale: torch.Tensor | None = None,
+        together: Sequence[Sequence[int]] | None = None,
+    ) -> range:
         """Add the norms of many tensors, in few kernels.
 
         In float64 (but on MPS, which has none): there the square of every float32 is a number of its own, so that
@@ -42,30 +46,26 @@ class Readout:
             tensors: Floating tensors of any shapes.
             order: 1 or 2.
             scale: What to divide the norms by.
+            together: What :func:`chunks` says of these tensors, if that is known.
 
         Returns:
             Where the norms will be found, in the order of the tensors.
         """
         ticket = self._ticket(len(tensors))
-        shapes: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
-        for index, tensor in enumerate(tensors):
-            shapes.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(index)
-        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for (device, dtype, shape), indices in shapes.items():
-            if 1 < len(indices) <= _STACKED // max(1, shape.numel()):
-                rows = torch.stack([tensors[i] for i in indices]).flatten(1)
-                norms = torch.linalg.vector_norm(rows, order, dim=1, dtype=_wide(device))
-                self._vectors.append(
-                    ([ticket[i] for i in indices], norms if scale is None else norms / scale.to(device))
-                )
-            else:
-                kinds.setdefault((device, dtype), []).extend(indices)
-        for (device, _), indices in kinds.items():
-            wide = _wide(device)
-            values = torch._foreach_norm([tensors[i] for i in indices], order, dtype=wide)
-            places, scalars = self._scalars.setdefault((device, wide), ([], []))
-            places += [ticket[i] for i in indices]
-            scalars += values if scale is None else [v / scale.to(device) for v in values]
+        large: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for indices in chunks(tensors) if together is None else together:
+            first = tensors[indices[0]]
+            if len(indices) == 1:
+                large.setdefault((first.device, first.dtype), []).append(indices[0])
+                continue
+            rows = torch.stack([tensors[i] for i in indices]).flatten(1)
+            norms = torch.linalg.vector_norm(rows, order, dim=1, dtype=_wide(first.device))
+            self._vectors.append(
+                ([ticket[i] for i in indices], norms if scale is None else norms / scale.to(norms.device))
+            )
+        for (device, _), indices in large.items():  # each by itself: no copy of them, and none in float64
+            norms = torch.stack(torch._foreach_norm([tensors[i] for i in indices], order, dtype=_wide(device)))
+            self._vectors.append(([ticket[i] for i in indices], norms if scale is None else norms / scale.to(device)))
         return ticket
 
     def _ticket(self, size: int) -> range:
@@ -75,8 +75,7 @@ class Readout:
     def send(self) -> None:
         """Gather what was added, on its devices. Nothing waits for them here, nothing can be added any more."""
         parts: dict[torch.device, list[tuple[Sequence[int], torch.Tensor]]] = {}
-        stacked = [(places, torch.stack(scalars)) for places, scalars in self._scalars.values()]
-        for places, vector in (*stacked, *self._vectors):
+        for places, vector in self._vectors:
             parts.setdefault(vector.device, []).append((places, vector.to(_wide(vector.device))))
         self._sent = [
             ([p for places, _ in some for p in places], torch.cat([v for _, v in some])) for some in parts.values()
@@ -92,6 +91,25 @@ class Readout:
     def get(self, ticket: range) -> list[float]:
         """The values behind ``ticket``."""
         return self._values[ticket.start : ticket.stop]
+
+
+def chunks(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Which tensors to copy into one, for one kernel in place of many: small ones of one shape.
+
+    Args:
+        tensors: Tensors of any kinds.
+
+    Returns:
+        Indices, each in one chunk; a large tensor is a chunk of its own.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(index)
+    found = []
+    for (_, _, shape), indices in kinds.items():
+        size = max(1, _CHUNK // max(1, shape.numel()))
+        found += [indices[i : i + size] for i in range(0, len(indices), size)]
+    return found
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer
 from lora_probe_callbacks.observe.facts import BaseDrift, UpdateFact
-from lora_probe_callbacks.observe.readout import Readout, local
+from lora_probe_callbacks.observe.readout import Readout, chunks, local
 
-__all__ = ["BaseSample", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
+__all__ = ["BaseSample", "Copies", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
+
+
+@dataclass(eq=False, slots=True)
+class Copies:
+    """What an optimizer is about to change, as it is before its step."""
+
+    tensors: dict[int, torch.Tensor]  # slot to a copy
+    readout: Readout
+    norms: range  # of the copies, in ``readout``, which may travel before that of the update
 
 
 @dataclass(eq=False, slots=True)
@@ -23,54 +32,45 @@ class UpdateReading:
     framework_step: int
     slots: list[int]
     counts: list[int]
-    start: range
-    moved: range
-    size: range
+    starts: Callable[[], dict[int, float]]  # slot to its norm before the step
     norm: range
+    size: range
+    moved: range
 
     def facts(self, readout: Readout) -> dict[int, UpdateFact]:
-        """Slot to its update, once the readout was fetched."""
-        rows = zip(
-            self.slots,
-            self.counts,
-            readout.get(self.start),
-            readout.get(self.moved),
-            readout.get(self.size),
-            readout.get(self.norm),
-            strict=True,
-        )
+        """Slot to its update, once the readout was received."""
+        starts = self.starts()
+        values = zip(*map(readout.get, (self.norm, self.size, self.moved)), strict=True)
         return {
-            slot: UpdateFact(
-                start=start,
-                moved=moved / count,
-                size=size,
-                norm=norm,
-                finite=math.isfinite(norm),
-            )
-            for slot, count, start, moved, size, norm in rows
+            slot: UpdateFact(start=starts[slot], moved=moved / count, size=size, norm=norm, finite=math.isfinite(norm))
+            for slot, count, (norm, size, moved) in zip(self.slots, self.counts, values, strict=True)
         }
 
 
-def copy_before(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """One copy of the adapter, taken before the step; it lives until the step has ended."""
-    now = {slot: local(tensor) for slot, tensor in tensors.items()}
+def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> Copies:
+    """One copy of the adapter, taken before the step; it lives until the step has ended.
+
+    Args:
+        tensors: Slot to its registered tensor.
+        readout: Where the norms of the copies travel.
+
+    Returns:
+        The copies.
+    """
+    now = {slot: t for slot, tensor in tensors.items() if (t := local(tensor)).numel()}
     copies = {slot: torch.empty_like(tensor) for slot, tensor in now.items()}
     if copies:
         torch._foreach_copy_(list(copies.values()), list(now.values()))
-    return copies
+    return Copies(copies, readout, readout.add_norms(list(copies.values()), 2))
 
 
 def read_update(
-    before: dict[int, torch.Tensor],
-    tensors: Mapping[int, torch.Tensor],
-    readout: Readout,
-    step: int,
-    framework_step: int,
+    before: Copies, tensors: Mapping[int, torch.Tensor], readout: Readout, step: int, framework_step: int
 ) -> UpdateReading | None:
     """Compare the tensors with their copies, in place of the copies.
 
     Args:
-        before: Slot to the copy; its values are overwritten.
+        before: The copies; their values are overwritten.
         tensors: Slot to the tensor after the step.
         readout: Where the values travel.
         step: The step that was made.
@@ -80,20 +80,30 @@ def read_update(
         A reading that yields facts after ``readout.receive()``, or None if there is nothing to compare.
     """
     now = {s: local(t) for s, t in tensors.items()}
-    slots = [s for s, b in before.items() if s in now and now[s].shape == b.shape and b.numel()]
+    slots = [s for s, b in before.tensors.items() if s in now and now[s].shape == b.shape]
     if not slots:
         return None
     after = [now[s] for s in slots]
-    change = [before[s] for s in slots]
-    start = readout.add_norms(change, 2)
-    norm = readout.add_norms(after, 2)
+    change = [before.tensors[s] for s in slots]
+    together = chunks(after)
+    norm = readout.add_norms(after, 2, together=together)
     torch._foreach_sub_(change, after)
-    size = readout.add_norms(change, 2)
+    size = readout.add_norms(change, 2, together=together)
     # The signs of the change, summed up without their signs, count the elements that moved: a
     # difference is zero exactly where the bits agree, so no second copy is needed to count.
     torch._foreach_sign_(change)
-    moved = readout.add_norms(change, 1)
-    return UpdateReading(step, framework_step, slots, [a.numel() for a in after], start, moved, size, norm)
+    moved = readout.add_norms(change, 1, together=together)
+    ahead, ticket, copied = before.readout, before.norms, tuple(before.tensors)
+    return UpdateReading(
+        step=step,
+        framework_step=framework_step,
+        slots=slots,
+        counts=[t.numel() for t in after],
+        starts=lambda: dict(zip(copied, ahead.get(ticket), strict=True)),
+        norm=norm,
+        size=size,
+        moved=moved,
+    )
 
 
 class Fingerprints:
