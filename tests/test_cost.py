@@ -86,7 +86,7 @@ def test_probed_step_reads_every_tensor_in_few_operations():
     # shape; and of the sampled base weights, now and at the start, which have one.
     assert extra["linalg_vector_norm"] + extra["_foreach_norm"] == 5 * len(shapes) + 2 * 2
     assert Loop(layers=4).extra()["linalg_vector_norm"] == extra["linalg_vector_norm"]
-    assert extra["_foreach_copy_"] == 1
+    assert extra["_foreach_sub_"] == 1
     assert not extra["_local_scalar_dense"], "a value was fetched by itself"
     assert sum(extra.values()) < 200
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["Readout", "chunks", "local"]
+__all__ = ["Readout", "batches", "chunks", "local"]
 
-_CHUNK = 2**20  # elements
+_CHUNK = 2**21  # elements
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -30,13 +30,7 @@ class Readout:
         self._vectors.append((ticket, values.detach()))
         return ticket
 
-    def add_norms(
-        self,
-        tensors: Sequence[torch.Tensor],
-        order: float,
-        scale: torch.Tensor | None = None,
-        together: Sequence[Sequence[int]] | None = None,
-    ) -> range:
+    def add_norms(self, tensors: Sequence[torch.Tensor], order: float, scale: torch.Tensor | None = None) -> range:
         """Add the norms of many tensors, in few kernels.
 
         In float64 (but on MPS, which has none): there the square of every float32 is a number of its own, so that
@@ -46,27 +40,47 @@ class Readout:
             tensors: Floating tensors of any shapes.
             order: 1 or 2.
             scale: What to divide the norms by.
-            together: What :func:`chunks` says of these tensors, if that is known.
 
         Returns:
             Where the norms will be found, in the order of the tensors.
         """
+        together = chunks(tensors)
         ticket = self._ticket(len(tensors))
-        large: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for indices in chunks(tensors) if together is None else together:
-            first = tensors[indices[0]]
-            if len(indices) == 1:
-                large.setdefault((first.device, first.dtype), []).append(indices[0])
-                continue
-            rows = torch.stack([tensors[i] for i in indices]).flatten(1)
-            norms = torch.linalg.vector_norm(rows, order, dim=1, dtype=_wide(first.device))
-            self._vectors.append(
-                ([ticket[i] for i in indices], norms if scale is None else norms / scale.to(norms.device))
-            )
-        for (device, _), indices in large.items():  # each by itself: no copy of them, and none in float64
-            norms = torch.stack(torch._foreach_norm([tensors[i] for i in indices], order, dtype=_wide(device)))
-            self._vectors.append(([ticket[i] for i in indices], norms if scale is None else norms / scale.to(device)))
+        places = [ticket[i] for indices in together for i in indices]
+        self._add_rows(places, batches(tensors, together), order, scale)
         return ticket
+
+    def add_row_norms(self, rows: Sequence[torch.Tensor], order: float) -> range:
+        """Add the norms of what has been put together already, see :func:`batches`.
+
+        Args:
+            rows: Floating tensors, each row of which counts by itself.
+            order: 1 or 2.
+
+        Returns:
+            Where the norms will be found, one for each row.
+        """
+        ticket = self._ticket(sum(map(len, rows)))
+        self._add_rows(ticket, rows, order, None)
+        return ticket
+
+    def _add_rows(
+        self, places: Sequence[int], rows: Sequence[torch.Tensor], order: float, scale: torch.Tensor | None
+    ) -> None:
+        large: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
+        found, start = [], 0
+        for part in rows:
+            mine, start = places[start : start + len(part)], start + len(part)
+            if len(part) > 1:
+                wide = _wide(part.device)
+                found.append((mine, torch.linalg.vector_norm(part.flatten(1), order, dim=1, dtype=wide)))
+            else:
+                known = large.setdefault((part.device, part.dtype), ([], []))
+                known[0].extend(mine)
+                known[1].append(part)
+        for (device, _), (mine, tensors) in large.items():  # without a copy of them in float64
+            found.append((mine, torch.stack(torch._foreach_norm(tensors, order, dtype=_wide(device)))))
+        self._vectors += found if scale is None else [(mine, v / scale.to(v.device)) for mine, v in found]
 
     def _ticket(self, size: int) -> range:
         start, self._length = self._length, self._length + size
@@ -110,6 +124,19 @@ def chunks(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
         size = max(1, _CHUNK // max(1, shape.numel()))
         found += [indices[i : i + size] for i in range(0, len(indices), size)]
     return found
+
+
+def batches(tensors: Sequence[torch.Tensor], together: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Put tensors together, each of them a row.
+
+    Args:
+        tensors: Tensors of any kinds.
+        together: See :func:`chunks`.
+
+    Returns:
+        One tensor a chunk: a copy of several, a view of one.
+    """
+    return [torch.stack([tensors[i] for i in c]) if len(c) > 1 else tensors[c[0]].unsqueeze(0) for c in together]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
