@@ -34,6 +34,7 @@ from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
+from lora_probe_callbacks.observe.autograd import capturing
 from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.facts import (
     Coverage,
@@ -451,7 +452,7 @@ class ProbeSession:
 
     def _before_step(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._running:
+            if not self._running or capturing():
                 return
             closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
             if closure is None:
@@ -471,7 +472,7 @@ class ProbeSession:
 
     def _after_step(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._running:
+            if not self._running or capturing():
                 return
             if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
