@@ -723,11 +723,12 @@ class ProbeSession:
         checkpoints = self._checkpoints
         if checkpoints is None:
             return facts
-        checkpoints.moved |= any(h.had_move and s.role == "B" for h, s in zip(facts.history, facts.slots, strict=True))
+        pairs = zip(facts.history, facts.slots, strict=True)
+        checkpoints.moved = checkpoints.moved or any(h.had_move and s.role == "B" for h, s in pairs)
         found: dict[str, Any] = {}
         self._saving(lambda: found.update(saves=checkpoints.take(again=True, end=facts.moment == "end")))
         self._saving(lambda: found.update(restored=checkpoints.resumed()))
-        return dataclasses.replace(facts, **found)
+        return dataclasses.replace(facts, **found) if any(found.values()) else facts
 
     def _structure(self, moment: Moment, optimizer: int | None, *, final: bool) -> dict[str, Any]:
         """The fields of the facts that need no value from a device."""
