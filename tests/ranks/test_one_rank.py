@@ -121,18 +121,18 @@ def skipped_step_with_a_fault(rank: int, world: int) -> Outcome:
 def observer_breaks(rank: int, world: int) -> Outcome:
     """The probe of one rank breaks in step 1; in step 3 another rank finds a fault."""
     model = wrapped()
-    fetch = DeviceReader.fetch
+    receive = DeviceReader.receive
 
     def before(step: int) -> None:
         if step == 1 and bad(rank, world):
-            DeviceReader.fetch = lambda *args, **kwargs: 1 / 0
+            DeviceReader.receive = lambda *args, **kwargs: 1 / 0
         if step == 3 and rank == 0:
             model.module.merge_adapter()
 
     try:
         return loop(model, adamw(model), rank, before=before)
     finally:
-        DeviceReader.fetch = fetch
+        DeviceReader.receive = receive
 
 
 @scenario
