@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.agreement import Agreement
 from lora_probe_callbacks.checkpoints import Checkpoints
+from lora_probe_callbacks.checks import wrong_gradient
 from lora_probe_callbacks.checks.base import OF_OWNED_TENSORS, Check, Verdict, skipped
 from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
@@ -386,7 +387,7 @@ class ProbeSession:
             self._observer.witness = WeightWitness(suspected)
         if self._repeat_due("LP405") and self.step:  # a forward can be stale only after a first update
             self._repeat = ForwardRepeat(self._scene.device)
-        if self._repeat_due("LP307"):
+        if self._repeat_due("LP307") and not wrong_gradient.hopeless(self._responses):
             tensors = [t for slot in self._scene.slots if (t := slot.tensor) is not None]
             self._response = ResponseObserver(tensors, self._observer.hook)
         self._observer.arm()
@@ -590,7 +591,7 @@ class ProbeSession:
 
         def measure() -> None:
             with self._observer.aside():
-                found = response.measure(self.step, self._framework_step(), scale)
+                found = response.measure(self.step, self._framework_step(), scale, wrong_gradient.unsettled)
             self._responses = (*self._responses, found)[-ALWAYS:]
             self._log_row(metrics_of_response(found), found.framework_step)
 
