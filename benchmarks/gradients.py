@@ -87,7 +87,7 @@ def base(run: Run, width: int = 32) -> nn.Module:
     std = "initializer_factor" if run.family == "T5" else "initializer_range"
     names = {"GPT-2": ("n_embd", "n_layer"), "T5": ("d_model", "num_layers")}
     wide, deep = names.get(run.family, ("hidden_size", "num_hidden_layers"))
-    sizes = {"vocab_size": 64, wide: width, deep: run.layers, std: run.weights * (50 if run.family == "T5" else 1)}
+    sizes = {"vocab_size": 64, wide: width, deep: run.layers, std: run.weights * (10 if run.family == "T5" else 1)}
     if run.family in ("Llama", "Gemma", "Mixtral"):
         sizes["intermediate_size"] = 2 * width
     made = model(model.config_class(use_cache=False, pad_token_id=0, **sizes, **settings))
@@ -166,7 +166,7 @@ def break_(layer: Any, fault: str) -> None:
     elif fault == FAULTS[3]:
         mlp.forward = lambda x, forward=mlp.forward: forward(x.detach())
     elif fault == FAULTS[4]:
-        mlp.act_fn = Straight.apply
+        mlp.act_fn.forward = Straight.apply
 
 
 # --- one training -----------------------------------------------------------------------------------
