@@ -74,6 +74,7 @@ __all__ = ["ProbeConfig", "ProbeSession"]
 ALWAYS = 4  # the first steps are always probed: most faults are there from the start
 _OF_FILES = ("LP801", "LP802", "LP803", "LP805", "LP807")  # what a saved file alone can be judged by
 REPEATS_EVERY = 16  # after them, one probed step in so many runs a forward a second time
+CLOSELY_EVERY = 16  # and after so many steps the graph is walked although gradients show that it is whole
 
 
 class ProbeSession:
@@ -127,6 +128,7 @@ class ProbeSession:
         self._told: set[str] = set()  # why estimates could not be computed
         self._agreement = Agreement([check.code for check in self._checks], self._alone)
         self._last_probed = False
+        self._last_closely = 0
         self._overhead_ms = 0.0
         self._probed_steps = 0
         self._handles: list[RemovableHandle] = []
@@ -382,6 +384,10 @@ class ProbeSession:
         if self._broken:
             self._observer.arm()
             return
+        due = self.step < ALWAYS or self.step - self._last_closely >= CLOSELY_EVERY
+        if due:
+            self._last_closely = self.step
+        self._observer.closely = due or self._scene.packed()[0] > 0
         suspected = self._scene.suspected_weights()
         if suspected and not self._scene.inventory.compiled:
             self._observer.witness = WeightWitness(suspected)

@@ -8,6 +8,8 @@ import torch
 
 __all__ = ["Readout", "local"]
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 class Readout:
     """Collects small device tensors and fetches them together, once.
@@ -77,6 +79,8 @@ class Readout:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this rank holds (all of it, unless it is a DTensor). For use under ``no_grad``."""
+    if type(tensor) in _PLAIN:  # asked of every tensor again and again
+        return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 

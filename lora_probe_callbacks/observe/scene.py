@@ -5,8 +5,9 @@ Built from the inventory and the names that are meant; asked at every decision f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -156,7 +157,7 @@ class Scene:
         self._unit_of_slot = [number for number, unit in enumerate(self.units) for _ in unit.slots]
         self._start_tensors = [slot.tensor for slot in self.slots]
         self._kept = [s.frozen or any(part in s.name for part in self._frozen) for s in self.slots]
-        self._facts: list[tuple[tuple[object, ...], SlotFact] | None] = [None] * len(self.slots)
+        self._slot_facts: tuple[list[object], list[Ownership | None], tuple[SlotFact, ...]] | None = None
         self.look()
         expected = {id(unit) for unit in self.units}
         self._others: dict[str, list[Slot]] = {}
@@ -171,7 +172,9 @@ class Scene:
         lagged = {name: [t for s in self._others.get(name, ()) if (t := s.tensor) is not None] for name in self._lagged}
         self.followers = Followers(lagged)
         self._naturals = [natural_scaling(unit) for unit in self.units]
-        self._unit_facts: list[tuple[tuple[object, ...], UnitFact] | None] = [None] * len(self.units)
+        starts = itertools.accumulate((len(unit.slots) for unit in self.units), initial=0)
+        self._slots_of_unit = [tuple(range(i, i + len(u.slots))) for i, u in zip(starts, self.units, strict=False)]
+        self._unit_facts: tuple[list[tuple[object, ...]], tuple[UnitFact, ...]] | None = None
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -323,22 +326,14 @@ class Scene:
         return {id(t): i for i, t in enumerate(self._tensors) if t is not None}
 
     def slot_facts(self) -> tuple[SlotFact, ...]:
-        """Every expected slot as it is now."""
-        return tuple(map(self._slot_fact, range(len(self.slots))))
+        """Every expected slot as it is now; the same tuple again while nothing of it changes."""
+        key = [None if t is None else (t.requires_grad, t.dtype, local(t).numel()) for t in self._tensors]
+        if self._slot_facts is None or self._slot_facts[:2] != (key, self._owned):
+            self._slot_facts = (key, self._owned, tuple(map(self._slot_fact, range(len(self.slots)))))
+        return self._slot_facts[2]
 
     def _slot_fact(self, index: int) -> SlotFact:
-        tensor, own, last = self._tensors[index], self._owned[index], self._facts[index]
-        size = 0 if tensor is None else local(tensor).numel()
-        key = (tensor is not None and tensor.requires_grad, own, None if tensor is None else tensor.dtype, size)
-        if last is not None and last[0] == key:
-            return last[1]
-        fact = self._new_slot_fact(self.slots[index], index, tensor, own, size)
-        self._facts[index] = (key, fact)
-        return fact
-
-    def _new_slot_fact(
-        self, slot: Slot, index: int, tensor: torch.Tensor | None, own: Ownership | None, size: int
-    ) -> SlotFact:
+        slot, tensor, own = self.slots[index], self._tensors[index], self._owned[index]
         return SlotFact(
             name=slot.name,
             adapter=slot.adapter,
@@ -350,7 +345,7 @@ class Scene:
             weight_decay=None if own is None else own.weight_decay,
             frozen_by_intent=self._kept[index],
             half=tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16),
-            numel=size,
+            numel=0 if tensor is None else local(tensor).numel(),
             part=slot.path[0],
         )
 
@@ -374,36 +369,39 @@ class Scene:
         """
         self.base_used.update(used)
         watched = any(f.received and f.calls is not None for f in forwards)
-        facts, start = [], 0
-        for index, unit in enumerate(self.units):
-            slots = tuple(range(start, start + len(unit.slots)))
-            start += len(unit.slots)
-            part = idle_part(unit, called, self.inventory) if watched else None
+        parts = [
+            idle_part(unit, called, self.inventory) if watched and id(unit.layer.called) not in called else None
+            for unit in self.units
+        ]
+        for index, part in enumerate(parts if watched else ()):
             left_out = part in ("layer", "sibling")
-            if left_out and all((g := gradients[s]) is None or not g.present or g.zero for s in slots):
+            if left_out and all(
+                (g := gradients[s]) is None or not g.present or g.zero for s in self._slots_of_unit[index]
+            ):
                 self.suspects.add(index)
-            elif watched:
+            else:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
-            natural = self._naturals[index]
-            factor = None if natural is None else scaling(unit)
-            key, last = (part, self.base_used.get(index), factor), self._unit_facts[index]
-            if last is None or last[0] != key:
-                last = self._unit_facts[index] = (
-                    key,
-                    UnitFact(
-                        name=unit.layer.name,
-                        adapter=unit.adapter,
-                        slots=slots,
-                        idle_part=part,
-                        base_weight_used=self.base_used.get(index),
-                        lora=unit.layer.lora,
-                        scaling=factor,
-                        natural=natural,
-                    ),
-                )
-            facts.append(last[1])
-        return tuple(facts)
+        factors = [None if n is None else scaling(u) for u, n in zip(self.units, self._naturals, strict=True)]
+        key = list(zip(parts, factors, map(self.base_used.get, range(len(parts))), strict=True))
+        if self._unit_facts is None or self._unit_facts[0] != key:
+            self._unit_facts = (key, tuple(self._unit_fact(i, *now) for i, now in enumerate(key)))
+        return self._unit_facts[1]
+
+    def _unit_fact(
+        self, index: int, part: Literal["layer", "branch", "sibling"] | None, factor: float | None, used: bool | None
+    ) -> UnitFact:
+        layer = self.units[index].layer
+        return UnitFact(
+            name=layer.name,
+            adapter=self.units[index].adapter,
+            slots=self._slots_of_unit[index],
+            idle_part=part,
+            base_weight_used=used,
+            lora=layer.lora,
+            scaling=factor,
+            natural=self._naturals[index],
+        )
 
     def start(self, framework_step: int) -> StartFact:
         """What the expected units hold before the first training forward."""
@@ -544,7 +542,11 @@ def base_weight(unit: Unit) -> torch.Tensor | None:
     """The weight that a LoRA unit adapts, or None where there is not one tensor of that name."""
     if not unit.layer.lora:
         return None
-    base = unit.layer.module.get_base_layer()  # type: ignore[operator]
+    base = unit.layer.module
+    while (
+        inner := base._modules.get("base_layer")
+    ) is not None:  # get_base_layer(), asked of every layer at every step
+        base = inner
     weight = base._parameters.get("weight")
     if weight is None:  # not a parameter of its own: parametrized, or made by its module
         weight = getattr(base, "weight", None)
