@@ -13,6 +13,7 @@ from lora_probe_callbacks.observe.facts import Facts, StepResponse
 # moves are lost to rounding as long as B is about zero; aside from there, 0.9 to 1.05.
 OFF = 0.15
 AGREE = 0.1  # how far two of them may lie apart to be believed, relative to the first if that is below 1
+LEAST = 0.1  # below that nothing is left of the gradient's share so far out
 APART = 0.25  # how far the half ahead and the half behind may: rounding in bfloat16 makes up to 0.13
 STEPS = 2
 SURE = 4  # times what rounding makes of it, that a difference has to be off
@@ -81,7 +82,7 @@ def _why_not(response: StepResponse) -> str | None:
             "made anew from the outputs alone and a little aside, the gradient is right: either it holds more than what left "
             "the model, such as a penalty on weights or inner activations, or small moves are lost to rounding"
         )
-    if again is not None and (own is None or not abs(own - again) <= AGREE * min(1.0, abs(own))):
+    if again is not None and (own is None or not (abs(own) > LEAST and abs(own - again) <= AGREE * min(1.0, abs(own)))):
         return "finite differences of two sizes disagree: the forward is not precise enough, or too curved, for them"
     if not abs(central - 1) > SURE * response.noise:
         return "the change along the gradient is too small to be told from rounding"

@@ -398,8 +398,8 @@ class StepResponse:
         measured: Change of the outputs by the update, times the gradient that had arrived at them.
         central: A central difference along the gradient over what the gradient says: 1 if it is right.
         sides: What the half ahead and the half behind say alone: a kink makes them differ.
-        own: The central difference for a gradient made anew from the outputs alone, a little aside. This and what
-            follows is measured only as long as nothing before it settles the question.
+        own: The central difference for a gradient made anew from the outputs alone, a little aside and at half the
+            distance. This and what follows is measured only as long as nothing before it settles the question.
         again: The same at twice the distance.
         noise: What rounding makes of these, at least.
         why_not: Why nothing was measured.

@@ -200,11 +200,11 @@ class ResponseObserver:
         if unsettled(found):
             trial = trial.aside(generator)
             g = trial.gradients()
-            found = dataclasses.replace(found, own=trial.ratio(g, *trial.around(g, _SIZE)))
+            found = dataclasses.replace(found, own=trial.ratio(g, *trial.around(g, _SIZE / 2)))
         if unsettled(found):
-            found = dataclasses.replace(found, again=trial.ratio(g, *trial.around(g, 2 * _SIZE)))
+            found = dataclasses.replace(found, again=trial.ratio(g, *trial.around(g, _SIZE)))
         if unsettled(found):
-            found = dataclasses.replace(found, noise=max(noise, trial.noise(g, _SIZE, generator)))
+            found = dataclasses.replace(found, noise=max(noise, trial.noise(g, _SIZE / 2, generator)))
         return found
 
     def _incomplete(self) -> str | None:
