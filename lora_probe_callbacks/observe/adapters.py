@@ -75,7 +75,7 @@ class AdaptedLayer:
         elif self.switched:
             active = self.module.active_adapters
         else:
-            active = getattr(self.module, "active_adapter", ())
+            active = getattr(self.module, "active_adapter", ())  # type: ignore[arg-type]
         return (active,) if isinstance(active, str) else active  # type: ignore[return-value]
 
     def mode(self, adapter: str) -> Mode:
@@ -120,9 +120,10 @@ class Slot:
         """The tensor that is registered there now."""
         module = self.layer.module
         for part in self.way:
-            module = module._modules.get(part)
-            if module is None:
+            inner = module._modules.get(part)
+            if inner is None:
                 return None
+            module = inner
         return module._parameters.get(self.path[-1])
 
 

@@ -90,7 +90,7 @@ def runs_to_all(leaves: Iterable[torch.Tensor]) -> bool:
     planned = torch._C._will_engine_execute_node
     try:
         with torch.enable_grad():  # a view leads to the node that accumulates the gradient of its base
-            return all(planned(t.view_as(t).grad_fn.next_functions[0][0]) for t in leaves)  # type: ignore[union-attr]
+            return all(planned(t.view_as(t).grad_fn.next_functions[0][0]) for t in leaves)  # type: ignore[union-attr, arg-type]
     except RuntimeError:  # torch.autograd.grad with these very leaves
         return False
 

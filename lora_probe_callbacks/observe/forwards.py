@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,7 +178,7 @@ class ForwardObserver:
         self._units_of: dict[int, list[int]] = {}
         for index, unit in enumerate(units):
             self._units_of.setdefault(id(unit.layer.called), []).append(index)
-        self._switches: list[tuple[object, ...]] | None = None
+        self._switches: Sequence[tuple[object, ...]] | None = None
         self._state: tuple[tuple[Mode, ...], tuple[str, ...]] = ((), ())
         starts = itertools.accumulate((len(unit.slots) for unit in units), initial=0)
         self._first_slot = list(starts)[: len(units)]

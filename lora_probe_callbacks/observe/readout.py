@@ -8,6 +8,7 @@ import torch
 
 __all__ = ["Readout", "local"]
 
+_STACKED = 2**20  # elements of small tensors of one shape that are copied into one, for one kernel in place of many
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -45,9 +46,19 @@ class Readout:
             Where the norms will be found, in the order of the tensors.
         """
         ticket = self._ticket(len(tensors))
-        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        shapes: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
         for index, tensor in enumerate(tensors):
-            kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
+            shapes.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(index)
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for (device, dtype, shape), indices in shapes.items():
+            if 1 < len(indices) <= _STACKED // max(1, shape.numel()):
+                rows = torch.stack([tensors[i] for i in indices]).flatten(1)
+                norms = torch.linalg.vector_norm(rows, order, dim=1, dtype=_wide(device))
+                self._vectors.append(
+                    ([ticket[i] for i in indices], norms if scale is None else norms / scale.to(device))
+                )
+            else:
+                kinds.setdefault((device, dtype), []).extend(indices)
         for (device, _), indices in kinds.items():
             wide = _wide(device)
             values = torch._foreach_norm([tensors[i] for i in indices], order, dtype=wide)

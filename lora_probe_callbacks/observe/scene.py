@@ -26,7 +26,7 @@ from lora_probe_callbacks.observe.facts import (
     Wrapping,
 )
 from lora_probe_callbacks.observe.idle import idle_part
-from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
+from lora_probe_callbacks.observe.optimizers import ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.start import natural_scaling, read_start, scaling
 from lora_probe_callbacks.observe.updates import Fingerprints, Followers
@@ -157,7 +157,8 @@ class Scene:
         self._unit_of_slot = [number for number, unit in enumerate(self.units) for _ in unit.slots]
         self._start_tensors = [slot.tensor for slot in self.slots]
         self._kept = [s.frozen or any(part in s.name for part in self._frozen) for s in self.slots]
-        self._slot_facts: tuple[list[object], list[Ownership | None], tuple[SlotFact, ...]] | None = None
+        self._slot_facts: tuple[SlotFact, ...] = ()
+        self._slots_seen: Sequence[object] | None = None  # what they were made of
         self.look()
         expected = {id(unit) for unit in self.units}
         self._others: dict[str, list[Slot]] = {}
@@ -174,7 +175,8 @@ class Scene:
         self._naturals = [natural_scaling(unit) for unit in self.units]
         starts = itertools.accumulate((len(unit.slots) for unit in self.units), initial=0)
         self._slots_of_unit = [tuple(range(i, i + len(u.slots))) for i, u in zip(starts, self.units, strict=False)]
-        self._unit_facts: tuple[list[tuple[object, ...]], tuple[UnitFact, ...]] | None = None
+        self._unit_facts: tuple[UnitFact, ...] = ()
+        self._units_seen: Sequence[tuple[object, ...]] | None = None
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -327,10 +329,13 @@ class Scene:
 
     def slot_facts(self) -> tuple[SlotFact, ...]:
         """Every expected slot as it is now; the same tuple again while nothing of it changes."""
-        key = [None if t is None else (t.requires_grad, t.dtype, local(t).numel()) for t in self._tensors]
-        if self._slot_facts is None or self._slot_facts[:2] != (key, self._owned):
-            self._slot_facts = (key, self._owned, tuple(map(self._slot_fact, range(len(self.slots)))))
-        return self._slot_facts[2]
+        seen = (
+            [None if t is None else (t.requires_grad, t.dtype, local(t).numel()) for t in self._tensors],
+            self._owned,
+        )
+        if seen != self._slots_seen:
+            self._slots_seen, self._slot_facts = seen, tuple(map(self._slot_fact, range(len(self.slots))))
+        return self._slot_facts
 
     def _slot_fact(self, index: int) -> SlotFact:
         slot, tensor, own = self.slots[index], self._tensors[index], self._owned[index]
@@ -383,10 +388,10 @@ class Scene:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
         factors = [None if n is None else scaling(u) for u, n in zip(self.units, self._naturals, strict=True)]
-        key = list(zip(parts, factors, map(self.base_used.get, range(len(parts))), strict=True))
-        if self._unit_facts is None or self._unit_facts[0] != key:
-            self._unit_facts = (key, tuple(self._unit_fact(i, *now) for i, now in enumerate(key)))
-        return self._unit_facts[1]
+        seen = list(zip(parts, factors, map(self.base_used.get, range(len(parts))), strict=True))
+        if seen != self._units_seen:
+            self._units_seen, self._unit_facts = seen, tuple(self._unit_fact(i, *now) for i, now in enumerate(seen))
+        return self._unit_facts
 
     def _unit_fact(
         self, index: int, part: Literal["layer", "branch", "sibling"] | None, factor: float | None, used: bool | None

@@ -17,7 +17,7 @@ def rates(*units: tuple[str, float, float]) -> Facts:
     slots = []
     for slot in what.slots:
         part, a, b = units[slot.unit]
-        slots.append(dataclasses.replace(slot, learning_rate=a if slot.role == "A" else b, part=part))
+        slots.append(slot._replace(learning_rate=a if slot.role == "A" else b, part=part))
     return dataclasses.replace(what, slots=tuple(slots))
 
 

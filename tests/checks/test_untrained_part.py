@@ -22,7 +22,7 @@ def parts(magnitude: bool, **changes: Any) -> Facts:
     slots = tuple(
         s
         if s.role == "A"
-        else dataclasses.replace(s, role="other", part="lora_magnitude_vector", requires_grad=magnitude)
+        else s._replace(role="other", part="lora_magnitude_vector", requires_grad=magnitude)
         for s in what.slots
     )
     return dataclasses.replace(what, slots=slots)
@@ -41,13 +41,13 @@ def test_part_that_trained_before_has_its_turn_again() -> None:
 
 def test_part_of_another_optimizer_waits_for_its_event() -> None:
     what = parts(magnitude=False, history={"had_gradient": False}, optimizers=2)
-    slots = tuple(dataclasses.replace(s, owner=1) if s.role == "other" else s for s in what.slots)
+    slots = tuple(s._replace(owner=1) if s.role == "other" else s for s in what.slots)
     assert judge(dataclasses.replace(what, slots=slots)).status == "pass"
 
 
 def test_frozen_adapter_is_left_to_its_own_check() -> None:
     what = parts(magnitude=False, history={"had_gradient": False, "had_signal": False})
-    slots = tuple(dataclasses.replace(s, requires_grad=False) for s in what.slots)
+    slots = tuple(s._replace(requires_grad=False) for s in what.slots)
     assert list(bad(dataclasses.replace(what, slots=slots))) == ["LP203"]
 
 
