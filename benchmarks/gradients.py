@@ -245,7 +245,9 @@ def main() -> None:
     began = time.perf_counter()
     with ProcessPoolExecutor(given.workers, initializer=_quietly) as pool:
         quiet, loud = (
-            [] if given.only == other else list(pool.map(train, [run for run in runs if given.match in str(run)], 4))
+            []
+            if given.only == other
+            else list(pool.map(train, [run for run in runs if given.match in str(run)], chunksize=4))
             for other, runs in (("wrong", healthy()), ("healthy", wrong()))
         )
     result = {

@@ -54,7 +54,7 @@ from lora_probe_callbacks.observe.history import advance
 from lora_probe_callbacks.observe.idle import AdaptersElsewhere
 from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of, unwrap_optimizer
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
-from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, RandomState, random_state
+from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, random_state
 from lora_probe_callbacks.observe.response import ResponseObserver
 from lora_probe_callbacks.observe.scene import NotJudgedError, Scene
 from lora_probe_callbacks.observe.witness import WeightWitness
@@ -67,6 +67,7 @@ from lora_probe_callbacks.report.metrics import (
     metrics_of_update,
 )
 from lora_probe_callbacks.report.record import Record, Row
+from lora_probe_callbacks.state import RandomState
 from lora_probe_callbacks.steps import StepTracker
 
 __all__ = ["ProbeConfig", "ProbeSession"]
@@ -555,7 +556,7 @@ class ProbeSession:
         if self._estimation is not None:
             self._estimation.forward_begins(self._scene.device)
         if self._repeat is not None or self._response is not None:
-            self._began_with = random_state(module, self._scene.device)
+            self._began_with = random_state(module)
 
     def _scaler_went_on(self) -> bool:
         """The scaler was updated since the last training forward: what it had to step is stepped or skipped."""
