@@ -231,7 +231,7 @@ class UnitStart:
         return not self.a or not self.b or self.product < 1e-2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: kept for the whole run, so what checks ask for is worked out once
 class StartFact:
     """The state in which training began.
 
@@ -244,6 +244,31 @@ class StartFact:
     units: tuple[UnitStart | None, ...]
     framework_step: int
     optimizer_state: bool
+
+    @cached_property
+    def known(self) -> list[int]:
+        """Units with a pair of A and B that could be read."""
+        return [u for u, start in enumerate(self.units) if start is not None]
+
+    @cached_property
+    def moving(self) -> list[int]:
+        """Those of them whose initialisation takes BA out of the base weight."""
+        return [u for u in self.known if (start := self.units[u]) is not None and start.moves_base]
+
+    @cached_property
+    def plain(self) -> list[int]:
+        """The others."""
+        return [u for u in self.known if u not in set(self.moving)]
+
+    @cached_property
+    def identity(self) -> list[int]:
+        """Those of the others that added nothing."""
+        return [u for u in self.plain if (start := self.units[u]) is not None and start.identity]
+
+    @cached_property
+    def changed(self) -> list[int]:
+        """Those that added something."""
+        return [u for u in self.plain if u not in set(self.identity)]
 
 
 @dataclass(frozen=True, slots=True)

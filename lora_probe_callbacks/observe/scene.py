@@ -41,7 +41,9 @@ from lora_probe_callbacks.observe.wrappers import (
     tensor_parallel,
 )
 
-__all__ = ["NotJudgedError", "Scene", "base_weight"]
+__all__ = ["NotJudgedError", "Part", "Scene", "base_weight"]
+
+Part = Literal["layer", "branch", "sibling"] | None  # see UnitFact.idle_part
 
 
 class NotJudgedError(ValueError):
@@ -354,48 +356,52 @@ class Scene:
             part=slot.path[0],
         )
 
+    def left_out(self, forwards: Sequence[ForwardFact], called: set[int]) -> list[Part] | None:
+        """Of every expected unit, the part around it that was left out.
+
+        Args:
+            forwards: The forwards of this step.
+            called: Ids of the modules that ran in training forwards.
+
+        Returns:
+            One entry a unit, or None where calls were not seen.
+        """
+        if not any(f.received and f.calls is not None for f in forwards):
+            return None
+        return [
+            None if id(unit.layer.called) in called else idle_part(unit, called, self.inventory) for unit in self.units
+        ]
+
     def unit_facts(
-        self,
-        forwards: Sequence[ForwardFact],
-        gradients: Sequence[GradientFact | None],
-        called: set[int],
-        used: Mapping[int, bool],
+        self, parts: Sequence[Part] | None, gradients: Sequence[GradientFact | None], used: Mapping[int, bool]
     ) -> tuple[UnitFact, ...]:
         """Every expected unit: was it left out, and was its base weight used without it?
 
         Args:
-            forwards: The forwards of this step.
+            parts: See :meth:`left_out`.
             gradients: One entry a slot.
-            called: Ids of the modules that ran in training forwards.
             used: Whether the base weight of a unit was in use, for units that were watched for that.
 
         Returns:
-            One fact a unit.
+            One fact a unit; the same tuple again while nothing of it changes.
         """
         self.base_used.update(used)
-        watched = any(f.received and f.calls is not None for f in forwards)
-        parts = [
-            idle_part(unit, called, self.inventory) if watched and id(unit.layer.called) not in called else None
-            for unit in self.units
-        ]
-        for index, part in enumerate(parts if watched else ()):
-            left_out = part in ("layer", "sibling")
-            if left_out and all(
-                (g := gradients[s]) is None or not g.present or g.zero for s in self._slots_of_unit[index]
-            ):
+        for index, part in enumerate(parts or ()):
+            slots = self._slots_of_unit[index] if part in ("layer", "sibling") else ()
+            if slots and all((g := gradients[s]) is None or not g.present or g.zero for s in slots):
                 self.suspects.add(index)
             else:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
         factors = [None if n is None else scaling(u) for u, n in zip(self.units, self._naturals, strict=True)]
-        seen = list(zip(parts, factors, map(self.base_used.get, range(len(parts))), strict=True))
+        seen = list(
+            zip(parts or [None] * len(factors), factors, map(self.base_used.get, range(len(factors))), strict=True)
+        )
         if seen != self._units_seen:
             self._units_seen, self._unit_facts = seen, tuple(self._unit_fact(i, *now) for i, now in enumerate(seen))
         return self._unit_facts
 
-    def _unit_fact(
-        self, index: int, part: Literal["layer", "branch", "sibling"] | None, factor: float | None, used: bool | None
-    ) -> UnitFact:
+    def _unit_fact(self, index: int, part: Part, factor: float | None, used: bool | None) -> UnitFact:
         layer = self.units[index].layer
         return UnitFact(
             name=layer.name,

@@ -20,9 +20,7 @@ def parts(magnitude: bool, **changes: Any) -> Facts:
     """A, and a magnitude in place of B, in each of two layers."""
     what = facts(slot={"part": "lora_A"}, **changes)
     slots = tuple(
-        s
-        if s.role == "A"
-        else s._replace(role="other", part="lora_magnitude_vector", requires_grad=magnitude)
+        s if s.role == "A" else s._replace(role="other", part="lora_magnitude_vector", requires_grad=magnitude)
         for s in what.slots
     )
     return dataclasses.replace(what, slots=slots)
