@@ -59,6 +59,11 @@ def fresh(dtype: torch.dtype, dropout: float = 0.0, **changes: Any) -> nn.Module
     return get_peft_model(llama(dtype, **changes), adapter, autocast_adapter_dtype=False)
 
 
+def swallowing() -> nn.Module:
+    """In 16 bits, with layers so wide that what a fresh adapter adds to them is next to nothing."""
+    return fresh(torch.bfloat16, layers=4, hidden_size=128, initializer_range=0.1)
+
+
 def checkpointed(**arguments: Any) -> nn.Module:
     made = model()
     made.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
@@ -305,8 +310,7 @@ def test_deep_model_far_from_linear_is_no_wrong_gradient() -> None:
 
 def test_small_moves_that_sixteen_bits_swallow_are_no_wrong_gradient() -> None:
     """While B is about zero, every layer rounds back to what it was, and less comes out than the gradient says."""
-    model = fresh(torch.bfloat16, layers=4, hidden_size=128, initializer_range=0.1)
-    result = seen(Training(model, optimizer=lambda m: adamw(m, lr=1e-5)), ignore=("LP401", "LP403"))
+    result = seen(Training(swallowing(), optimizer=lambda m: adamw(m, lr=1e-5)), ignore=("LP401", "LP403"))
     assert not result.found, result.found
     assert all(0.6 < r.central < 0.75 and abs(r.own - 1) < 0.1 for r in result.responses), result.responses
     finding = next(f for f in result.report.findings if f.code == "LP307")
@@ -434,7 +438,7 @@ def test_4bit_model_in_eval_mode_is_never_run_again() -> None:
 # --- no trace -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [model, lambda: checkpointed(use_reentrant=True), normalised])
+@pytest.mark.parametrize("build", [model, lambda: checkpointed(use_reentrant=True), normalised, swallowing])
 def test_training_is_bit_equal(build: Callable[[], nn.Module]) -> None:
     def train(probe: Any) -> list[Any]:
         run = Training(build(), vectors if isinstance(build().get_base_model(), Normalised) else next_token_loss)
@@ -448,7 +452,9 @@ def test_training_is_bit_equal(build: Callable[[], nn.Module]) -> None:
         return [*state, torch.get_rng_state()]
 
     without = train(lambda *_: contextlib.nullcontext())
-    watched = train(lambda model, optimizer: LoraProbeMonitor(model, optimizer, verbose=False, every_n_steps=1))
+    watched = train(
+        lambda model, optimizer: LoraProbeMonitor(model, optimizer, verbose=False, every_n_steps=1, ignore=("LP403",))
+    )
     for a, b in zip(without, watched, strict=True):
         flat_a, flat_b = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
         assert len(flat_a) == len(flat_b)

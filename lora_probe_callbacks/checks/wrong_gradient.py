@@ -93,13 +93,13 @@ CHECK = Check(
     code="LP307",
     name="wrong-gradient",
     what="After a step, the training forward is run again with the adapter moved a little along its gradient and back: the loss must change by what the "
-    "gradient says. Done in the first four steps, and rarely after; two steps must disagree by more than 15%, at two distances, and a gradient that is made "
-    "anew as well.",
+    "gradient says. Done in the first four steps, and rarely after, unless none of the four could be judged for one and the same reason; two steps must "
+    "disagree by more than 15%, and so must a gradient that is made anew a little aside, at two distances.",
     why="A forward that runs differently when a checkpoint recomputes it gives the right loss and the gradient of another function. Training goes on, worse.",
     fix="Compare the gradients with gradient checkpointing on and off under one seed; with checkpointing, keep preserve_rng_state=True and leave no state "
     "that one forward changes and the next one reads. Without it, look at custom autograd functions, fused kernels, and layers that merge the adapter in "
     "their forward (LoRA of nn.MultiheadAttention applies the one of out_proj twice, and its gradient knows of one; peft 0.21).",
-    quiet="DoRA, VeLoRA and tuners other than LoRA, whose gradients approximate by design; kinks of a ReLU; penalties on weights, losses on inner activations, hooks that change gradients, several forwards in a step, clipping, scaling; what cannot be "
+    quiet="16 bits, in which small moves are lost to rounding as long as B is about zero; DoRA, VeLoRA and tuners other than LoRA, whose gradients approximate by design; kinks of a ReLU; penalties on weights, losses on inner activations, hooks that change gradients, several forwards in a step, clipping, scaling; what cannot be "
     "repeated is skipped with its reason. Small disagreements (dropout of a few percent) stay below what it can tell.",
     threads=("Comfy-Org/ComfyUI#15846", "huggingface/peft#3774"),
     explained_by=("LP308", "LP405"),

@@ -3,7 +3,8 @@
 The arguments of the training forward and the cotangent ``c`` of what left the model are kept. When the
 step has ended, the forward is run again: ``<c, out(theta') - out(theta)>`` is the change that the step
 makes, to first order, and ``sum <g, theta' - theta>`` the one that the gradient ``g`` predicts. At
-``theta +- h g / |g|`` the same gives a central difference, which a right gradient meets.
+``theta +- h g / |g|`` the same gives a central difference, which a right gradient meets. Where it does not,
+a gradient is made anew at another point and asked there: see :meth:`_Trial.aside`.
 """
 
 from __future__ import annotations
