@@ -35,6 +35,7 @@ from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
+from lora_probe_callbacks.observe.autograd import capturing
 from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.facts import (
     Coverage,
@@ -453,7 +454,7 @@ class ProbeSession:
 
     def _before_step(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._running:
+            if not self._running or capturing():
                 return
             closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
             if closure is None:
@@ -473,7 +474,7 @@ class ProbeSession:
 
     def _after_step(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._running:
+            if not self._running or capturing():
                 return
             if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
@@ -724,11 +725,12 @@ class ProbeSession:
         checkpoints = self._checkpoints
         if checkpoints is None:
             return facts
-        checkpoints.moved |= any(h.had_move and s.role == "B" for h, s in zip(facts.history, facts.slots, strict=True))
+        pairs = zip(facts.history, facts.slots, strict=True)
+        checkpoints.moved = checkpoints.moved or any(h.had_move and s.role == "B" for h, s in pairs)
         found: dict[str, Any] = {}
         self._saving(lambda: found.update(saves=checkpoints.take(again=True, end=facts.moment == "end")))
         self._saving(lambda: found.update(restored=checkpoints.resumed()))
-        return dataclasses.replace(facts, **found)
+        return dataclasses.replace(facts, **found) if any(found.values()) else facts
 
     def _structure(self, moment: Moment, optimizer: int | None, *, final: bool) -> dict[str, Any]:
         """The fields of the facts that need no value from a device."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Walk", "in_backward", "mark", "runs_to_all", "walk", "walk_from_here"]
+__all__ = ["Walk", "capturing", "in_backward", "mark", "runs_to_all", "walk", "walk_from_here"]
 
 _MARK = "lora_probe_callbacks"
 
@@ -20,6 +20,12 @@ _BLIND = ("CheckpointFunction", "CompiledFunction", "CompiledBlock")
 # What torch puts in the place of the backward that an operator lacks: it warns once, and passes nothing on
 # (torch/csrc/autograd/autograd_not_implemented_fallback.cpp, torch 2.13).
 _DROPS = "WarnNotImplemented"
+
+
+def capturing() -> bool:
+    """Tell whether this step is being captured as a CUDA graph: nothing may wait for the device, or be kept of it."""
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(initialized) and torch.cuda.is_current_stream_capturing()
 
 
 def in_backward() -> bool:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.observe.adapters import Inventory, Unit
-from lora_probe_callbacks.observe.autograd import Walk, in_backward, mark, runs_to_all, walk, walk_from_here
+from lora_probe_callbacks.observe.autograd import Walk, capturing, in_backward, mark, runs_to_all, walk, walk_from_here
 from lora_probe_callbacks.observe.facts import ForwardFact, Mode
 from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.observe.wrappers import describe, hooks_fire
@@ -300,7 +300,7 @@ class ForwardObserver:
             self.active_seen.update(self.inventory.active)
             self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
             self._note_beside(module)
-        else:
+        elif not capturing():
             try:
                 self._before(module)
             except BaseException:
