@@ -115,10 +115,25 @@ def peft_matrix(results: Path) -> str:
     return "\n".join([head, "| --- | --- | --- | --- | --- | --- | --- | --- |", *rows])
 
 
+def gradients(results: Path) -> str:
+    """Return how many healthy gradients LP307 reports, and how many that are wrong."""
+    result = json.loads((results / "gradients.json").read_text())
+    cells: dict[str, list[int]] = {}
+    for kind in ("healthy", "wrong"):
+        for row in result[kind]:
+            cell = cells.setdefault("healthy" if kind == "healthy" else row["group"][0], [0, 0])
+            cell[0] += row["reported"]
+            cell[1] += row["runs"]
+    counts = " | ".join(f"{reported} of {runs}" for reported, runs in cells.values())
+    head = f"| | {' | '.join(cells)} |"
+    return "\n".join([head, f"| {' | '.join(['---'] * (len(cells) + 1))} |", f"| LP307 | {counts} |"])
+
+
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "checks": checks,
     "side by side": side_by_side,
     "peft matrix": peft_matrix,
+    "gradients": gradients,
     "latency": latency,
     "overhead": overhead,
     "projection benchmark": projections,

@@ -214,7 +214,7 @@ class Estimation:
         why_not = None
         try:
             with ExitStack() as undo:
-                undo.enter_context(module_state_restored(model, scene.device))
+                undo.enter_context(module_state_restored(model))
                 undo.enter_context(self._precision())
                 direction, batch = prepare()
                 made_on |= direction_fact(direction, scene)

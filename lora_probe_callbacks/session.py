@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.agreement import Agreement
 from lora_probe_callbacks.checkpoints import Checkpoints
+from lora_probe_callbacks.checks import wrong_gradient
 from lora_probe_callbacks.checks.base import OF_OWNED_TENSORS, Check, Verdict, skipped
 from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
@@ -54,7 +55,7 @@ from lora_probe_callbacks.observe.history import advance
 from lora_probe_callbacks.observe.idle import AdaptersElsewhere
 from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of, unwrap_optimizer
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
-from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, RandomState, random_state
+from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, random_state
 from lora_probe_callbacks.observe.response import ResponseObserver
 from lora_probe_callbacks.observe.scene import NotJudgedError, Part, Scene
 from lora_probe_callbacks.observe.witness import WeightWitness
@@ -67,6 +68,7 @@ from lora_probe_callbacks.report.metrics import (
     metrics_of_update,
 )
 from lora_probe_callbacks.report.record import Record, Row
+from lora_probe_callbacks.state import RandomState
 from lora_probe_callbacks.steps import StepTracker
 
 __all__ = ["ProbeConfig", "ProbeSession"]
@@ -393,7 +395,7 @@ class ProbeSession:
             self._observer.witness = WeightWitness(suspected)
         if self._repeat_due("LP405") and self.step:  # a forward can be stale only after a first update
             self._repeat = ForwardRepeat(self._scene.device)
-        if self._repeat_due("LP307"):
+        if self._repeat_due("LP307") and not wrong_gradient.hopeless(self._responses):
             tensors = [t for slot in self._scene.slots if (t := slot.tensor) is not None]
             self._response = ResponseObserver(tensors, self._observer.hook)
         self._observer.arm()
@@ -555,7 +557,7 @@ class ProbeSession:
         if self._estimation is not None:
             self._estimation.forward_begins(self._scene.device)
         if self._repeat is not None or self._response is not None:
-            self._began_with = random_state(module, self._scene.device)
+            self._began_with = random_state(module)
 
     def _scaler_went_on(self) -> bool:
         """The scaler was updated since the last training forward: what it had to step is stepped or skipped."""
@@ -597,7 +599,7 @@ class ProbeSession:
 
         def measure() -> None:
             with self._observer.aside():
-                found = response.measure(self.step, self._framework_step(), scale)
+                found = response.measure(self.step, self._framework_step(), scale, wrong_gradient.unsettled)
             self._responses = (*self._responses, found)[-ALWAYS:]
             self._log_row(metrics_of_response(found), found.framework_step)
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_probe_callbacks import LoraProbeMonitor
 from lora_probe_callbacks.observe.forwards import ForwardObserver
 from lora_probe_callbacks.observe.readout import Readout
+from lora_probe_callbacks.observe.repeat import KeptForward
 
 REPEATS = ("LP405", "LP307")
 
@@ -39,10 +40,14 @@ class Loop:
         self.tensors = len(trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, **optimizer)
         self.ids = torch.randint(1, 32, (batch, 8))
+        self.penalty = 0.0  # on the weights: no output of the model shows it
 
     def step(self) -> Counter[str]:
         with Operations() as operations:
-            self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+            loss = self.model(input_ids=self.ids, labels=self.ids).loss
+            if self.penalty:
+                loss = loss + self.penalty * sum(p.square().sum() for p in self.optimizer.param_groups[0]["params"])
+            loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
         return operations.seen
@@ -103,6 +108,51 @@ def test_a_decision_is_one_transfer(monkeypatch: pytest.MonkeyPatch):
         for _ in range(4):
             loop.step()
         assert len(fetched) == first + 4
+
+
+class Forwards:
+    """How often a step runs the training forward again for LP307, and what of them is with gradients."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[bool] = []
+        works = KeptForward.call
+        monkeypatch.setattr(
+            KeptForward, "call", lambda kept: (self.seen.append(torch.is_grad_enabled()), works(kept))[1]
+        )
+
+    def of(self, loop: Loop, steps: int) -> list[tuple[int, int]]:
+        taken = []
+        with LoraProbeMonitor(
+            loop.model, loop.optimizer, every_n_steps=1, on_failure="stop", select=["LP307"], verbose=False
+        ):
+            for _ in range(steps):
+                self.seen.clear()
+                loop.step()
+                taken.append((len(self.seen), sum(self.seen)))
+        return taken
+
+
+def test_finite_difference_takes_four_forwards_and_rarely(monkeypatch: pytest.MonkeyPatch):
+    taken = Forwards(monkeypatch).of(Loop(), steps=20)
+    assert taken == [(4, 0)] * 4 + [(0, 0)] * 11 + [(4, 0)] + [(0, 0)] * 4
+
+
+def test_doubt_that_lasts_costs_three_forwards_more_and_ends_with_the_fourth_step(monkeypatch: pytest.MonkeyPatch):
+    loop = Loop()
+    loop.penalty = 1.0
+    taken = Forwards(monkeypatch).of(loop, steps=40)
+    assert taken == [(7, 1)] * 4 + [(0, 0)] * 36
+
+
+def test_a_wrong_gradient_takes_twelve_forwards_and_is_looked_at_again(monkeypatch: pytest.MonkeyPatch):
+    def halved(y: torch.Tensor) -> torch.Tensor:
+        return 0.5 * y + 0.5 * y.detach()
+
+    loop = Loop()
+    for layer in loop.model.get_base_model().model.layers:
+        layer.self_attn.o_proj.forward = lambda x, forward=layer.self_attn.o_proj.forward: halved(forward(x))
+    taken = Forwards(monkeypatch).of(loop, steps=16)
+    assert taken == [(12, 1)] * 4 + [(0, 0)] * 11 + [(12, 1)]
 
 
 def test_cost_of_reading_does_not_grow_with_the_batch():

@@ -22,7 +22,6 @@ from training import Training, adamw, adapter_tensors, batches, config, llama, l
 from transformers import DynamicCache
 
 from lora_probe_callbacks import LoraProbeMonitor, preflight
-from lora_probe_callbacks.checks.wrong_gradient import judge
 from lora_probe_callbacks.observe.facts import StepResponse
 from lora_probe_callbacks.observe.response import aliased
 
@@ -52,6 +51,17 @@ def model(dtype: torch.dtype = torch.float32, dropout: float = 0.3, **changes: A
     torch.manual_seed(0)
     trained(made)
     return made
+
+
+def fresh(dtype: torch.dtype, dropout: float = 0.0, **changes: Any) -> nn.Module:
+    """An adapter on all layers, its B zero, in the type of the model."""
+    adapter = config(target_modules="all-linear", lora_dropout=dropout)
+    return get_peft_model(llama(dtype, **changes), adapter, autocast_adapter_dtype=False)
+
+
+def swallowing() -> nn.Module:
+    """In 16 bits, with layers so wide that what a fresh adapter adds to them is next to nothing."""
+    return fresh(torch.bfloat16, layers=4, hidden_size=128, initializer_range=0.1)
 
 
 def checkpointed(**arguments: Any) -> nn.Module:
@@ -293,6 +303,29 @@ def test_kink_is_no_wrong_gradient() -> None:
     assert "kink" in next(f.message for f in result.report.findings if f.code == "LP307")
 
 
+def test_deep_model_far_from_linear_is_no_wrong_gradient() -> None:
+    deep = lora(base=llama(layers=24, initializer_range=0.02), target_modules="all-linear")
+    assert not seen(Training(deep, optimizer=lambda m: adamw(m, lr=1e-4))).found
+
+
+def test_small_moves_that_sixteen_bits_swallow_are_no_wrong_gradient() -> None:
+    """While B is about zero, every layer rounds back to what it was, and less comes out than the gradient says."""
+    result = seen(Training(swallowing(), optimizer=lambda m: adamw(m, lr=1e-5)), ignore=("LP401", "LP403"))
+    assert not result.found, result.found
+    assert all(0.6 < r.central < 0.75 and abs(r.own - 1) < 0.1 for r in result.responses), result.responses
+    finding = next(f for f in result.report.findings if f.code == "LP307")
+    assert (finding.status, "lost to rounding" in finding.message) == ("skipped", True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wrong_recompute_of_a_fresh_adapter_is_told_from_what_rounding_swallows(dtype: torch.dtype) -> None:
+    wrong = fresh(dtype, dropout=0.5)
+    wrong.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
+    )
+    assert seen(Training(wrong), ignore=("LP403",)).found == [("LP307", "fail", 1)]
+
+
 def test_dora_holds_a_norm_constant_by_design() -> None:
     result = seen(Training(lora(use_dora=True)))
     assert not result.found, result.found
@@ -405,7 +438,7 @@ def test_4bit_model_in_eval_mode_is_never_run_again() -> None:
 # --- no trace -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [model, lambda: checkpointed(use_reentrant=True), normalised])
+@pytest.mark.parametrize("build", [model, lambda: checkpointed(use_reentrant=True), normalised, swallowing])
 def test_training_is_bit_equal(build: Callable[[], nn.Module]) -> None:
     def train(probe: Any) -> list[Any]:
         run = Training(build(), vectors if isinstance(build().get_base_model(), Normalised) else next_token_loss)
@@ -419,7 +452,9 @@ def test_training_is_bit_equal(build: Callable[[], nn.Module]) -> None:
         return [*state, torch.get_rng_state()]
 
     without = train(lambda *_: contextlib.nullcontext())
-    watched = train(lambda model, optimizer: LoraProbeMonitor(model, optimizer, verbose=False, every_n_steps=1))
+    watched = train(
+        lambda model, optimizer: LoraProbeMonitor(model, optimizer, verbose=False, every_n_steps=1, ignore=("LP403",))
+    )
     for a, b in zip(without, watched, strict=True):
         flat_a, flat_b = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
         assert len(flat_a) == len(flat_b)
@@ -587,66 +622,6 @@ HALF = {"packed": (3, 7), "forwards": (dataclasses.replace(facts().forwards[0], 
 )
 def test_dropped_gradients_are_one_finding(changes: dict[str, Any], codes: list[str]) -> None:
     assert list(bad(facts(**changes))) == codes
-
-
-# --- the verdict --------------------------------------------------------------------------------
-
-
-def response(step: int = 3, **changes: Any) -> StepResponse:
-    return StepResponse(step, step, **{"predicted": -1.0, "measured": -1.0, "central": 1.0, **changes})
-
-
-WRONG = {"central": 0.5, "again": 0.52, "own": 0.5, "sides": (0.48, 0.52)}
-
-
-def test_two_bad_steps_fail_with_the_step_that_was_seen() -> None:
-    what = facts(responses=(response(2, **WRONG), response(3, **WRONG)))
-    assert list(bad(what)) == ["LP307"]
-    assert judge(what).seen == (3, 3)
-
-
-def test_one_bad_step_is_not_enough() -> None:
-    assert judge(facts(responses=(response(2), response(3, **WRONG)))).status == "pending"
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"again": 0.9}, "two sizes disagree"),
-        ({"own": 1.0}, "holds more than"),
-        ({"again": None}, "two sizes"),
-        ({"sides": (0.1, 0.9)}, "kink"),
-        ({"sides": (0.7, 0.9)}, "kink"),
-        ({"sides": None}, "kink"),
-    ],
-)
-def test_doubtful_steps_are_skipped(changes: dict[str, Any], words: str) -> None:
-    verdict = judge(facts(responses=(response(2, **WRONG), response(3, **(WRONG | changes)))))
-    assert verdict.status == "skipped"
-    assert words in verdict.message
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"noise": 0.2}, "too small to be told from rounding"),
-        # Nothing is left of the gradient's share so far out: 0.12 and 0.03 agree by being small.
-        ({"central": 0.12, "again": 0.03, "own": 0.12}, "two sizes disagree"),
-    ],
-)
-def test_what_rounding_or_curvature_can_make_is_skipped(changes: dict[str, Any], words: str) -> None:
-    verdict = judge(facts(responses=(response(2, **WRONG), response(3, **(WRONG | changes)))))
-    assert (verdict.status, words in verdict.message) == ("skipped", True)
-
-
-def test_deep_model_far_from_linear_is_no_wrong_gradient() -> None:
-    deep = lora(base=llama(layers=24, initializer_range=0.02), target_modules="all-linear")
-    assert not seen(Training(deep, optimizer=lambda m: adamw(m, lr=1e-4))).found
-
-
-def test_nothing_measured_says_why() -> None:
-    assert judge(facts()).status == "pending"
-    assert judge(facts(responses=(response(why_not="two forwards"),))).message == "two forwards"
 
 
 def test_checkpointed_block_in_a_users_own_model() -> None:

@@ -12,7 +12,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from lora_probe_callbacks.estimators._untouched import emptied, random_state_restored
+from lora_probe_callbacks.estimators._untouched import emptied
+from lora_probe_callbacks.state import random_state_restored
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

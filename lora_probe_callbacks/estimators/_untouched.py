@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -12,23 +11,7 @@ import torch
 from torch import nn
 
 from lora_probe_callbacks.estimators._owners import Tree
-
-
-@contextlib.contextmanager
-def random_state_restored() -> Iterator[None]:
-    """Put the streams of Python, NumPy, torch and every CUDA device back on exit."""
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    # Asking for the devices' streams would initialise CUDA in a run that never uses it.
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
+from lora_probe_callbacks.state import Buffers, random_state_restored
 
 
 @contextlib.contextmanager
@@ -46,8 +29,10 @@ def untouched(model: Tree) -> Iterator[None]:
         for key in ("active_adapter", "_active_adapter", "_disable_adapters")
         if key in attributes
     ]
-    # The buffers come last: to compare them waits for the device, while the rest need not.
-    with _buffers_restored(model), random_state_restored(), _flags_restored(model):
+    with contextlib.ExitStack() as undo:
+        undo.callback(Buffers(modules).put_back)  # the last: to compare them waits for the device, the rest need not
+        undo.enter_context(random_state_restored())
+        undo.enter_context(_flags_restored(model))
         try:
             yield
         finally:
@@ -56,25 +41,6 @@ def untouched(model: Tree) -> Iterator[None]:
                     module.training = training
             for attributes, key, value in adapters:
                 attributes[key] = value
-
-
-@contextlib.contextmanager
-def _buffers_restored(model: Tree) -> Iterator[None]:
-    buffers = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in model.modules.values()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_inference()
-    ]
-    try:
-        yield
-    finally:
-        for registry, name, buffer, contents in buffers:
-            registry[name] = buffer
-            # Not every kernel counts a version: batch_norm's running statistics do not.
-            if not torch.equal(buffer, contents):
-                with torch.no_grad():
-                    buffer.copy_(contents)
 
 
 @contextlib.contextmanager

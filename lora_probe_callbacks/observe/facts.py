@@ -424,11 +424,13 @@ class StepResponse:
         predicted: Sum of gradient times update.
         measured: Change of the outputs by the update, times the gradient that had arrived at them.
         central: A central difference along the gradient over what the gradient says: 1 if it is right.
-        again: The same at twice the distance; taken only where ``central`` is in doubt.
-        own: The same for a gradient made anew from the outputs alone, likewise.
-        sides: What the half ahead and the half behind say alone, likewise: a kink makes them differ.
-        noise: What rounding makes of ``central``, likewise.
+        sides: What the half ahead and the half behind say alone: a kink makes them differ.
+        own: The central difference for a gradient made anew from the outputs alone, a little aside and at half the
+            distance. This and what follows is measured only as long as nothing before it settles the question.
+        again: The same at twice the distance.
+        noise: What rounding makes of these, at least.
         why_not: Why nothing was measured.
+        passing: That may be over in the next step.
     """
 
     step: int
@@ -436,11 +438,12 @@ class StepResponse:
     predicted: float | None = None
     measured: float | None = None
     central: float | None = None
-    again: float | None = None
-    own: float | None = None
     sides: tuple[float, float] | None = None
+    own: float | None = None
+    again: float | None = None
     noise: float = 0.0
     why_not: str | None = None
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

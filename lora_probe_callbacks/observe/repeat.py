@@ -8,17 +8,14 @@ the weights of the first step; a repeat in a nested region without that cache te
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import is_
 from types import FunctionType, ModuleType, NoneType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
@@ -26,12 +23,12 @@ from torch.utils._pytree import tree_map_only
 
 from lora_probe_callbacks.observe.forwards import tensors_in
 from lora_probe_callbacks.observe.wrappers import data_parallel, is_compiled, tensor_parallel
+from lora_probe_callbacks.state import Buffers, RandomState
 
 __all__ = [
     "MOST_BYTES",
     "ForwardRepeat",
     "KeptForward",
-    "RandomState",
     "holding",
     "module_state_restored",
     "random_state",
@@ -136,7 +133,7 @@ class KeptForward:
     @contextmanager
     def several(self) -> Iterator[None]:
         """Inside, it may be run many times: the state to come back to is kept once."""
-        self._state = ModuleState(self.module, self._device)
+        self._state = ModuleState(self.module)
         try:
             yield
         finally:
@@ -155,9 +152,9 @@ class KeptForward:
         the forward itself has said.
         """
         enabled, dtype = self._autocast
-        state = self._state or ModuleState(self.module, self._device)
+        state = self._state or ModuleState(self.module)
         try:
-            _set_random_state(self._before, self._device)
+            self._before.put_back()
             with (
                 torch.autocast(self._device.type, dtype, enabled=enabled, cache_enabled=False),
                 warnings.catch_warnings(),
@@ -254,45 +251,9 @@ def _equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 # --- state --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RandomState:
-    """The generators that a forward may draw from."""
-
-    python: object
-    numpy: dict[str, Any]
-    cpu: torch.Tensor
-    cuda: torch.Tensor | None
-    own: Mapping[torch.Generator, torch.Tensor]  # those that modules keep in their attributes
-
-
-def random_state(module: nn.Module, device: torch.device) -> RandomState:
-    """The random state of this moment.
-
-    Args:
-        module: A module whose own generators count too.
-        device: Where its parameters are.
-
-    Returns:
-        Copies.
-    """
-    own = {v for m in module.modules() for v in _unusual(m.__dict__) if isinstance(v, torch.Generator)}
-    return RandomState(
-        python=random.getstate(),
-        numpy=dict(np.random.get_state(legacy=False)),
-        cpu=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        own={generator: generator.get_state() for generator in own},
-    )
-
-
-def _set_random_state(state: RandomState, device: torch.device) -> None:
-    random.setstate(state.python)  # type: ignore[arg-type]
-    np.random.set_state(state.numpy)
-    torch.set_rng_state(state.cpu)
-    if state.cuda is not None:
-        torch.cuda.set_rng_state(state.cuda, device)
-    for generator, own in state.own.items():
-        generator.set_state(own)
+def random_state(module: nn.Module) -> RandomState:
+    """The random state of this moment, that of the generators included which modules keep in their attributes."""
+    return RandomState({v for m in module.modules() for v in _unusual(m.__dict__) if isinstance(v, torch.Generator)})
 
 
 class ModuleState:
@@ -302,27 +263,21 @@ class ModuleState:
 
     Args:
         module: What may be run.
-        device: Where its parameters are.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._device = device
-        self._random = random_state(module, device)
-        self._buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    def __init__(self, module: nn.Module) -> None:
+        self._random = random_state(module)
+        self._buffers = Buffers(module.modules())
         holders = [m.__dict__ for m in module.modules()]
         kept = {id(v): v.__dict__ for held in holders for v in _unusual(held) if _is_an_object(v)}
         self._attributes = [_Attributes(held) for held in (*holders, *kept.values())]
 
     def put_back(self) -> None:
         """Make it what it was."""
-        _set_random_state(self._random, self._device)
+        self._random.put_back()
         for attributes in self._attributes:
             attributes.put_back()
-        for buffer, value in self._buffers:
-            # Batch norm writes its statistics without counting it as a change, and saves them for the backward,
-            # which a write that counts would break.
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
+        self._buffers.put_back()
 
 
 class _Attributes:
@@ -349,17 +304,16 @@ class _Attributes:
 
 
 @contextmanager
-def module_state_restored(module: nn.Module, device: torch.device) -> Iterator[None]:
+def module_state_restored(module: nn.Module) -> Iterator[None]:
     """End with all state that was there before.
 
     Args:
         module: What is run inside.
-        device: Where its parameters are.
 
     Yields:
         Nothing.
     """
-    state = ModuleState(module, device)
+    state = ModuleState(module)
     try:
         yield
     finally:

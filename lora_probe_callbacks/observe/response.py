@@ -3,7 +3,8 @@
 The arguments of the training forward and the cotangent ``c`` of what left the model are kept. When the
 step has ended, the forward is run again: ``<c, out(theta') - out(theta)>`` is the change that the step
 makes, to first order, and ``sum <g, theta' - theta>`` the one that the gradient ``g`` predicts. At
-``theta +- h g / |g|`` the same gives a central difference, which a right gradient meets.
+``theta +- h g / |g|`` the same gives a central difference, which a right gradient meets. Where it does not,
+a gradient is made anew at another point and asked there: see :meth:`_Trial.aside`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ __all__ = ["ResponseObserver", "aliased"]
 # The perturbation h, relative to the adapter's norm. Large enough to be seen in 16 bits, and the
 # third order is still small: measured on tiny models, see tests/test_step_response.py.
 _SIZE = 0.005
-_DOUBT = 0.1  # a central difference off by more than this is looked at twice
+_ASIDE = 0.3  # how far off a second look is taken, likewise
 _SAMPLE = 1024
 
-_Place = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # outputs, and the parameters that made them
+_Place = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # outputs, and what the moving parameters hold
 
 
 class ResponseObserver:
@@ -149,57 +150,69 @@ class ResponseObserver:
 
     # --- after the update -------------------------------------------------------------------
 
-    def measure(self, step: int, framework_step: int, scale: float) -> StepResponse:
+    def measure(
+        self, step: int, framework_step: int, scale: float, unsettled: Callable[[StepResponse], bool]
+    ) -> StepResponse:
         """Run the forward again, before and after the step and around it.
 
         Args:
             step: The step that was made.
             framework_step: Its number in the framework.
             scale: What the loss was multiplied with.
+            unsettled: Says of what is measured so far whether more has to be known.
 
         Returns:
             What the step did, or why that is not known.
         """
         try:
             with nullcontext() if self._forward is None else self._forward.kept.several():
-                return self._measure(step, framework_step, scale)
+                return self._measure(step, framework_step, scale, unsettled)
         except Exception as error:  # the user's own code is run again: it may count its calls, or need more memory
             reason = f"run again, the forward raised {type(error).__name__}: {error}"
             return StepResponse(step=step, framework_step=framework_step, why_not=reason)
 
-    def _measure(self, step: int, framework_step: int, scale: float) -> StepResponse:
-        forward, before = self._forward, self._before
-        gradients = [self._gradients.get(index) for index in range(len(self._tensors))]
-        blank = StepResponse(step=step, framework_step=framework_step)
-        why_not = self._why_not or self._incomplete()
+    def _measure(
+        self, step: int, framework_step: int, scale: float, unsettled: Callable[[StepResponse], bool]
+    ) -> StepResponse:
+        found = StepResponse(step=step, framework_step=framework_step)
+        forward, why_not = self._forward, self._why_not or self._incomplete()
         if why_not is not None or forward is None:
-            return dataclasses.replace(blank, why_not=why_not)
-        moving = [i for i, g in enumerate(gradients) if g is not None]
-        tensors = [self._tensors[i] for i in moving]
-        g = [gradient.float() for gradient in gradients if gradient is not None]
-        start = [before[i] for i in moving]
-        trial = _Trial(forward, self._tensors, before, tensors, start)
-        with holding(self._tensors, before):
-            at_start = forward.kept.run()
-        why_not = forward.differs(at_start) or _not_finite([*g, *forward.cotangents.values()])
+            return dataclasses.replace(found, why_not=why_not)
+        if not any(bool(g.any()) for g in self._gradients.values()):
+            return dataclasses.replace(found, why_not="no gradient arrived at the adapter", passing=True)
+        moving = sorted(self._gradients)
+        g = [self._gradients[i].float() for i in moving]
+        trial = _Trial(forward, self._tensors, self._before, moving)
+        if not _finite([*g, *forward.cotangents.values()]):
+            return dataclasses.replace(found, why_not="the gradient is not finite", passing=True)
+        here = trial.here()
+        why_not = forward.differs(here[0])
         if why_not is not None:
-            return dataclasses.replace(blank, why_not=why_not)
-        predicted = _dot(g, [t.detach().float() - s.float() for t, s in zip(tensors, start, strict=True)])
-        measured = forward.change(at_start, forward.kept.run())
-        found = dataclasses.replace(blank, predicted=predicted / scale, measured=measured / scale)
-        central, sides = trial.differences(g, _SIZE, at_start)
-        if abs(central - 1) <= _DOUBT or not math.isfinite(central):
-            return dataclasses.replace(found, central=central)
-        again, _ = trial.differences(g, 2 * _SIZE, at_start)
-        own, _ = trial.differences(trial.gradients(), _SIZE, at_start)
-        noise = trial.noise(g, _SIZE, at_start)
-        return dataclasses.replace(found, central=central, again=again, own=own, sides=sides, noise=noise)
+            return dataclasses.replace(found, why_not=why_not)
+        now = (forward.kept.run(), [self._tensors[i].detach() for i in moving])
+        predicted, measured = _expected(g, here, now), forward.change(here, now)
+        found = dataclasses.replace(found, predicted=predicted / scale, measured=measured / scale)
+        behind, ahead = trial.around(g, _SIZE)
+        central, *sides = (trial.ratio(g, *ends) for ends in ((behind, ahead), (here, ahead), (behind, here)))
+        noise = forward.resolution(here) / abs(_expected(g, behind, ahead) or math.nan)
+        found = dataclasses.replace(found, central=central, sides=(sides[0], sides[1]), noise=noise)
+        # In doubt, a gradient of the outputs alone and of another place is asked, by as few forwards as will do.
+        generator = torch.Generator().manual_seed(0)
+        if unsettled(found):
+            trial = trial.aside(generator)
+            g = trial.gradients()
+            found = dataclasses.replace(found, own=trial.ratio(g, *trial.around(g, _SIZE / 2)))
+        if unsettled(found):
+            found = dataclasses.replace(found, again=trial.ratio(g, *trial.around(g, _SIZE)))
+        if unsettled(found):
+            found = dataclasses.replace(found, noise=max(noise, trial.noise(g, _SIZE / 2, generator)))
+        return found
 
     def _incomplete(self) -> str | None:
         if self._forward is None or not self._forward.cotangents:
             return "no gradient arrived at the output of a watched forward"
-        if not self._before or not any(bool(g.any()) for g in self._gradients.values()):
-            return "no gradient arrived at the adapter"
+        if not self._before:
+            return "the parameters before the step are not known"
         return self._forward.kept.changed()
 
 
@@ -222,98 +235,99 @@ class _Followed:
             None if same else "run again, the forward gave other outputs: state that cannot be restored, or stale casts"
         )
 
-    def change(self, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
+    def change(self, before: _Place, after: _Place) -> float:
         """``<c, after - before>`` over the outputs that received a gradient."""
         c = list(self.cotangents.values())
-        return _dot([x.float() for x in c], [after[i].float() - before[i].float() for i in self.cotangents])
+        return _dot([x.float() for x in c], [after[0][i].float() - before[0][i].float() for i in self.cotangents])
+
+    def resolution(self, here: _Place) -> float:
+        """What a rounding of every output by itself makes of ``<c, out>``."""
+        parts = (
+            (c.float() * here[0][i].float()) * torch.finfo(here[0][i].dtype).eps for i, c in self.cotangents.items()
+        )
+        return math.sqrt(sum(float(part.square().sum()) for part in parts))
 
 
 @dataclass(eq=False, slots=True)
 class _Trial:
-    """The forward at parameters around those that the step started from."""
+    """The forward around one point ``theta``."""
 
     forward: _Followed
-    every: list[torch.Tensor]
-    before: list[torch.Tensor]
-    tensors: list[torch.Tensor]  # those that have a gradient
-    start: list[torch.Tensor]  # and what they held before the step
+    tensors: list[torch.Tensor]  # all of the adapter
+    theta: list[torch.Tensor]  # what they hold there
+    moving: list[int]  # which of them have a gradient
 
-    def differences(
-        self, g: Sequence[torch.Tensor], size: float, at_start: Sequence[torch.Tensor]
-    ) -> tuple[float, tuple[float, float]]:
-        """``<c, out(theta + h g/|g|) - out(theta - h g/|g|)>`` over what ``g`` says of it, and of either half.
+    def here(self) -> _Place:
+        """What comes out at ``theta``."""
+        return self._at([self.theta[i] for i in self.moving])
+
+    def around(self, direction: Sequence[torch.Tensor], size: float) -> tuple[_Place, _Place]:
+        """What comes out behind ``theta`` and ahead of it.
 
         Args:
-            g: A gradient.
-            size: h, relative to the norm of the adapter.
-            at_start: Outputs at ``theta``.
+            direction: Where to, one tensor for each that moves.
+            size: How far, relative to the norm of the adapter.
 
         Returns:
-            1 where the gradient is right; the same of the half ahead and of the half behind.
+            The two places.
         """
-        norm = math.sqrt(_dot(g, g))
-        if not norm or not math.isfinite(norm):
-            return math.nan, (math.nan, math.nan)
-        theta = [s.float() for s in self.start]
-        h = size * math.sqrt(sum(float(b.float().square().sum()) for b in self.before)) / norm
+        norm = math.sqrt(_dot(direction, direction))
+        h = size * self._length() / norm if norm else 0.0
+        start = [self.theta[i] for i in self.moving]
         # As the parameters' own types can hold it: what is asked of the gradient is the move that was made.
-        ahead = [(t + h * x).to(s) for t, x, s in zip(theta, g, self.start, strict=True)]
-        behind = [(t - h * x).to(s) for t, x, s in zip(theta, g, self.start, strict=True)]
-        with holding(self.every, self.before):
-            with holding(self.tensors, ahead):
-                up = self.forward.kept.run()
-            with holding(self.tensors, behind):
-                down = self.forward.kept.run()
+        behind, ahead = (
+            [(t.float() + s * h * x).to(t) for t, x in zip(start, direction, strict=True)] for s in (-1, 1)
+        )
+        return self._at(behind), self._at(ahead)
 
-        def ratio(before: _Place, after: _Place) -> float:
-            expected = _dot(g, [a.float() - b.float() for a, b in zip(after[1], before[1], strict=True)])
-            return self.forward.change(before[0], after[0]) / expected if expected else math.nan
+    def ratio(self, g: Sequence[torch.Tensor], before: _Place, after: _Place) -> float:
+        """How the loss changes between two places, over what a gradient says of that: 1 where it is right."""
+        expected = _expected(g, before, after)
+        return self.forward.change(before, after) / expected if expected else math.nan
 
-        low, here, high = (down, behind), (at_start, theta), (up, ahead)
-        return ratio(low, high), (ratio(here, high), ratio(low, here))
+    def noise(self, g: Sequence[torch.Tensor], size: float, generator: torch.Generator) -> float:
+        """What rounding makes of a ratio along a gradient: how far the halves of a random direction are from one line.
 
-    def noise(self, g: Sequence[torch.Tensor], size: float, at_start: Sequence[torch.Tensor]) -> float:
-        """What rounding makes of a central difference, in the units of :meth:`differences`.
-
-        Along random directions of the same length next to nothing of ``g`` is left (one part in the root of the
-        number of elements), and whatever differs from that little is noise of the forward at this distance.
+        Curvature is next to nothing there, and the gradient has no part in it.
 
         Args:
-            g: The gradient.
-            size: h, relative to the norm of the adapter.
-            at_start: Outputs at ``theta``.
+            g: The gradient here.
+            size: How far, relative to the norm of the adapter.
+            generator: Draws the direction.
 
         Returns:
-            Its root mean square over three directions, or the resolution of the outputs if that is more.
+            One standard deviation, of one sample.
         """
-        length = math.sqrt(sum(float(b.float().square().sum()) for b in self.before))
-        largest = 2 * size * length * math.sqrt(_dot(g, g))  # what is expected along g
-        generator, found = torch.Generator().manual_seed(0), []
-        for _ in range(3):
-            d = [torch.randn(x.shape, generator=generator).to(x) for x in g]
-            h = size * length / math.sqrt(_dot(d, d))
-            ahead = [(s.float() + h * x).to(s) for s, x in zip(self.start, d, strict=True)]
-            behind = [(s.float() - h * x).to(s) for s, x in zip(self.start, d, strict=True)]
-            with holding(self.every, self.before):
-                with holding(self.tensors, ahead):
-                    up = self.forward.kept.run()
-                with holding(self.tensors, behind):
-                    down = self.forward.kept.run()
-            expected = _dot(g, [a.float() - b.float() for a, b in zip(ahead, behind, strict=True)])
-            found.append((self.forward.change(down, up) - expected) ** 2)
-        parts = (
-            (c.float() * at_start[i].float()) * torch.finfo(at_start[i].dtype).eps
-            for i, c in self.forward.cotangents.items()
-        )
-        resolution = math.sqrt(sum(float(part.square().sum()) for part in parts))
-        return max(math.sqrt(sum(found) / len(found)), resolution) / largest if largest else math.inf
+        along = 2 * size * self._length() * math.sqrt(_dot(g, g))
+        (behind, ahead), here = self.around([_drawn(x, generator) for x in g], size), self.here()
+        bend = self.forward.change(here, ahead) - self.forward.change(behind, here)
+        return abs(bend) / math.sqrt(3) / along if along else math.inf  # three times a difference's variance
+
+    def aside(self, generator: torch.Generator) -> _Trial:
+        """Go to another point, off in a random direction.
+
+        In 16 bits a layer's output and what the adapter adds to it are rounded to their sum. While B is about
+        zero, that sum lies on the grid already, a small move rounds back to it, and the loss changes by less
+        than a right gradient says, in all layers and at all small distances alike. From between the steps of
+        the grid, as many elements go too far as stay behind.
+
+        Args:
+            generator: Draws the direction.
+
+        Returns:
+            The forward around that point.
+        """
+        drawn = [_drawn(t, generator) for t in self.theta]
+        d = _ASIDE * self._length() / math.sqrt(_dot(drawn, drawn))
+        theta = [(t.float() + d * x).to(t) for t, x in zip(self.theta, drawn, strict=True)]
+        return _Trial(self.forward, self.tensors, theta, self.moving)
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradient of ``<c, out>`` alone: nothing in it that did not leave through the outputs."""
         kept, cotangents = self.forward.kept, self.forward.cotangents
         leaves = [p for p in kept.module.parameters() if p.requires_grad]
         former = [p.grad for p in leaves]
-        with holding(self.every, self.before):
+        with holding(self.tensors, self.theta):
             try:
                 for p in leaves:
                     p.grad = None
@@ -322,10 +336,20 @@ class _Trial:
                     chosen = [(outputs[i], c) for i, c in cotangents.items() if outputs[i].requires_grad]
                     if chosen:
                         torch.autograd.backward([o for o, _ in chosen], [c for _, c in chosen])
-                return [torch.zeros_like(t).float() if t.grad is None else t.grad.float() for t in self.tensors]
+                moving = [self.tensors[i] for i in self.moving]
+                return [torch.zeros_like(t).float() if t.grad is None else t.grad.float() for t in moving]
             finally:
                 for p, gradient in zip(leaves, former, strict=True):
                     p.grad = gradient
+
+    def _at(self, values: list[torch.Tensor]) -> _Place:
+        """What comes out where those that move hold other values."""
+        theta = dict(enumerate(self.theta)) | dict(zip(self.moving, values, strict=True))
+        with holding(self.tensors, list(theta.values())):
+            return self.forward.kept.run(), values
+
+    def _length(self) -> float:
+        return math.sqrt(sum(float(t.float().square().sum()) for t in self.theta))
 
 
 def aliased(output: Any, made: dict[int, torch.Tensor], depth: int = 4) -> Any:
@@ -402,5 +426,14 @@ def _dot(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
     return sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(some, others, strict=True))
 
 
-def _not_finite(tensors: Sequence[torch.Tensor]) -> str | None:
-    return None if all(bool(t.isfinite().all()) for t in tensors) else "the gradient is not finite"
+def _expected(g: Sequence[torch.Tensor], before: _Place, after: _Place) -> float:
+    """What a gradient says of the way between two places."""
+    return _dot(g, [a.float() - b.float() for a, b in zip(after[1], before[1], strict=True)])
+
+
+def _drawn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def _finite(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors)

@@ -466,8 +466,10 @@ def _estimator(run: Run) -> Html:
 def _reasons(run: Run, code: str, beginning: str = "") -> str:
     """Why a check could not judge, each reason once."""
     verdicts = (decision.verdicts.get(code, {}) for decision in run.decisions)
-    said = (v.get("message", "") for v in verdicts if v.get("status") == "skipped")
-    return "; ".join(dict.fromkeys(m for m in said if m.startswith(beginning) and not m.startswith("explained by")))
+    all_said = (v.get("message", "") for v in verdicts if v.get("status") == "skipped")
+    said = dict.fromkeys(m for m in all_said if m.startswith(beginning) and not m.startswith("explained by"))
+    # The last of several in a row adds that no more follow.
+    return "; ".join(m for m in said if not any(other != m and other.startswith(m) for other in said))
 
 
 def _step_response(run: Run) -> Html:
