@@ -62,7 +62,9 @@ def test_adapter_that_was_saved_passes() -> None:
 
 
 def test_names_that_are_all_unknown_are_skipped() -> None:
-    expect(of(known=frozenset(), unknown=4), "skipped", "no tensor of the adapter in last.ckpt has a name in this model")
+    expect(
+        of(known=frozenset(), unknown=4), "skipped", "no tensor of the adapter in last.ckpt has a name in this model"
+    )
 
 
 # --- a file that was restored by hand -------------------------------------------------------------

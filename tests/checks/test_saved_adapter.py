@@ -115,7 +115,13 @@ def test_converted_adapter_is_not_compared() -> None:
     ("values", "cause", "words", "got", "expected"),
     [
         ("untrained", "untrained", "every B in it is zero", "every B exactly 0", "the B of the trained adapter"),
-        ("start", "start", "it is the adapter as it was when training began", "the values of the start", "those of now"),
+        (
+            "start",
+            "start",
+            "it is the adapter as it was when training began",
+            "the values of the start",
+            "those of now",
+        ),
         (
             "previous",
             "stale",

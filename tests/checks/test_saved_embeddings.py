@@ -17,7 +17,9 @@ def of(*left_out: tuple[str, str], **changes: Any) -> Any:
     return judge(facts(saves=(saved(left_out=left_out, **changes),)))
 
 
-@pytest.mark.parametrize(("kind", "name", "what"), [(TRAINED, "embed_tokens", "trained"), (RESIZED, "lm_head", "resized")])
+@pytest.mark.parametrize(
+    ("kind", "name", "what"), [(TRAINED, "embed_tokens", "trained"), (RESIZED, "lm_head", "resized")]
+)
 def test_embedding_that_is_left_out_fails(kind: tuple[str, str], name: str, what: str) -> None:
     expect(
         of(kind, BESIDE),
