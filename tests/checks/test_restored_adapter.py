@@ -19,7 +19,8 @@ def test_fresh_adapter_in_a_resumed_run_fails() -> None:
     expect(
         judge(what),
         "fail",
-        "the run goes on from last.ckpt, and its adapter is fresh: every B is exactly zero, and was not when it was saved",
+        "the run goes on from last.ckpt, and its adapter is fresh: every B is exactly zero, "
+        "and was not when it was saved",
         slots=ALL,
         cause="fresh",
         got="B = 0 in all layers",

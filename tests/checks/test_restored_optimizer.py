@@ -66,7 +66,8 @@ def test_rates_of_other_groups_fail() -> None:
     expect(
         of(rates=(1, 3)),
         "fail",
-        "2 adapter tensors have learning rates that were others' when last.ckpt was written: layer.0.lora_B, layer.1.lora_B",
+        "2 adapter tensors have learning rates that were others' when last.ckpt was written: "
+        "layer.0.lora_B, layer.1.lora_B",
         slots=[1, 3],
         cause="groups",
         got="the rates of other parameter groups",

@@ -30,7 +30,8 @@ def test_kind_of_b_with_the_rate_of_a_warns() -> None:
     expect(
         judge(what),
         "warn",
-        "lora_embedding_B has the learning rate of A, 0.0001, while every other B has 0.001: layer.1.lora_B, layer.3.lora_B",
+        "lora_embedding_B has the learning rate of A, 0.0001, while every other B has 0.001: "
+        "layer.1.lora_B, layer.3.lora_B",
         slots=[3, 7],
         got="learning rate 0.0001 for ['lora_embedding_B']",
         expected="0.001, as for the other B, or a rate of their own",
