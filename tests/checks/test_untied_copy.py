@@ -26,7 +26,7 @@ def test_copy_of_one_of_two_tied_tables_warns_by_itself() -> None:
     expect(
         judge(what),
         "warn",
-        "lm_head is trained as a copy of its own, and embed_tokens, which is tied to it in the base model, stays as "
+        "lm_head is trained as a copy of its own, and embed_tokens, which is tied to it in the base model, stays as ",
         cause="tie",
         got="one of two tied tables in modules_to_save",
         expected="both, and tied, or neither",
