@@ -472,6 +472,8 @@ class ProbeSession:
             if self._checkpoints is not None:
                 self._checkpoints.stepped_at = time.time()
             self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
+            if self._scene.copies is not None:
+                self._scene.copies.stepped(self.step, self._framework_step())
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
             if self._now.done(self._scene.owners()):
@@ -734,6 +736,8 @@ class ProbeSession:
             self._look_at_start()
         if readings.followers is not None:
             scene.followers.advance(readings.followers, self.step, moved=_moved(readings))
+        if readings.copies is not None and scene.copies is not None:
+            scene.copies.advance(readings.copies)
         self._look_beside(forwards, moment)
         scaler = self._scaler is not None or any(grad_scale(o) is not None for o in scene.optimizers)
         overflow = scaler and any(g is not None and not g.finite for g in readings.gradients)
@@ -743,6 +747,7 @@ class ProbeSession:
             self._has_stepped()
         skipped = self._skipped_in_a_row + (moment == "skipped" or overflow)
         replaced, foreign = scene.replaced()
+        slots = scene.slot_facts() if moment == "start" else slots  # copies were looked for
         used = observer.witness.seen if observer.witness is not None else {}
         facts = Facts(
             moment=moment,
@@ -768,6 +773,7 @@ class ProbeSession:
             base_drift=readings.drift,
             trainable_bases=scene.trainable_bases(),
             replaced=replaced,
+            copies=None if scene.copies is None or replaced else scene.copies.fact(),
             foreign_in_optimizer=foreign,
             optimizer_tensors=len(tensors_of(scene.optimizers)),
             optimizers=len(scene.optimizers),

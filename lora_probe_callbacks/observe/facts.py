@@ -35,7 +35,7 @@ class SlotFact:
         role: ``"A"`` or ``"B"`` of a low-rank pair, else ``"other"``.
         unit: Index of the unit that owns the slot.
         requires_grad: Of the registered tensor, outside a forward.
-        owner: Index of the optimizer that owns the registered tensor object, or None.
+        owner: Index of the optimizer that owns the registered tensor object or a copy of it (:class:`CopiesFact`), or None.
         learning_rate: Of its parameter group, or None without an owner.
         weight_decay: Of its parameter group, or None without an owner.
         frozen_by_intent: Named by ``frozen=`` or by PEFT as not meant to train.
@@ -205,6 +205,24 @@ class OtherAdapter:
     still: int = 0  # probed steps in a row after which it was bit-equal, while the expected adapter moved; lagged only
     still_since: int = 0  # the step in which that row began
     written: int = 0  # of these, those in which something wrote to it all the same
+
+
+@dataclass(frozen=True, slots=True)
+class CopiesFact:
+    """Tensors that an optimizer steps in the place of adapter tensors, and that were copies of these at the start.
+
+    Attributes:
+        slots: The slots of which it holds copies.
+        followed: The adapter's own tensors have changed in training: something writes to them.
+        still: Probed steps in a row after which the copies had changed and the adapter had not.
+        starved: Step and framework step in which no copy had a gradient when the optimizer stepped, though
+            the adapter had one.
+    """
+
+    slots: frozenset[int]
+    followed: bool = False
+    still: int = 0
+    starved: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -731,6 +749,7 @@ class Facts:
     base_drift: BaseDrift | None = None
     trainable_bases: tuple[str, ...] = ()
     replaced: tuple[int, ...] = ()  # slots whose former tensor is still in an optimizer
+    copies: CopiesFact | None = None  # None: the optimizer holds no copies of the adapter
     foreign_in_optimizer: int = 0  # optimizer tensors that belong to no watched module
     optimizer_tensors: int = 0
     optimizers: int = 0

@@ -38,6 +38,7 @@ class Readings:
         tensor_sample: Of what every rank should hold alike, if it was asked for.
         gradient_sample: The same of the gradients.
         followers: Sums of the bits of lagged adapters, if there are any.
+        copies: Norms of the adapter and of the copies that an optimizer steps for it, if it does.
     """
 
     gradients: tuple[GradientFact | None, ...]
@@ -50,6 +51,7 @@ class Readings:
     tensor_sample: Sample
     gradient_sample: Sample
     followers: list[float] | None
+    copies: list[float] | None
 
 
 @dataclass(eq=False, slots=True)
@@ -171,6 +173,7 @@ class DeviceReader:
         readout = tickets.readout
         drift = self._sample.read(readout) if sample else None
         followers = self._scene.followers.read(readout) if sample else None
+        copies = self._scene.copies.read(readout) if sample and self._scene.copies is not None else None
         arrived = [readout.add(c.reshape(1)) for c in cotangents]
         readout.fetch()
         found: dict[int, GradientFact] = {}
@@ -197,6 +200,7 @@ class DeviceReader:
             tensor_sample=samples[0],
             gradient_sample=samples[1],
             followers=None if followers is None else readout.get(followers),
+            copies=None if copies is None else readout.get(copies),
         )
 
     def _update(self, tickets: _Tickets) -> StepUpdate | None:

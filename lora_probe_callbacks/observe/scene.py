@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer, Inventory, Slot, Unit, take_inventory
+from lora_probe_callbacks.observe.copies import Copies, find_copies
 from lora_probe_callbacks.observe.coverage import adapter_configs, read_coverage
 from lora_probe_callbacks.observe.facts import (
     Coverage,
@@ -87,6 +88,8 @@ class Scene:
         self._four_bit = [m for _, root in roots for m in root.modules() if type(m).__name__ == "Linear4bit"]
         self._shards: dict[int, torch.Tensor] = {}
         self._find_shards()
+        self.copies: Copies | None = None
+        self._looked_for_copies = False
         self.expect(self.active_names())
 
     def _find_shards(self) -> None:
@@ -191,10 +194,16 @@ class Scene:
 
     def look(self) -> None:
         """See which tensors the slots hold now, and who owns them; what is asked until the next look is of these."""
+        self._behind: dict[int, Ownership] = {}  # slot to the owner of its copy
         self._tensors = [slot.tensor for slot in self.slots]
         self._owners = ownership(self.optimizers)
         self._owned = [self._owners.get(id(tensor)) for tensor in self._tensors]
-        self._owning = {own.optimizer for own in self._owned if own is not None} or set(range(len(self.optimizers)))
+        if self.copies is not None:
+            holders = self.copies.holders
+            self._behind = {i: own for i, t in holders.items() if (own := self._owners.get(id(t))) is not None}
+        self._owning = {own.optimizer for own in (*self._owned, *self._behind.values()) if own is not None} or set(
+            range(len(self.optimizers))
+        )
         self._sizes = self._group_sizes()
 
     def _group_sizes(self) -> list[int]:
@@ -206,6 +215,7 @@ class Scene:
             self._look_behind()
             self.look()
             return False
+        self.copies = None  # the slots are others
         former = {slot.name: t for slot, t in zip(self.slots, self._start_tensors, strict=True) if t is not None}
         self.inventory = take_inventory(self.roots)
         self._find_shards()
@@ -281,7 +291,7 @@ class Scene:
         Returns:
             The reason.
         """
-        if any(own is not None for own in self._owned):
+        if self._behind or any(own is not None for own in self._owned):
             return ""
         return master_copies(root for _, root in self.roots)
 
@@ -327,7 +337,7 @@ class Scene:
         return tuple(map(self._slot_fact, range(len(self.slots))))
 
     def _slot_fact(self, index: int) -> SlotFact:
-        tensor, own, last = self._tensors[index], self._owned[index], self._facts[index]
+        tensor, own, last = self._tensors[index], self._owned[index] or self._behind.get(index), self._facts[index]
         size = 0 if tensor is None else local(tensor).numel()
         key = (tensor is not None and tensor.requires_grad, own, None if tensor is None else tensor.dtype, size)
         if last is not None and last[0] == key:
@@ -433,10 +443,17 @@ class Scene:
         """
         owners = self._owners
         lost = [i for i, own in enumerate(self._owned) if own is None]
+        first, self._looked_for_copies = not self._looked_for_copies, True
         if not lost:
             return (), 0
-        known = {id(p) for _, root in self.roots for p in root.parameters()}
+        known = {id(p): p for _, root in self.roots for p in root.parameters()}
         foreign = [t for t in tensors_of(self.optimizers) if id(t) not in known]
+        if first and foreign:  # before the first step
+            wanted = {i: t for i in lost if (t := self._tensors[i]) is not None and not self._kept[i]}
+            self.copies = find_copies(wanted, foreign, [p for p in known.values() if p.requires_grad])
+            self.look()
+        if self._have_copies(lost):
+            return (), len(foreign)
         shapes = [t.shape for t in foreign]
         replaced = []
         for i in lost:
@@ -447,6 +464,13 @@ class Scene:
                 shapes.remove(tensor.shape)
                 replaced.append(i)
         return tuple(replaced), len(foreign)
+
+    def _have_copies(self, lost: Sequence[int]) -> bool:
+        """The tensors that nobody owns are stepped by copies, all of them."""
+        copies = self.copies
+        return copies is not None and all(
+            self._kept[i] or (i in self._behind and self._tensors[i] is copies.tensors[i]) for i in lost
+        )
 
     def trainable_bases(self) -> tuple[str, ...]:
         """Names of the expected layers whose base weight requires gradients."""
