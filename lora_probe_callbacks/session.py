@@ -796,6 +796,7 @@ class ProbeSession:
             resumed=self.config.resumed,
             reference=self._reference,
             new_tokens=tuple(self.config.new_token_ids),
+            token_rows=tuple(rows.fact() for rows in self._reader.token_rows),
             start=self._start if self._start and len(self._start.units) == len(scene.units) else None,
             coverage=self._coverage,
         )
@@ -816,6 +817,8 @@ class ProbeSession:
         try:
             self._start = self._scene.start(self._framework_step())
             self._coverage = self._scene.coverage(self.config.expect_targets, self.config.new_token_ids)
+            self._reader.token_rows = self._scene.rows_of(self.config.new_token_ids)
+            self._observer.watch_tokens(self._reader.token_rows)
         except Exception as error:
             self._internal(error)
             left = [c for c in self._checks if c.code in ("LP503", "LP504") or c.code.startswith("LP6")]

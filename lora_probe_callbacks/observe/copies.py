@@ -114,7 +114,7 @@ def _parts(flat: torch.Tensor, trainable: Sequence[torch.Tensor]) -> list[torch.
     sizes = [t.numel() for t in trainable]
     if flat.ndim != 1 or len(sizes) < 2 or not sum(sizes) <= flat.numel() < 2 * sum(sizes):
         return []
-    cut = flat.detach()[: sum(sizes)].split(sizes)
+    cut = torch.split(flat.detach()[: sum(sizes)], sizes)
     return [part.view(t.shape) for part, t in zip(cut, trainable, strict=True)]
 
 

@@ -35,7 +35,7 @@ class SlotFact:
         role: ``"A"`` or ``"B"`` of a low-rank pair, else ``"other"``.
         unit: Index of the unit that owns the slot.
         requires_grad: Of the registered tensor, outside a forward.
-        owner: Index of the optimizer that owns the registered tensor object or a copy of it (:class:`CopiesFact`), or None.
+        owner: Index of the optimizer that owns the registered tensor object, or a copy of it (``CopiesFact``); or None.
         learning_rate: Of its parameter group, or None without an owner.
         weight_decay: Of its parameter group, or None without an owner.
         frozen_by_intent: Named by ``frozen=`` or by PEFT as not meant to train.
@@ -294,6 +294,26 @@ class TokenTable:
     side: Literal["input", "output"]
     rows: int
     untrained: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRowsFact:
+    """What came of the gradients of some new tokens, in the embedding that reads them.
+
+    Attributes:
+        name: The embedding.
+        ids: The tokens that are looked at.
+        occurred: How many of them had a gradient at their positions in some probed step.
+        starved: Token, and in how many probed steps in a row a gradient came to its positions and its row had
+            exactly none when the optimizer stepped.
+        seen: Step and framework step of the last look.
+    """
+
+    name: str
+    ids: tuple[int, ...]
+    occurred: int = 0
+    starved: tuple[tuple[int, int], ...] = ()
+    seen: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -780,6 +800,7 @@ class Facts:
     resumed: bool | None = None  # as declared
     reference: ReferenceFact | None = None  # None: not declared
     new_tokens: tuple[int, ...] = ()  # as declared
+    token_rows: tuple[TokenRowsFact, ...] = ()  # of embeddings in which they can be watched
     start: StartFact | None = None  # read before the first training forward, and kept
     coverage: Coverage | None = None  # likewise
     why_alone: str = "there is one process"  # why nothing will be exchanged; empty while ranks decide together

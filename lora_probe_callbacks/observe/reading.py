@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.facts import SAMPLE, BaseDrift, GradientFact, Role, Sample, StepUpdate
 from lora_probe_callbacks.observe.gradients import GradientReading, read_gradients
-from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale
+from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of
 from lora_probe_callbacks.observe.ranks import sample
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.scene import Scene
+from lora_probe_callbacks.observe.token_rows import TokenRows
 from lora_probe_callbacks.observe.updates import BaseSample, UpdateReading, copy_before, read_update
 
 __all__ = ["DeviceReader", "Readings"]
@@ -66,6 +67,7 @@ class _Tickets:
     before: range | None = None
     after: range | None = None
     skipped: range | None = None
+    rows: list[tuple[TokenRows, range, range, int, int]] = field(default_factory=list)
     tensor_sample: range | None = None
     gradient_sample: range | None = None
 
@@ -81,6 +83,7 @@ class DeviceReader:
         self._scene = scene
         self._sample = BaseSample(scene.layers)
         self._tickets = _Tickets()
+        self.token_rows: list[TokenRows] = []
         self._copies: dict[int, dict[int, torch.Tensor]] = {}  # optimizer to slot to its copy
         self._final: dict[int, dict[int, float]] = {}  # norms that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
@@ -153,8 +156,19 @@ class DeviceReader:
         if update is not None:
             tickets.updates.append(update)
             tickets.received.append(received or read_gradients(mine, tickets.readout, None))
+        self._read_rows(inner, step, framework_step)
         tickets.skipped = _flag(inner, tickets.readout)
         tickets.after = self._scene.read_fingerprints(tickets.readout)
+
+    def _read_rows(self, optimizer: Optimizer, step: int, framework_step: int) -> None:
+        """What came to the rows of new tokens, where this optimizer owns them."""
+        owned = {id(t) for t in tensors_of([optimizer])} if self.token_rows else set()
+        for rows in self.token_rows:
+            if owned.isdisjoint(map(id, rows.tensors)):
+                continue
+            found = rows.read(self._tickets.readout)
+            if found is not None:
+                self._tickets.rows.append((rows, *found, step, framework_step))
 
     @torch.no_grad()
     def fetch(self, *, final: int | None, cotangents: list[torch.Tensor], sample: bool, merges: int) -> Readings:
@@ -176,6 +190,8 @@ class DeviceReader:
         copies = self._scene.copies.read(readout) if sample and self._scene.copies is not None else None
         arrived = [readout.add(c.reshape(1)) for c in cotangents]
         readout.fetch()
+        for rows, came, sizes, step, framework_step in tickets.rows:
+            rows.advance(readout.get(came), readout.get(sizes), step, framework_step)
         found: dict[int, GradientFact] = {}
         for reading in tickets.gradients:
             found.update(reading.facts(readout))

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer, Inventory, Slot, Unit, take_inventory
 from lora_probe_callbacks.observe.copies import Copies, find_copies
-from lora_probe_callbacks.observe.coverage import adapter_configs, read_coverage
+from lora_probe_callbacks.observe.coverage import adapter_configs, read_coverage, token_rows
 from lora_probe_callbacks.observe.facts import (
     Coverage,
     ForwardFact,
@@ -29,6 +29,7 @@ from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.start import natural_scaling, read_start, scaling
+from lora_probe_callbacks.observe.token_rows import TokenRows
 from lora_probe_callbacks.observe.updates import Fingerprints, Followers
 from lora_probe_callbacks.observe.wrappers import (
     DataParallel,
@@ -430,6 +431,10 @@ class Scene:
     def coverage(self, expect_targets: Sequence[str], new_token_ids: Sequence[int]) -> Coverage:
         """What was asked for, and what the expected units cover."""
         return read_coverage(self.roots, self.units, expect_targets=expect_targets, new_token_ids=new_token_ids)
+
+    def rows_of(self, new_token_ids: Sequence[int]) -> list[TokenRows]:
+        """The embeddings in which the rows of declared tokens can be watched."""
+        return token_rows(self.roots, self.units, new_token_ids) if new_token_ids else []
 
     def suspected_weights(self) -> dict[int, int]:
         """Id of the base weight to unit, for layers that were left out while their surroundings ran."""
