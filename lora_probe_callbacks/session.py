@@ -529,6 +529,13 @@ class ProbeSession:
 
     def _before_forward(self, module: nn.Module) -> None:
         """A candidate for a training forward is about to run."""
+        self._scene.inside_forward = True
+        try:
+            self._forward_begins(module)
+        finally:
+            self._scene.inside_forward = False
+
+    def _forward_begins(self, module: nn.Module) -> None:
         if not self._decided_start:
             self._decided_start = True
             if not self._broken:

@@ -25,10 +25,14 @@ def judge(facts: Facts) -> Verdict:
     if not facts.replaced:
         return ok() if facts.copies is None else _copies(facts, facts.copies)
     names = [facts.slots[i].name for i in facts.replaced]
+    # What stands beside them in the same place is new as well: a parametrization makes two tensors out of one.
+    beside = {
+        i for i in facts.slots_of_units({facts.slots[i].unit for i in facts.replaced}) if facts.slots[i].owner is None
+    }
     return fail(
         f"the optimizer steps {facts.foreign_in_optimizer} tensors that the model does not hold, in place of {len(names)} of its "
         f"adapter tensors ({some(names)}): they were replaced after it was built, or belong to another model",
-        facts.replaced,
+        {*facts.replaced, *beside},
         got=f"{facts.foreign_in_optimizer} orphaned tensors of the same shapes in the optimizer",
         expected="the tensor objects that the model holds now",
     )

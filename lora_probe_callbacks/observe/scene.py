@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.optim import Optimizer
 
@@ -89,6 +90,8 @@ class Scene:
         self._four_bit = [m for _, root in roots for m in root.modules() if type(m).__name__ == "Linear4bit"]
         self._shards: dict[int, torch.Tensor] = {}
         self._find_shards()
+        self.inside_forward = False  # a module has been called: its tensors may be stand-ins
+        self._outside: list[torch.Tensor | None] = []  # the tensors of the last look
         self.copies: Copies | None = None
         self._looked_for_copies = False
         self.expect(self.active_names())
@@ -154,7 +157,7 @@ class Scene:
         Args:
             names: Their adapters.
         """
-        self.expected = names
+        self.expected, self._outside = names, []
         self.units: list[Unit] = self._choose([u for u in self.inventory.units if u.adapter in names])
         self.slots: list[Slot] = [slot for unit in self.units for slot in unit.slots]
         self._unit_of_slot = [number for number, unit in enumerate(self.units) for _ in unit.slots]
@@ -196,8 +199,11 @@ class Scene:
     def look(self) -> None:
         """See which tensors the slots hold now, and who owns them; what is asked until the next look is of these."""
         self._behind: dict[int, Ownership] = {}  # slot to the owner of its copy
-        self._tensors = [slot.tensor for slot in self.slots]
         self._owners = ownership(self.optimizers)
+        tensors = [slot.tensor for slot in self.slots]
+        if self.inside_forward and len(tensors) == len(self._outside):
+            tensors = [self._behind_stand_in(now, before) for now, before in zip(tensors, self._outside, strict=True)]
+        self._tensors = self._outside = tensors
         self._owned = [self._owners.get(id(tensor)) for tensor in self._tensors]
         if self.copies is not None:
             holders = self.copies.holders
@@ -206,6 +212,10 @@ class Scene:
             range(len(self.optimizers))
         )
         self._sizes = self._group_sizes()
+
+    def _behind_stand_in(self, now: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
+        """torch.func.functional_call puts others in the place of what an optimizer owns, for one forward."""
+        return before if id(now) not in self._owners and id(before) in self._owners else now
 
     def _group_sizes(self) -> list[int]:
         return [len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -438,7 +448,10 @@ class Scene:
 
     def suspected_weights(self) -> dict[int, int]:
         """Id of the base weight to unit, for layers that were left out while their surroundings ran."""
-        return {id(w): u for u in self.suspects if (w := base_weight(self.units[u])) is not None}
+        found = {id(w): u for u in self.suspects if (w := _used_instead(self.units[u])) is not None}
+        copied = [u for u in found.values() if not self.units[u].layer.lora]
+        shared = self._tied() if copied else set()
+        return {weight: unit for weight, unit in found.items() if unit not in copied or weight not in shared}
 
     def replaced(self) -> tuple[tuple[int, ...], int]:
         """Slots whose former tensor, or a twin of it, is what an optimizer holds.
@@ -500,6 +513,15 @@ class Scene:
         """
         states = [getattr(m.weight, "quant_state", None) for m in self._four_bit]
         return sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in states), len(states)
+
+    def _tied(self) -> set[int]:
+        """Parameters that stand in several places: who uses one may mean another of them."""
+        places: dict[int, int] = {}
+        for parameter in (
+            p for m in {m for _, root in self.roots for m in root.modules()} for p in m._parameters.values()
+        ):
+            places[id(parameter)] = places.get(id(parameter), 0) + 1
+        return {parameter for parameter, count in places.items() if count > 1}
 
     def _shared_weights(self) -> set[int]:
         """Base weights that also stand somewhere without an adapter: a tied embedding that is meant to train."""
@@ -578,3 +600,11 @@ def base_weight(unit: Unit) -> torch.Tensor | None:
     if weight is None:  # not a parameter of its own: parametrized, or made by its module
         weight = getattr(base, "weight", None)
     return weight if isinstance(weight, torch.Tensor) else None
+
+
+def _used_instead(unit: Unit) -> torch.Tensor | None:
+    """The weight that is in use where a unit's layer is passed by: its base's, or the original of a copy."""
+    if isinstance(unit.layer.module, ModulesToSaveWrapper):
+        weight = unit.layer.module.original_module._parameters.get("weight")
+        return weight if isinstance(weight, torch.Tensor) else None
+    return base_weight(unit)
