@@ -11,8 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.tuner import Tuner
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from recipes import TwoTowers
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
@@ -185,14 +186,13 @@ def test_values_perturbed_for_a_second_backward() -> None:
     judged(plain(model, optimizer, body))
 
 
-@pytest.mark.parametrize("first", ["lora_A", "lora_B"])
-def test_a_and_b_in_turns(first: str) -> None:
+def test_a_and_b_in_turns() -> None:
     model = lora()
     trained(model, std=0.01)
 
     def turn(run: Training, step: int) -> None:
         for name, tensor in adapter_tensors(model).items():
-            tensor.requires_grad_((first in name) == (step % 2 == 0))
+            tensor.requires_grad_(("lora_B" in name) == (step % 2 == 0))
 
     assert_healthy(watch(Training(model, optimizer=adamw(model), between_steps=turn), every_n_steps=1))
 
@@ -324,7 +324,7 @@ def test_discriminator_that_freezes_the_adapter_for_its_turn() -> None:
         first.zero_grad()
         second.zero_grad()
 
-    judged(plain(model, [first, second], body))
+    judged(plain(model, [first, second], body), "LP203")  # at its end the adapter waits for its next turn
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -379,31 +379,27 @@ def test_averaged_weights_that_validate() -> None:
 # --- the graph that was captured before -----------------------------------------------------------
 
 
-def compiled(*, guards: bool) -> tuple[nn.Module, nn.Module]:
-    """A model with two adapters that was compiled, and called, while the first was active."""
-    torch._dynamo.reset()
-    model = lora(hook=True)
-    model.add_adapter("b", config())
-    without = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    captured = torch.compile(model, backend="aot_eager", options=None if guards else without)
-    next_token_loss(captured, batches(1)[0], 0)
-    model.set_adapter("b")
-    return model, captured
-
-
 @pytest.mark.parametrize("guards", [True, False])
 def test_compiled_model_whose_adapter_is_switched(guards: bool) -> None:
-    """With its guards dynamo captures the graph anew; without, the former adapter goes on to act."""
-    model, captured = compiled(guards=guards)
+    """With its guards dynamo captures the graph anew; without, the former adapter goes on to act and nothing learns."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, target_modules=["vision.0", "language"])
+    model = get_peft_model(TwoTowers(), settings)
+    model.add_adapter("b", settings)
+    without = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    captured = torch.compile(model, backend="eager", options=None if guards else without)
+    captured(torch.randn(2, 12, requires_grad=True))
+    model.set_adapter("b")
     optimizer = AdamW(list(adapter_tensors(model, "b").values()), lr=1e-3)
 
     def body(batch: Tensor, number: int) -> None:
-        next_token_loss(captured, batch, number).backward()
+        captured((batch.float() / 64).requires_grad_()).pow(2).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    watched = plain(captured, optimizer, body, steps=5)
+    watched = plain(captured, optimizer, body, steps=5, reference_adapters=("default",))
     if guards:
         assert_healthy(watched)
     else:
-        assert_found(watched, "LP302", 0, "all 8 adapter tensors got no gradient (None)")
+        assert_found(watched, "LP301", 0, "the loss does not depend on any of the 4 adapter tensors")
