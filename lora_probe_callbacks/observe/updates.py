@@ -239,8 +239,7 @@ class BaseSample:
             then.append(before)
             now_a.append(a)
             apart.append(a - before)
-        tickets = [readout.add_norms(values, 2) for values in (changes, starts, then, now_a, apart)] if changes else []
-        return range(tickets[0].start, tickets[-1].stop) if tickets else None
+        return readout.add_norms([*changes, *starts, *then, *now_a, *apart], 2) if changes else None
 
     def fact(self, values: list[float], merges: int) -> BaseDrift | None:
         """The largest drift among the sampled layers."""

@@ -57,10 +57,23 @@ def test_change_that_something_explains_passes(update: UpdateFact, slot: dict[st
     assert judge(facts(updates=[STILL, update] * 2, slot=slot)).status == status
 
 
+def test_tensor_without_weight_decay_is_not_decayed() -> None:
+    two = UpdateFact(start=2.0, moved=1.0, size=2.0, norm=0.001, finite=True)
+    slot = {"learning_rate": 0.15, "weight_decay": None, "numel": 1}
+    assert judge(facts(updates=[STILL, two] * 2, slot=slot)).status == "fail"
+
+
+def test_first_two_names_are_given() -> None:
+    verdict = judge(facts(units=3, updates=[STILL, ERASED] * 3))
+    assert verdict.message.endswith("in all 3 adapted layers, layer.0.lora_B, layer.1.lora_B and 1 more")
+
+
 def test_weight_decay_is_of_what_there_was() -> None:
     half = UpdateFact(start=0.5, moved=1.0, size=0.5, norm=0.001, finite=True)
     slot = {"learning_rate": 0.01, "weight_decay": 50.0, "numel": 1}
     assert judge(facts(updates=[STILL, half] * 2, slot=slot)).status == "pass"
+    slot["learning_rate"] = 0.001  # ten times 0.001 * 50 * 0.5 is below the change
+    assert judge(facts(updates=[STILL, half] * 2, slot=slot)).status == "fail"
 
 
 @pytest.mark.parametrize(("norm", "status"), [(99.0, "fail"), (101.0, "pass"), (None, "fail")])

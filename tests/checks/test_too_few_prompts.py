@@ -6,8 +6,8 @@ from facts import bad, estimator, expect, facts
 from lora_probe_callbacks.checks.too_few_prompts import CHECK, judge
 
 
-@pytest.mark.parametrize(("count", "interval"), [(2, "12.7"), (3, "4.3")])
-def test_two_or_three_prompts_warn(count: int, interval: str) -> None:
+@pytest.mark.parametrize(("count", "interval"), [(1, "12.7"), (2, "12.7"), (3, "4.3")])
+def test_up_to_three_prompts_warn(count: int, interval: str) -> None:
     what = facts(estimators=(estimator(count=count),))
     expect(
         judge(what),

@@ -63,6 +63,11 @@ def test_every_part_is_looked_at() -> None:
     assert judge(what).cause == PART
 
 
+def test_part_that_had_its_turn_does_not_hide_the_next() -> None:
+    what = changed(parts(magnitude=False, history=NEW, at={1: {"had_gradient": True}}), 1, part="bias")
+    assert judge(what).slots == {3}
+
+
 def test_part_that_trained_before_has_its_turn_again() -> None:
     assert judge(parts(magnitude=False)).status == "pass"
     assert judge(parts(magnitude=False, history=NEW, at={3: {"had_gradient": True}})).status == "pass"
