@@ -60,7 +60,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "installing and removing hooks": [(forwards.ForwardObserver, name) for name in ("arm", "disarm")],
     "graph walk": [(forwards, "walk")],
     "reading tensors": [(DeviceReader, name) for name in ("read_gradients", "copy", "read_after", "read_samples")],
-    "transfer": [(Readout, "fetch")],
+    "transfer": [(Readout, "receive")],
     "decision": [(ProbeSession, "_decide")],
     "exchange": [(Ranks, "exchange")],
     "repeats": [(ForwardRepeat, "after"), (ResponseObserver, "after"), (ProbeSession, "_measure_response")],

@@ -23,7 +23,6 @@ from lora_probe_callbacks.observe.ranks import AgreementLostError, Ranks
 from lora_probe_callbacks.observe.reading import Readings
 from lora_probe_callbacks.observe.scene import Scene
 from lora_probe_callbacks.observe.wrappers import DataParallel, data_parallel
-from lora_probe_callbacks.report.metrics import sums_of
 
 __all__ = ["Agreement", "agreed"]
 
@@ -97,7 +96,7 @@ class Agreement:
             facts,
             wrapping=scene.wrapping(self._parallel, called, synced=self._synced),
             shards=shards,
-            shard_sums=sums_of(facts, shards),
+            shard_sums=facts.sums_over(shards, others=0.0),
             tensor_sample=readings.tensor_sample,
             gradient_sample=readings.gradient_sample,
             why_alone=uneven if self._joining else self._ranks.why_alone,
@@ -185,7 +184,7 @@ class Agreement:
         if ranks.tensors_differ is not None or ranks.gradients_differ is not None:
             self._causes |= set(ranks.found)
         mine = ranks.reports[ranks.rank]
-        sums = sums_of(facts, {i: 1.0 for i in range(len(facts.slots)) if i not in facts.shards})
+        sums = facts.sums_over(dict.fromkeys(facts.shards, 0.0))
         for report in ranks.reports:
             if report.first == mine.first:
                 sums += report.shards

@@ -34,6 +34,7 @@ from lora_probe_callbacks.checks.catalogue import explain, selected
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
+from lora_probe_callbacks.observe.autograd import capturing
 from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.facts import (
     Coverage,
@@ -55,7 +56,7 @@ from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tenso
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
 from lora_probe_callbacks.observe.repeat import ForwardRepeat, KeptForward, RandomState, random_state
 from lora_probe_callbacks.observe.response import ResponseObserver
-from lora_probe_callbacks.observe.scene import NotJudgedError, Scene
+from lora_probe_callbacks.observe.scene import NotJudgedError, Part, Scene
 from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.report.console import finding_panel, health_table
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError, LoraProbeWarning, ProbeReport
@@ -73,6 +74,7 @@ __all__ = ["ProbeConfig", "ProbeSession"]
 ALWAYS = 4  # the first steps are always probed: most faults are there from the start
 _OF_FILES = ("LP801", "LP802", "LP803", "LP805", "LP807")  # what a saved file alone can be judged by
 REPEATS_EVERY = 16  # after them, one probed step in so many runs a forward a second time
+CLOSELY_EVERY = 16  # and after so many steps the graph is walked although gradients show that it is whole
 
 
 class ProbeSession:
@@ -126,6 +128,7 @@ class ProbeSession:
         self._told: set[str] = set()  # why estimates could not be computed
         self._agreement = Agreement([check.code for check in self._checks], self._alone)
         self._last_probed = False
+        self._last_closely = 0
         self._overhead_ms = 0.0
         self._probed_steps = 0
         self._handles: list[RemovableHandle] = []
@@ -381,6 +384,10 @@ class ProbeSession:
         if self._broken:
             self._observer.arm()
             return
+        due = self.step < ALWAYS or self.step - self._last_closely >= CLOSELY_EVERY
+        if due:
+            self._last_closely = self.step
+        self._observer.closely = due or self._scene.packed()[0] > 0
         suspected = self._scene.suspected_weights()
         if suspected and not self._scene.inventory.compiled:
             self._observer.witness = WeightWitness(suspected)
@@ -445,7 +452,7 @@ class ProbeSession:
 
     def _before_step(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._running:
+            if not self._running or capturing():
                 return
             closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
             if closure is None:
@@ -465,7 +472,7 @@ class ProbeSession:
 
     def _after_step(self, index: int) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._running:
+            if not self._running or capturing():
                 return
             if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
@@ -710,16 +717,15 @@ class ProbeSession:
         probed = optimizer is not None and self._probed
         if probed and optimizer is not None:
             self._reader.read_gradients(optimizer, unowned=True)
+            self._reader.copy(optimizer)
         if self._agreement.several:
             self._reader.read_samples(optimizer if probed else None)
-        readings = self._reader.fetch(
-            final=optimizer if final and probed else None,
-            cotangents=self._observer.cotangents(),
-            sample=probed,
-            merges=self._merges,
-        )
-        facts = self._facts(moment, optimizer, readings, final=final)
-        return self._with_files(facts)
+        self._reader.send(cotangents=self._observer.cotangents(), sample=probed)
+        # An accelerator is still busy with the backward at this time: what needs no values is looked at meanwhile.
+        seen = self._structure(moment, optimizer, final=final)
+        parts = self._scene.left_out(seen["forwards"], self._observer.called())
+        readings = self._reader.receive(final=optimizer if final and probed else None, merges=self._merges)
+        return self._with_files(self._facts(seen, parts, readings))
 
     def _with_files(self, facts: Facts) -> Facts:
         """What was saved and restored since the last decision."""
@@ -732,85 +738,88 @@ class ProbeSession:
         self._saving(lambda: found.update(restored=checkpoints.resumed()))
         return dataclasses.replace(facts, **found)
 
-    def _facts(self, moment: Moment, optimizer: int | None, readings: Readings, *, final: bool) -> Facts:
-        scene, observer = self._scene, self._observer
-        slots = scene.slot_facts()
-        modes, active = observer.state()
-        forwards = observer.facts(scene.seen())
-        self._history = advance(self._history, slots, readings.gradients, readings.update, self.step)
+    def _structure(self, moment: Moment, optimizer: int | None, *, final: bool) -> dict[str, Any]:
+        """The fields of the facts that need no value from a device."""
+        scene, observer, inventory = self._scene, self._observer, self._scene.inventory
         if not self._looked_at_start:
             self._looked_at_start = True
             self._look_at_start()
+        modes, active = observer.state()
+        forwards = observer.facts(scene.seen())
+        self._look_beside(forwards, moment)
+        replaced, foreign = scene.replaced()
+        return {
+            "moment": moment,
+            "optimizer": optimizer,
+            "step": self._step_of(moment),
+            "framework_step": self._framework_step(),
+            "expected": scene.expected,
+            "declared": scene.declared is not None,
+            "slots": scene.slot_facts(),
+            "modes": modes,
+            "active": active,
+            "forwards": forwards,
+            "forwards_without_grad": observer.without_grad,
+            "unobservable": observer.unobservable,
+            "gradients_final": final,
+            "trainable_bases": scene.trainable_bases(),
+            "replaced": replaced,
+            "foreign_in_optimizer": foreign,
+            "optimizer_tensors": len(tensors_of(scene.optimizers)),
+            "optimizers": len(scene.optimizers),
+            "nested": tuple(inventory.nested),
+            "rewrapped": tuple(inventory.rewrapped),
+            "unloaded": tuple(inventory.unloaded),
+            "vanished": () if inventory.unloaded else scene.vanished(),
+            "scaler": self._scaler is not None or any(grad_scale(o) is not None for o in scene.optimizers),
+            "packed": scene.packed(),
+            "stale_forward": None if self._repeat is None else self._repeat.stale,
+            "why_not_repeated": None if self._repeat is None else self._repeat.why_not,
+            "responses": self._responses,
+            "estimators": tuple(self._estimates),
+            "why_not_owned": scene.why_not_owned(),
+            "resumed": self.config.resumed,
+            "reference": self._reference,
+            "new_tokens": tuple(self.config.new_token_ids),
+            "start": self._start if self._start and len(self._start.units) == len(scene.units) else None,
+            "coverage": self._coverage,
+        }
+
+    def _facts(self, seen: dict[str, Any], parts: Sequence[Part] | None, readings: Readings) -> Facts:
+        scene, observer = self._scene, self._observer
+        self._history = advance(self._history, seen["slots"], readings.gradients, readings.update, self.step)
         if readings.followers is not None:
             scene.followers.advance(readings.followers, self.step, moved=_moved(readings))
         if readings.copies is not None and scene.copies is not None:
             scene.copies.advance(readings.copies)
-        self._look_beside(forwards, moment)
-        scaler = self._scaler is not None or any(grad_scale(o) is not None for o in scene.optimizers)
-        overflow = scaler and any(g is not None and not g.finite for g in readings.gradients)
+        overflow = seen["scaler"] and any(g is not None and not g.finite for g in readings.gradients)
         if readings.skipped_inside:
             self._skipped_in_a_row += 1
         elif readings.skipped_inside is not None:
             self._has_stepped()
-        skipped = self._skipped_in_a_row + (moment == "skipped" or overflow)
-        replaced, foreign = scene.replaced()
-        slots = scene.slot_facts() if moment == "start" else slots  # copies were looked for
+        skipped = self._skipped_in_a_row + (seen["moment"] == "skipped" or overflow)
         used = observer.witness.seen if observer.witness is not None else {}
+        was_active = self._was_active | observer.active_seen
         facts = Facts(
-            moment=moment,
-            optimizer=optimizer,
-            step=self._step_of(moment),
-            framework_step=self._framework_step(),
-            expected=scene.expected,
-            declared=scene.declared is not None,
-            slots=slots,
-            units=scene.unit_facts(forwards, readings.gradients, observer.called(), used),
-            modes=modes,
-            active=active,
+            **seen,
+            units=scene.unit_facts(parts, readings.gradients, used),
             history=tuple(self._history),
-            forwards=forwards,
-            forwards_without_grad=observer.without_grad,
-            unobservable=observer.unobservable,
             gradients=readings.gradients,
-            gradients_final=final,
             update=readings.update,
-            others=scene.other_facts(
-                readings.others_before, readings.others_after, self._was_active | observer.active_seen
-            ),
+            others=scene.other_facts(readings.others_before, readings.others_after, was_active),
             base_drift=readings.drift,
-            trainable_bases=scene.trainable_bases(),
-            replaced=replaced,
-            copies=None if scene.copies is None or replaced else scene.copies.fact(),
-            foreign_in_optimizer=foreign,
-            optimizer_tensors=len(tensors_of(scene.optimizers)),
-            optimizers=len(scene.optimizers),
-            nested=tuple(scene.inventory.nested),
-            rewrapped=tuple(scene.inventory.rewrapped),
-            unloaded=tuple(scene.inventory.unloaded),
-            vanished=() if scene.inventory.unloaded else scene.vanished(),
+            copies=None if scene.copies is None or seen["replaced"] else scene.copies.fact(),
+            token_rows=tuple(rows.fact() for rows in self._reader.token_rows),
             skipped_in_a_row=skipped,
             ever_stepped=self._ever_stepped,
-            scaler=scaler,
             # Reading the scale costs a transfer: only when steps are being skipped.
             loss_scale=float(self._scaler.get_scale()) if self._scaler is not None and skipped else None,
             all_non_finite=readings.all_non_finite,
-            packed=scene.packed(),
-            stale_forward=None if self._repeat is None else self._repeat.stale,
-            why_not_repeated=None if self._repeat is None else self._repeat.why_not,
-            responses=self._responses,
-            estimators=tuple(self._estimates),
-            why_not_owned=scene.why_not_owned(),
-            resumed=self.config.resumed,
-            reference=self._reference,
-            new_tokens=tuple(self.config.new_token_ids),
-            token_rows=tuple(rows.fact() for rows in self._reader.token_rows),
-            start=self._start if self._start and len(self._start.units) == len(scene.units) else None,
-            coverage=self._coverage,
         )
         self._estimates.clear()
         facts = self._agreement.add_wrapping(facts, scene, observer.called(), readings)
-        others_train = any(scene.has_gradients(i) for i in range(len(scene.optimizers)))
-        if facts.nobody_called and not others_train:  # else something beside the adapter is trained first
+        if facts.nobody_called and not any(map(scene.has_gradients, range(len(scene.optimizers)))):
+            # Else something beside the adapter is trained first.
             elsewhere = self._elsewhere.look([layer.module for layer in scene.inventory.layers])
             facts = dataclasses.replace(facts, elsewhere=elsewhere)
         return facts

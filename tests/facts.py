@@ -125,8 +125,7 @@ def facts(
     }
     for index, own in (at or {}).items():
         for key, parts in (("slots", values["slots"]), ("history", values["history"])):
-            known = {field.name for field in dataclasses.fields(parts[index])}
-            mine = dataclasses.replace(parts[index], **{k: v for k, v in own.items() if k in known})
+            mine = parts[index]._replace(**{k: v for k, v in own.items() if k in parts[index]._fields})
             values[key] = (*parts[:index], mine, *parts[index + 1 :])
     return Facts(**{**values, **changes})
 

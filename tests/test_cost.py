@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -79,19 +80,22 @@ def test_between_probed_steps_there_is_nothing():
 
 
 def test_probed_step_reads_every_tensor_in_few_operations():
-    extra = Loop().extra()
-    # Norms: of the gradients; of the tensors before and after the update, of the change and of its signs; and of
-    # the sampled base weights and their A, all together.
-    assert extra["_foreach_norm"] == 6
-    assert extra["_foreach_copy_"] == 1
+    loop = Loop()
+    shapes = {p.shape for group in loop.optimizer.param_groups for p in group["params"]}
+    extra = loop.extra()
+    # Norms: of the gradients; of the tensors before and after the update, of the change and of its signs, once for each
+    # shape; and of the sampled base weights, of two shapes, and their A, all together.
+    assert extra["linalg_vector_norm"] + extra["_foreach_norm"] == 5 * len(shapes) + 2 + 1
+    assert Loop(layers=4).extra()["linalg_vector_norm"] == extra["linalg_vector_norm"]
+    assert extra["_foreach_sub_"] == 1
     assert not extra["_local_scalar_dense"], "a value was fetched by itself"
     assert sum(extra.values()) < 200
 
 
 def test_a_decision_is_one_transfer(monkeypatch: pytest.MonkeyPatch):
     fetched = []
-    works = Readout.fetch
-    monkeypatch.setattr(Readout, "fetch", lambda self: (fetched.append(1), works(self))[1])
+    works = Readout.receive
+    monkeypatch.setattr(Readout, "receive", lambda self: (fetched.append(1), works(self))[1])
     loop = Loop()
     with loop.probe(1):
         loop.step()
@@ -178,3 +182,40 @@ def test_compiled_model_is_neither_broken_nor_compiled_again(where: str):
         return losses, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
     assert run(probed=True) == run(probed=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+@pytest.mark.parametrize("every_n_steps", [1, 10**6])
+def test_cuda_graph_of_a_step_is_captured_and_replayed_as_without_the_probe(every_n_steps: int):
+    def train(probed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = peft_llama(llama(layers=2)).cuda()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, capturable=True)
+        ids = torch.randint(1, 32, (2, 8), device="cuda")
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+
+        context = LoraProbeMonitor(model, optimizer, every_n_steps=every_n_steps, ignore=REPEATS, verbose=False)
+        with context if probed else nullcontext() as probe:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(6):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            for _ in range(4):
+                graph.replay()
+        if probe is not None:
+            assert probe.report.healthy
+            assert not probe.report.internal_errors
+        return [p.detach().cpu() for p in trained]
+
+    for with_probe, without in zip(train(True), train(False), strict=True):
+        assert torch.equal(with_probe, without)

@@ -13,7 +13,7 @@ def judge(facts: Facts) -> Verdict:
     if not forwards:
         return pending(facts.unobservable or "no training forward was seen in this step")
     inactive = facts.bad_units("inactive")
-    bad = {u for name in facts.expected if (u := facts.units_of(name)) and u <= inactive}
+    bad = {u for name in facts.expected if inactive and (u := facts.units_of(name)) and u <= inactive}
     if not bad:
         return ok()
     units = frozenset().union(*bad)

@@ -12,9 +12,8 @@ def judge(facts: Facts) -> Verdict:
     forwards = facts.training_forwards
     if not forwards:
         return pending(facts.unobservable or "no training forward was seen in this step")
-    merged = {u for u in range(len(facts.units)) if any(f.mode(u) == "merged" for f in forwards)}
-    bad = facts.bad_units() | merged
-    for name in facts.expected:
+    bad = facts.bad_units() | facts.merged_units
+    for name in facts.expected if bad else ():
         units = facts.units_of(name)
         part = units & bad
         if part and part < units:

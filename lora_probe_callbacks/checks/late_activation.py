@@ -26,11 +26,12 @@ def judge(facts: Facts) -> Verdict:
             got=f"{forwards[0].modes[min(late)]} in the forward, active after it",
             expected="active before the forward",
         )
+    still_active = any(set(f.modes_at_backward or ()) <= {"active"} for f in forwards)
     switched = frozenset(
         u
-        for u in range(len(facts.units))
-        if all(f.mode(u) == "active" for f in forwards)
-        and all(f.modes_at_backward is not None and f.modes_at_backward[u] != "active" for f in forwards)
+        for u in range(0 if still_active else len(facts.units))
+        if u not in facts.odd_modes
+        and all((f.modes_at_backward or f.modes)[u] != "active" for f in forwards)
         and _without_gradient(facts, u)
     )
     if switched:

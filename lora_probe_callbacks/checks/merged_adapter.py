@@ -22,9 +22,9 @@ def judge(facts: Facts) -> Verdict:
     forwards = facts.training_forwards
     if not forwards:
         return pending(facts.unobservable or "no training forward was seen in this step")
-    merged = frozenset(u for u in range(len(facts.units)) if any(f.mode(u) == "merged" for f in forwards))
+    merged = facts.merged_units
     units = frozenset().union(
-        *(units for name in facts.expected if (units := facts.low_rank_units_of(name)) and units <= merged)
+        *(units for name in facts.expected if merged and (units := facts.low_rank_units_of(name)) and units <= merged)
     )
     if not units:
         return ok()

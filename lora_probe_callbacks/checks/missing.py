@@ -18,10 +18,12 @@ def unreached(facts: Facts) -> frozenset[int] | None:
         The slots, or None where no graph could be walked.
     """
     walked = [f for f in facts.training_forwards if f.reached is not None]
-    if not walked or any(f.reached is None and f.why_unknown for f in facts.training_forwards):
+    if any(f.reached is None and f.why_unknown for f in facts.training_forwards):
         return None
-    if not any(f.received for f in facts.forwards) and facts.moment != "exception":
+    if facts.training_forwards and not any(f.received for f in facts.forwards) and facts.moment != "exception":
         walked = []  # no gradient arrived at any output: the loss does not lead to the model at all
+    elif not walked:
+        return None
     called = facts.called_units
     reached = frozenset[int]().union(*(f.reached for f in walked if f.reached is not None))
     return frozenset(

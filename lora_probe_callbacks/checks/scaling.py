@@ -10,9 +10,12 @@ NEAR = 1e-6  # relative: a factor that went through a record or through 32 bits
 
 def judge(facts: Facts) -> Verdict:
     """Compare the factor of each unit with what its rank and alpha say."""
-    known = [u for u in range(len(facts.units)) if facts.units[u].scaling is not None]
-    if not known:
+    pairs = {(u.scaling, u.natural) for u in facts.units}
+    if all(got is None for got, _ in pairs):
         return skipped("no expected layer has a factor alpha/r")
+    if not any(got == 0 or _apart(got, natural) for got, natural in pairs):
+        return ok()
+    known = [u for u in range(len(facts.units)) if facts.units[u].scaling is not None]
     zero = [u for u in known if facts.units[u].scaling == 0]
     names = [facts.units[u].name for u in zero]
     if zero and len(zero) == len(known):
@@ -33,9 +36,7 @@ def judge(facts: Facts) -> Verdict:
             fix="if these layers are switched off on purpose nothing is wrong; else look for set_scale(..., 0), scale_layer(0) and "
             "an alpha_pattern of 0",
         )
-    other = [u for u in known if _other(facts, u)]
-    if not other:
-        return ok()
+    other = [u for u in known if _apart(facts.units[u].scaling, facts.units[u].natural)]
     unit = facts.units[other[0]]
     return warn(
         f"the scaling of {len(other)} of {len(known)} adapted layers is {unit.scaling:g}, not {unit.natural:g} as their rank and alpha "
@@ -49,8 +50,7 @@ def judge(facts: Facts) -> Verdict:
     )
 
 
-def _other(facts: Facts, unit: int) -> bool:
-    got, natural = facts.units[unit].scaling, facts.units[unit].natural
+def _apart(got: float | None, natural: float | None) -> bool:
     return got is not None and natural is not None and abs(got - natural) > NEAR * max(abs(got), abs(natural))
 
 

@@ -9,6 +9,8 @@ from lora_probe_callbacks.observe.facts import Facts
 def judge(facts: Facts) -> Verdict:
     """Look for B that a rule for groups has passed over."""
     known = [i for i in sorted(facts.intended) if (rate := facts.slots[i].learning_rate) is not None and rate > 0]
+    if len({facts.slots[i].learning_rate for i in known}) == 1 and {"A", "B"} <= {facts.slots[i].role for i in known}:
+        return ok()
     first = {facts.slots[i].unit: i for i in known if facts.slots[i].role == "A"}
     pairs = [
         (first[facts.slots[i].unit], i) for i in known if facts.slots[i].role == "B" and facts.slots[i].unit in first

@@ -15,17 +15,13 @@ def judge(facts: Facts) -> Verdict:
         return pending("no training forward has begun")
     if facts.rewrapped:
         return skipped("explained by LP107")  # a second wrap makes everything anew
-    known = [u for u, s in enumerate(start.units) if s is not None]
-    if not known:
+    if not start.known:
         return skipped("no expected layer has a pair of A and B that can be read")
-    moving = [u for u in known if (s := start.units[u]) is not None and s.moves_base]
-    if facts.reference is not None and moving:
-        return _residual(facts, moving)
-    plain = [u for u in known if u not in moving]
+    if facts.reference is not None and start.moving:
+        return _residual(facts, start.moving)
+    plain, identity, changed = start.plain, start.identity, start.changed
     if not plain:
         return skipped("the initialisation takes BA out of the base weight: a fresh adapter is not zero by design")
-    identity = [u for u in plain if (s := start.units[u]) is not None and s.identity]
-    changed = [u for u in plain if u not in identity]
     if facts.resumed is False:
         return _fresh(facts, changed, plain) if changed else ok()
     if facts.resumed and identity:

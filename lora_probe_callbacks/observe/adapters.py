@@ -39,35 +39,44 @@ class AdaptedLayer:
     # Asked of every layer in every probed forward, and isinstance of torch's modules is slow.
     tuner: bool = field(init=False)
     switched: bool = field(init=False)  # has switches of its own
+    plain: bool = field(init=False)  # its switches are the attributes behind PEFT's properties, and nothing else
 
     def __post_init__(self) -> None:
         self.tuner = isinstance(self.module, BaseTunerLayer)
         self.switched = self.tuner or isinstance(self.module, ModulesToSaveWrapper)
+        known = BaseTunerLayer if self.tuner else ModulesToSaveWrapper
+        names = ("disable_adapters", "active_adapter", "active_adapters")
+        self.plain = (
+            self.switched
+            and all(getattr(type(self.module), name) is getattr(known, name) for name in names)
+            and hasattr(self.module, "_disable_adapters")
+            and hasattr(self.module, "_active_adapter")
+        )
 
     @property
     def disabled(self) -> bool:
         """The adapters of this layer are switched off."""
+        if self.plain:
+            return self.module._disable_adapters  # type: ignore[return-value]
         if self.switched:
             return bool(self.module.disable_adapters)
         return bool(getattr(self.module, "_adapters_disabled", False))
 
     @property
-    def merged(self) -> list[str]:
+    def merged(self) -> Sequence[str]:
         """Names of the adapters that are merged into the base weight."""
-        return self.module.merged_adapters if self.tuner else []  # type: ignore[return-value]
+        return self.module.merged_adapters if self.tuner else ()  # type: ignore[return-value]
 
     @property
-    def active(self) -> list[str]:
+    def active(self) -> Sequence[str]:
         """Names of the active adapters."""
-        if self.switched:
-            return self.module.active_adapters  # type: ignore[return-value]
-        active = getattr(self.module, "active_adapter", [])
-        return [active] if isinstance(active, str) else list(active)
-
-    @property
-    def in_place(self) -> bool:
-        """The parent still holds this very module."""
-        return self.parent is None or self.parent._modules.get(self.key) is self.module
+        if self.plain:
+            active = self.module._active_adapter
+        elif self.switched:
+            active = self.module.active_adapters
+        else:
+            active = getattr(self.module, "active_adapter", ())  # type: ignore[arg-type]
+        return (active,) if isinstance(active, str) else active  # type: ignore[return-value]
 
     def mode(self, adapter: str) -> Mode:
         """What the layer's forward would do with ``adapter`` now, in the order that PEFT asks."""
@@ -94,23 +103,28 @@ class Slot:
     frozen: bool  # PEFT or the method keeps it frozen by design
     shards: dict[int, torch.Tensor] = field(default_factory=dict)  # see wrappers.shards_behind; one for all slots
     name: str = field(init=False)  # qualified, for people
+    way: tuple[str, ...] = field(init=False)  # the modules on the path
 
     def __post_init__(self) -> None:
         self.name = ".".join((self.layer.name, *self.path))
+        self.way = self.path[:-1]
 
     @property
     def tensor(self) -> torch.Tensor | None:
         """The tensor that belongs there: what is registered now, or the shard that it stands for."""
         shown = self.shown
-        return None if shown is None else self.shards.get(id(shown), shown)
+        return self.shards.get(id(shown), shown) if self.shards else shown
 
     @property
     def shown(self) -> torch.Tensor | None:
         """The tensor that is registered there now."""
-        module: nn.Module | None = self.layer.module
-        for part in self.path[:-1]:
-            module = None if module is None else module._modules.get(part)
-        return None if module is None else module._parameters.get(self.path[-1])
+        module = self.layer.module
+        for part in self.way:
+            inner = module._modules.get(part)
+            if inner is None:
+                return None
+            module = inner
+        return module._parameters.get(self.path[-1])
 
 
 @dataclass(eq=False, slots=True)
@@ -144,16 +158,14 @@ class Inventory:
     @property
     def active(self) -> tuple[str, ...]:
         """The names of the adapters that are active in at least one layer."""
-        names: dict[str, None] = {}
-        for layer in self.layers:
-            for name in layer.active:
-                names[name] = None
-        return tuple(names)
+        return tuple(dict.fromkeys(name for layer in self.layers for name in layer.active))
 
     @property
     def in_place(self) -> bool:
         """No adapted layer was exchanged for another module since the inventory was taken."""
-        return all(layer.in_place for layer in self.layers)
+        return all(
+            layer.parent is None or layer.parent._modules.get(layer.key) is layer.module for layer in self.layers
+        )
 
 
 def take_inventory(roots: Iterable[tuple[str, nn.Module]]) -> Inventory:

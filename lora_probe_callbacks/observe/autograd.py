@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Walk", "in_backward", "mark", "walk"]
+__all__ = ["Walk", "capturing", "in_backward", "mark", "runs_to_all", "walk", "walk_from_here"]
 
 _MARK = "lora_probe_callbacks"
 
@@ -20,6 +20,12 @@ _BLIND = ("CheckpointFunction", "CompiledFunction", "CompiledBlock")
 # What torch puts in the place of the backward that an operator lacks: it warns once, and passes nothing on
 # (torch/csrc/autograd/autograd_not_implemented_fallback.cpp, torch 2.13).
 _DROPS = "WarnNotImplemented"
+
+
+def capturing() -> bool:
+    """Tell whether this step is being captured as a CUDA graph: nothing may wait for the device, or be kept of it."""
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(initialized) and torch.cuda.is_current_stream_capturing()
 
 
 def in_backward() -> bool:
@@ -76,9 +82,40 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def runs_to_all(leaves: Iterable[torch.Tensor]) -> bool:
+    """Inside a hook of a backward: the engine has planned to come to all of these leaf tensors.
+
+    It has walked the graph itself, so this asks what a walk would find, at a tenth of the price.
+
+    Args:
+        leaves: Tensors that require gradients.
+
+    Returns:
+        False where it will not come to one of them, or does not say.
+    """
+    planned = torch._C._will_engine_execute_node
+    try:
+        with torch.enable_grad():  # a view leads to the node that accumulates the gradient of its base
+            return all(planned(t.view_as(t).grad_fn.next_functions[0][0]) for t in leaves)  # type: ignore[union-attr, arg-type]
+    except RuntimeError:  # torch.autograd.grad with these very leaves
+        return False
+
+
+def walk_from_here() -> Walk:
+    """Inside a hook of a backward: walk on from the node that is about to run."""
+    node = torch._C._current_autograd_node()
+    with _no_collection():
+        return Walk() if node is None else _walk_from([node], marks=False)
+
+
 def _walk(outputs: list[torch.Tensor], *, marks: bool) -> Walk:
-    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    found = Walk({id(t): t for t in outputs if t.grad_fn is None and t.requires_grad})
+    found = _walk_from([t.grad_fn for t in outputs if t.grad_fn is not None], marks=marks)
+    found.leaves.update((id(t), t) for t in outputs if t.grad_fn is None and t.requires_grad)
+    return found
+
+
+def _walk_from(stack: list[torch.autograd.graph.Node], *, marks: bool) -> Walk:
+    found = Walk()
     seen = set(stack)
     kinds: dict[type, str] = {}  # asking every node for its name would take half of the time
     drops: list[torch.autograd.graph.Node] = []

@@ -44,7 +44,8 @@ def fingerprint(scene: Scene) -> dict[str, Any]:
     readout = Readout()
     tickets = [_add(readout, list(adapter.values()), _FEW), _add(readout, entries, _FEW)]
     tickets.append(_add(readout, list(base.values()), _BASE_FEW))
-    readout.fetch()
+    readout.send()
+    readout.receive()
     of_adapter, of_states, of_base = (_packed(readout.get(ticket)) for ticket in tickets)
     slots = scene.slots
     return {

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
-from lora_probe_callbacks.observe.adapters import Inventory, Unit, mode
-from lora_probe_callbacks.observe.autograd import in_backward, mark, walk
+from lora_probe_callbacks.observe.adapters import Inventory, Unit
+from lora_probe_callbacks.observe.autograd import Walk, capturing, in_backward, mark, runs_to_all, walk, walk_from_here
 from lora_probe_callbacks.observe.facts import ForwardFact, Mode
 from lora_probe_callbacks.observe.token_rows import TokenRows
 from lora_probe_callbacks.observe.witness import WeightWitness
@@ -53,7 +53,13 @@ class Candidate:
     why_unknown: str | None = None
     cotangent: torch.Tensor | None = None  # of an output of one element: the loss, as a rule
     called: set[int] = field(default_factory=set)  # ids of the modules that ran inside
+    to_walk: bool = False  # when a gradient arrives, and only where the engine will not come to all slots by itself
     inside: dict[int, int] = field(default_factory=dict)  # tensor id to slot, as a sharded model shows them inside
+
+    def reaches(self, found: Walk) -> None:
+        """Enter what its graph leads to."""
+        self.leaves, self.dropped = set(found.leaves), found.dropped
+        self.why_unknown = self.why_unknown or found.blind
 
     def fact(self, slot_of: dict[int, int]) -> ForwardFact:
         """What the checks may know of it; ``slot_of`` maps a tensor's id to its slot."""
@@ -145,6 +151,7 @@ class ForwardObserver:
         self.beside: set[Mode] = set()  # states in which layers ran beside training: no gradients, or disabled
         self.witness: WeightWitness | None = None
         self.paused = False  # while the probe itself runs the model
+        self.closely = True  # walk the graph of every forward, whether or not gradients show that it is whole
         self.bare = False  # only follow the steps, observe nothing: after an error of the probe, for the other ranks
         self.sharded = False  # the tensors inside a forward are not those outside
         self.token_rows: list[TokenRows] = []  # of new tokens, in the embeddings that read them
@@ -173,6 +180,8 @@ class ForwardObserver:
         self._units_of: dict[int, list[int]] = {}
         for index, unit in enumerate(units):
             self._units_of.setdefault(id(unit.layer.called), []).append(index)
+        self._switches: Sequence[tuple[object, ...]] | None = None
+        self._state: tuple[tuple[Mode, ...], tuple[str, ...]] = ((), ())
         starts = itertools.accumulate((len(unit.slots) for unit in units), initial=0)
         self._first_slot = list(starts)[: len(units)]
         names = [unit.layer.name for unit in units]
@@ -307,7 +316,7 @@ class ForwardObserver:
             self.active_seen.update(self.inventory.active)
             self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
             self._note_beside(module)
-        else:
+        elif not capturing():
             try:
                 self._before(module)
             except BaseException:
@@ -387,13 +396,20 @@ class ForwardObserver:
         candidate.called.add(id(module))
         if candidate.calls is None:
             return
-        for index in self._units_of.get(id(module), ()):
+        units = self._units_of.get(id(module))
+        if units is None:
+            return
+        graded = torch.is_grad_enabled()
+        for index in units:
             unit = self.units[index]
             good, total, bad = candidate.calls[index]
             mode = unit.layer.mode(unit.adapter)
-            if torch.is_grad_enabled():
+            if graded:
                 candidate.with_grad.add(index)
-            candidate.calls[index] = (good + (mode == "active"), total + 1, bad if mode == "active" else mode)
+            if mode == "active":
+                candidate.calls[index] = (good + 1, total + 1, bad)
+            else:
+                candidate.calls[index] = (good, total + 1, mode)
             if self.sharded:
                 for slot, tensor in enumerate((s.shown for s in unit.slots), start=self._first_slot[index]):
                     if tensor is None:  # FSDP1 shows a view of its flat parameter, and the graph ends in that
@@ -413,9 +429,12 @@ class ForwardObserver:
         # One walk serves all micro-batches of the same kind, but none serves that was not for training.
         if not self.bare and len(alike) < _WALKS and not any(c.received for c in alike):
             alike.append(candidate)
-            found = walk(outputs)
-            candidate.leaves, candidate.dropped = set(found.leaves), found.dropped
-            candidate.why_unknown = (candidate.why_unknown or found.blind) if outputs else None
+            if not outputs:
+                candidate.leaves, candidate.why_unknown = set(), None
+            elif self.closely or self.sharded:
+                candidate.reaches(walk(outputs))
+            else:
+                candidate.to_walk = True
         for tensor in outputs:
             mark(tensor, candidate)
             handle = tensor.register_hook(_Hook(self, self._receive, candidate))  # type: ignore[no-untyped-call]
@@ -436,16 +455,28 @@ class ForwardObserver:
             return
         try:
             candidate.modes_at_backward, candidate.active_at_backward = self.state()
+            if candidate.to_walk:
+                self._see_plan(candidate)
         except Exception as error:
             self._on_error(error)
+
+    def _see_plan(self, candidate: Candidate) -> None:
+        leaves = [t for unit in self.units for slot in unit.slots if (t := slot.shown) is not None and t.requires_grad]
+        if runs_to_all(leaves):
+            candidate.leaves = {id(t) for t in leaves}
+        else:
+            candidate.reaches(walk_from_here())
 
     # --- facts ------------------------------------------------------------------------------
 
     def state(self) -> tuple[tuple[Mode, ...], tuple[str, ...]]:
         """The state of every expected unit at this moment, and the names of the active adapters of all layers."""
-        states = {id(layer): (layer.disabled, layer.merged, layer.active) for layer in self.inventory.layers}
-        names = dict.fromkeys(name for _, _, active in states.values() for name in active)
-        return tuple(mode(*states[id(unit.layer)], unit.adapter) for unit in self.units), tuple(names)
+        switches = [(layer.disabled, *layer.merged, None, *layer.active) for layer in self.inventory.layers]
+        if switches != self._switches:  # asked three times a step, and they hardly ever move
+            self._switches = switches
+            modes = tuple(unit.layer.mode(unit.adapter) for unit in self.units)
+            self._state = (modes, self.inventory.active)
+        return self._state
 
     def facts(self, slot_of: dict[int, int]) -> tuple[ForwardFact, ...]:
         """The candidates since the step began."""

@@ -46,7 +46,7 @@ def read_gradients(
         scale: What the loss was multiplied with, where the optimizer itself undoes that.
 
     Returns:
-        A reading that yields facts after ``readout.fetch()``.
+        A reading that yields facts after ``readout.receive()``.
     """
     tensors = {slot: t for slot, t in tensors.items() if local(t).numel()}  # a rank may hold no row of a short tensor
     grads = {slot: g for slot, t in tensors.items() if (g := t.grad) is not None}

@@ -19,7 +19,7 @@ from lora_probe_callbacks.observe.ranks import sample
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.scene import Scene
 from lora_probe_callbacks.observe.token_rows import TokenRows
-from lora_probe_callbacks.observe.updates import BaseSample, UpdateReading, copy_before, read_update
+from lora_probe_callbacks.observe.updates import BaseSample, Copies, UpdateReading, copy_before, read_update
 
 __all__ = ["DeviceReader", "Readings"]
 
@@ -70,6 +70,10 @@ class _Tickets:
     rows: list[tuple[TokenRows, range, range, int, int]] = field(default_factory=list)
     tensor_sample: range | None = None
     gradient_sample: range | None = None
+    drift: range | None = None
+    followers: range | None = None
+    copies: range | None = None
+    arrived: list[range] = field(default_factory=list)
 
 
 class DeviceReader:
@@ -82,9 +86,9 @@ class DeviceReader:
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._sample = BaseSample(scene.layers)
-        self._tickets = _Tickets()
+        self._tickets = self._sent = _Tickets()
         self.token_rows: list[TokenRows] = []
-        self._copies: dict[int, dict[int, torch.Tensor]] = {}  # optimizer to slot to its copy
+        self._copies: dict[int, Copies] = {}  # by optimizer
         self._final: dict[int, dict[int, float]] = {}  # norms that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
 
@@ -104,7 +108,7 @@ class DeviceReader:
     def copy(self, optimizer: int) -> None:
         """Copy what an optimizer is about to change; the copies live until its step has ended."""
         if optimizer not in self._copies:
-            self._copies[optimizer] = copy_before(self._scene.tensors(optimizer, unowned=False))
+            self._copies[optimizer] = copy_before(self._scene.tensors(optimizer, unowned=False), self._tickets.readout)
 
     @torch.no_grad()
     def read_others_before(self) -> None:
@@ -171,25 +175,33 @@ class DeviceReader:
                 self._tickets.rows.append((rows, *found, step, framework_step))
 
     @torch.no_grad()
-    def fetch(self, *, final: int | None, cotangents: list[torch.Tensor], sample: bool, merges: int) -> Readings:
-        """Bring everything to the host: the one transfer of a decision.
+    def send(self, *, cotangents: list[torch.Tensor], sample: bool) -> None:
+        """Gather on the device what a decision needs; the device may still be busy with the backward.
+
+        Args:
+            cotangents: Gradients of one element that arrived at outputs.
+            sample: Look at the sampled base weights too.
+        """
+        self._sent, self._tickets = self._tickets, _Tickets()
+        sent, readout = self._sent, self._sent.readout
+        sent.drift = self._sample.read(readout) if sample else None
+        sent.followers = self._scene.followers.read(readout) if sample else None
+        sent.copies = self._scene.copies.read(readout) if sample and self._scene.copies is not None else None
+        sent.arrived = [readout.add(c.reshape(1)) for c in cotangents]
+        readout.send()
+
+    def receive(self, *, final: int | None, merges: int) -> Readings:
+        """Bring what was sent to the host: the one transfer of a decision, and its one wait for the device.
 
         Args:
             final: The optimizer whose gradients nothing can change between this reading and the update.
-            cotangents: Gradients of one element that arrived at outputs.
-            sample: Look at the sampled base weights too.
             merges: Times that a layer was seen merged.
 
         Returns:
-            What was read since the last fetch.
+            What was read since the last time.
         """
-        tickets, self._tickets = self._tickets, _Tickets()
-        readout = tickets.readout
-        drift = self._sample.read(readout) if sample else None
-        followers = self._scene.followers.read(readout) if sample else None
-        copies = self._scene.copies.read(readout) if sample and self._scene.copies is not None else None
-        arrived = [readout.add(c.reshape(1)) for c in cotangents]
-        readout.fetch()
+        tickets, readout = self._sent, self._sent.readout
+        readout.receive()
         for rows, came, sizes, step, framework_step in tickets.rows:
             rows.advance(readout.get(came), readout.get(sizes), step, framework_step)
         found: dict[int, GradientFact] = {}
@@ -199,7 +211,7 @@ class DeviceReader:
             self._final[final] = {i: g.norm for i, g in found.items() if g.present}
         gradients = tuple(found.get(i) for i in range(len(self._scene.slots)))
         present = [g for g in gradients if g is not None and g.present]
-        hopeless = any(not math.isfinite(v) for ticket in arrived for v in readout.get(ticket))
+        hopeless = any(not math.isfinite(v) for ticket in tickets.arrived for v in readout.get(ticket))
         skipped = None if tickets.skipped is None else readout.get(tickets.skipped)[0] > 0
         samples = [
             (0.0,) * SAMPLE if ticket is None else tuple(readout.get(ticket))
@@ -210,13 +222,13 @@ class DeviceReader:
             update=None if skipped else self._update(tickets),
             others_before=None if tickets.before is None else readout.get(tickets.before),
             others_after=None if tickets.after is None else readout.get(tickets.after),
-            drift=None if drift is None else self._sample.fact(readout.get(drift), merges),
+            drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
             skipped_inside=skipped,
             all_non_finite=hopeless or (bool(present) and not any(g.finite for g in present)),
             tensor_sample=samples[0],
             gradient_sample=samples[1],
-            followers=None if followers is None else readout.get(followers),
-            copies=None if copies is None else readout.get(copies),
+            followers=None if tickets.followers is None else readout.get(tickets.followers),
+            copies=None if tickets.copies is None else readout.get(tickets.copies),
         )
 
     def _update(self, tickets: _Tickets) -> StepUpdate | None:

@@ -6,20 +6,22 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["Readout", "local"]
+__all__ = ["Readout", "batches", "chunks", "local"]
+
+_CHUNK = 2**21  # elements
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Readout:
-    """Collects small device tensors and fetches them together, once.
+    """Collects small device tensors and brings them to the host together, once.
 
-    A value that was added is addressed by its ticket, which is valid after :meth:`fetch`.
+    A value that was added is addressed by its ticket, which is valid after :meth:`send` and :meth:`receive`.
     """
 
     def __init__(self) -> None:
         self._vectors: list[tuple[Sequence[int], torch.Tensor]] = []  # places, values
-        # The same of scalars, to be stacked when they are fetched.
-        self._scalars: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
         self._length = 0
+        self._sent: list[tuple[list[int], torch.Tensor]] = []
         self._values: list[float] = []
 
     def add(self, values: torch.Tensor) -> range:
@@ -42,32 +44,62 @@ class Readout:
         Returns:
             Where the norms will be found, in the order of the tensors.
         """
+        together = chunks(tensors)
         ticket = self._ticket(len(tensors))
-        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index, tensor in enumerate(tensors):
-            kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
-        for (device, _), indices in kinds.items():
-            wide = _wide(device)
-            values = torch._foreach_norm([tensors[i] for i in indices], order, dtype=wide)
-            places, scalars = self._scalars.setdefault((device, wide), ([], []))
-            places += [ticket[i] for i in indices]
-            scalars += values if scale is None else [v / scale.to(device) for v in values]
+        places = [ticket[i] for indices in together for i in indices]
+        self._add_rows(places, batches(tensors, together), order, scale)
         return ticket
+
+    def add_row_norms(self, rows: Sequence[torch.Tensor], order: float) -> range:
+        """Add the norms of what has been put together already, see :func:`batches`.
+
+        Args:
+            rows: Floating tensors, each row of which counts by itself.
+            order: 1 or 2.
+
+        Returns:
+            Where the norms will be found, one for each row.
+        """
+        ticket = self._ticket(sum(map(len, rows)))
+        self._add_rows(ticket, rows, order, None)
+        return ticket
+
+    def _add_rows(
+        self, places: Sequence[int], rows: Sequence[torch.Tensor], order: float, scale: torch.Tensor | None
+    ) -> None:
+        large: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
+        found, start = [], 0
+        for part in rows:
+            mine, start = places[start : start + len(part)], start + len(part)
+            if len(part) > 1:
+                wide = _wide(part.device)
+                found.append((mine, torch.linalg.vector_norm(part.flatten(1), order, dim=1, dtype=wide)))
+            else:
+                known = large.setdefault((part.device, part.dtype), ([], []))
+                known[0].extend(mine)
+                known[1].append(part)
+        for (device, _), (mine, tensors) in large.items():  # without a copy of them in float64
+            found.append((mine, torch.stack(torch._foreach_norm(tensors, order, dtype=_wide(device)))))
+        self._vectors += found if scale is None else [(mine, v / scale.to(v.device)) for mine, v in found]
 
     def _ticket(self, size: int) -> range:
         start, self._length = self._length, self._length + size
         return range(start, self._length)
 
-    def fetch(self) -> None:
-        """Copy everything that was added to the host. One transfer for each device."""
-        by_device: dict[torch.device, list[tuple[Sequence[int], torch.Tensor]]] = {}
-        stacked = [(places, torch.stack(scalars)) for places, scalars in self._scalars.values()]
-        for places, vector in (*stacked, *self._vectors):
-            by_device.setdefault(vector.device, []).append((places, vector.to(_wide(vector.device))))
+    def send(self) -> None:
+        """Gather what was added, on its devices. Nothing waits for them here, nothing can be added any more."""
+        parts: dict[torch.device, list[tuple[Sequence[int], torch.Tensor]]] = {}
+        for places, vector in self._vectors:
+            parts.setdefault(vector.device, []).append((places, vector.to(_wide(vector.device))))
+        self._sent = [
+            ([p for places, _ in some for p in places], torch.cat([v for _, v in some])) for some in parts.values()
+        ]
+
+    def receive(self) -> None:
+        """Copy what was sent to the host: one transfer for each device, which waits until the device has come to it."""
         self._values = [0.0] * self._length
-        for parts in by_device.values():
-            flat = torch.cat([vector for _, vector in parts]).tolist()
-            for place, value in zip((p for places, _ in parts for p in places), flat, strict=True):
+        for places, flat in self._sent:
+            for place, value in zip(places, flat.tolist(), strict=True):
                 self._values[place] = value
 
     def get(self, ticket: range) -> list[float]:
@@ -75,8 +107,42 @@ class Readout:
         return self._values[ticket.start : ticket.stop]
 
 
+def chunks(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Which tensors to copy into one, for one kernel in place of many: small ones of one shape.
+
+    Args:
+        tensors: Tensors of any kinds.
+
+    Returns:
+        Indices, each in one chunk; a large tensor is a chunk of its own.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(index)
+    found = []
+    for (_, _, shape), indices in kinds.items():
+        size = max(1, _CHUNK // max(1, shape.numel()))
+        found += [indices[i : i + size] for i in range(0, len(indices), size)]
+    return found
+
+
+def batches(tensors: Sequence[torch.Tensor], together: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Put tensors together, each of them a row.
+
+    Args:
+        tensors: Tensors of any kinds.
+        together: See :func:`chunks`.
+
+    Returns:
+        One tensor a chunk: a copy of several, a view of one.
+    """
+    return [torch.stack([tensors[i] for i in c]) if len(c) > 1 else tensors[c[0]].unsqueeze(0) for c in together]
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this rank holds (all of it, unless it is a DTensor). For use under ``no_grad``."""
+    if type(tensor) in _PLAIN:  # asked of every tensor again and again
+        return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 

@@ -5,8 +5,9 @@ Built from the inventory and the names that are meant; asked at every decision f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -43,7 +44,9 @@ from lora_probe_callbacks.observe.wrappers import (
     tensor_parallel,
 )
 
-__all__ = ["NotJudgedError", "Scene", "base_weight"]
+__all__ = ["NotJudgedError", "Part", "Scene", "base_weight"]
+
+Part = Literal["layer", "branch", "sibling"] | None  # see UnitFact.idle_part
 
 
 class NotJudgedError(ValueError):
@@ -163,7 +166,8 @@ class Scene:
         self._unit_of_slot = [number for number, unit in enumerate(self.units) for _ in unit.slots]
         self._start_tensors = [slot.tensor for slot in self.slots]
         self._kept = [s.frozen or any(part in s.name for part in self._frozen) for s in self.slots]
-        self._facts: list[tuple[tuple[object, ...], SlotFact] | None] = [None] * len(self.slots)
+        self._slot_facts: tuple[SlotFact, ...] = ()
+        self._slots_seen: Sequence[object] | None = None  # what they were made of
         self.look()
         expected = {id(unit) for unit in self.units}
         self._others: dict[str, list[Slot]] = {}
@@ -178,7 +182,10 @@ class Scene:
         lagged = {name: [t for s in self._others.get(name, ()) if (t := s.tensor) is not None] for name in self._lagged}
         self.followers = Followers(lagged)
         self._naturals = [natural_scaling(unit) for unit in self.units]
-        self._unit_facts: list[tuple[tuple[object, ...], UnitFact] | None] = [None] * len(self.units)
+        starts = itertools.accumulate((len(unit.slots) for unit in self.units), initial=0)
+        self._slots_of_unit = [tuple(range(i, i + len(u.slots))) for i, u in zip(starts, self.units, strict=False)]
+        self._unit_facts: tuple[UnitFact, ...] = ()
+        self._units_seen: Sequence[tuple[object, ...]] | None = None
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -344,22 +351,18 @@ class Scene:
         return {id(t): i for i, t in enumerate(self._tensors) if t is not None}
 
     def slot_facts(self) -> tuple[SlotFact, ...]:
-        """Every expected slot as it is now."""
-        return tuple(map(self._slot_fact, range(len(self.slots))))
+        """Every expected slot as it is now; the same tuple again while nothing of it changes."""
+        seen = (
+            [None if t is None else (t.requires_grad, t.dtype, local(t).numel()) for t in self._tensors],
+            [own or self._behind.get(i) for i, own in enumerate(self._owned)],
+        )
+        if seen != self._slots_seen:
+            self._slots_seen, self._slot_facts = seen, tuple(map(self._slot_fact, range(len(self.slots))))
+        return self._slot_facts
 
     def _slot_fact(self, index: int) -> SlotFact:
-        tensor, own, last = self._tensors[index], self._owned[index] or self._behind.get(index), self._facts[index]
-        size = 0 if tensor is None else local(tensor).numel()
-        key = (tensor is not None and tensor.requires_grad, own, None if tensor is None else tensor.dtype, size)
-        if last is not None and last[0] == key:
-            return last[1]
-        fact = self._new_slot_fact(self.slots[index], index, tensor, own, size)
-        self._facts[index] = (key, fact)
-        return fact
-
-    def _new_slot_fact(
-        self, slot: Slot, index: int, tensor: torch.Tensor | None, own: Ownership | None, size: int
-    ) -> SlotFact:
+        slot, tensor = self.slots[index], self._tensors[index]
+        own = self._owned[index] or self._behind.get(index)
         return SlotFact(
             name=slot.name,
             adapter=slot.adapter,
@@ -371,60 +374,67 @@ class Scene:
             weight_decay=None if own is None else own.weight_decay,
             frozen_by_intent=self._kept[index],
             half=tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16),
-            numel=size,
+            numel=0 if tensor is None else local(tensor).numel(),
             part=slot.path[0],
         )
 
+    def left_out(self, forwards: Sequence[ForwardFact], called: set[int]) -> list[Part] | None:
+        """Of every expected unit, the part around it that was left out.
+
+        Args:
+            forwards: The forwards of this step.
+            called: Ids of the modules that ran in training forwards.
+
+        Returns:
+            One entry a unit, or None where calls were not seen.
+        """
+        if not any(f.received and f.calls is not None for f in forwards):
+            return None
+        return [
+            None if id(unit.layer.called) in called else idle_part(unit, called, self.inventory) for unit in self.units
+        ]
+
     def unit_facts(
-        self,
-        forwards: Sequence[ForwardFact],
-        gradients: Sequence[GradientFact | None],
-        called: set[int],
-        used: Mapping[int, bool],
+        self, parts: Sequence[Part] | None, gradients: Sequence[GradientFact | None], used: Mapping[int, bool]
     ) -> tuple[UnitFact, ...]:
         """Every expected unit: was it left out, and was its base weight used without it?
 
         Args:
-            forwards: The forwards of this step.
+            parts: See :meth:`left_out`.
             gradients: One entry a slot.
-            called: Ids of the modules that ran in training forwards.
             used: Whether the base weight of a unit was in use, for units that were watched for that.
 
         Returns:
-            One fact a unit.
+            One fact a unit; the same tuple again while nothing of it changes.
         """
         self.base_used.update(used)
-        watched = any(f.received and f.calls is not None for f in forwards)
-        facts, start = [], 0
-        for index, unit in enumerate(self.units):
-            slots = tuple(range(start, start + len(unit.slots)))
-            start += len(unit.slots)
-            part = idle_part(unit, called, self.inventory) if watched else None
-            left_out = part in ("layer", "sibling")
-            if left_out and all((g := gradients[s]) is None or not g.present or g.zero for s in slots):
+        for index, part in enumerate(parts or ()):
+            slots = self._slots_of_unit[index] if part in ("layer", "sibling") else ()
+            if slots and all((g := gradients[s]) is None or not g.present or g.zero for s in slots):
                 self.suspects.add(index)
-            elif watched:
+            else:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
-            natural = self._naturals[index]
-            factor = None if natural is None else scaling(unit)
-            key, last = (part, self.base_used.get(index), factor), self._unit_facts[index]
-            if last is None or last[0] != key:
-                last = self._unit_facts[index] = (
-                    key,
-                    UnitFact(
-                        name=unit.layer.name,
-                        adapter=unit.adapter,
-                        slots=slots,
-                        idle_part=part,
-                        base_weight_used=self.base_used.get(index),
-                        lora=unit.layer.lora,
-                        scaling=factor,
-                        natural=natural,
-                    ),
-                )
-            facts.append(last[1])
-        return tuple(facts)
+        factors = [None if n is None else scaling(u) for u, n in zip(self.units, self._naturals, strict=True)]
+        seen = list(
+            zip(parts or [None] * len(factors), factors, map(self.base_used.get, range(len(factors))), strict=True)
+        )
+        if seen != self._units_seen:
+            self._units_seen, self._unit_facts = seen, tuple(self._unit_fact(i, *now) for i, now in enumerate(seen))
+        return self._unit_facts
+
+    def _unit_fact(self, index: int, part: Part, factor: float | None, used: bool | None) -> UnitFact:
+        layer = self.units[index].layer
+        return UnitFact(
+            name=layer.name,
+            adapter=self.units[index].adapter,
+            slots=self._slots_of_unit[index],
+            idle_part=part,
+            base_weight_used=used,
+            lora=layer.lora,
+            scaling=factor,
+            natural=self._naturals[index],
+        )
 
     def start(self, framework_step: int) -> StartFact:
         """What the expected units hold before the first training forward."""
@@ -595,7 +605,11 @@ def base_weight(unit: Unit) -> torch.Tensor | None:
     """The weight that a LoRA unit adapts, or None where there is not one tensor of that name."""
     if not unit.layer.lora:
         return None
-    base = unit.layer.module.get_base_layer()  # type: ignore[operator]
+    base = unit.layer.module
+    while (
+        inner := base._modules.get("base_layer")
+    ) is not None:  # get_base_layer(), asked of every layer at every step
+        base = inner
     weight = base._parameters.get("weight")
     if weight is None:  # not a parameter of its own: parametrized, or made by its module
         weight = getattr(base, "weight", None)

@@ -88,7 +88,8 @@ def read_start(
     for unit in units:
         pair = _pair(unit)
         tickets.append(None if pair is None else readout.add(torch.stack(_measure(*pair))))
-    readout.fetch()
+    readout.send()
+    readout.receive()
     facts: list[UnitStart | None] = []
     for unit, ticket in zip(units, tickets, strict=True):
         if ticket is None:

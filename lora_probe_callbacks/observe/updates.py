@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer
 from lora_probe_callbacks.observe.facts import BaseDrift, UpdateFact
-from lora_probe_callbacks.observe.readout import Readout, local
+from lora_probe_callbacks.observe.readout import Readout, batches, chunks, local
 
-__all__ = ["BaseSample", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
+__all__ = ["BaseSample", "Copies", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
+
+
+@dataclass(eq=False, slots=True)
+class Copies:
+    """What an optimizer is about to change, as it is before its step: small tensors of one shape in one."""
+
+    slots: list[int]
+    rows: list[torch.Tensor]  # one row a slot
+    together: list[range]  # which of the slots are in each
+    readout: Readout
+    norms: range  # of the slots, in ``readout``, which may travel before that of the update
 
 
 MADE_ANEW = 0.3  # cosine of what A was and is; of two random ones it is near 0, and training turns A by little
@@ -24,79 +36,89 @@ class UpdateReading:
 
     step: int
     framework_step: int
-    slots: list[int]
+    slots: list[int | None]  # None: its tensor has left, or has another shape
     counts: list[int]
-    start: range
-    moved: range
-    size: range
+    starts: Callable[[], list[float]]  # norms before the step
     norm: range
+    size: range
+    moved: range
 
     def facts(self, readout: Readout) -> dict[int, UpdateFact]:
-        """Slot to its update, once the readout was fetched."""
-        rows = zip(
-            self.slots,
-            self.counts,
-            readout.get(self.start),
-            readout.get(self.moved),
-            readout.get(self.size),
-            readout.get(self.norm),
-            strict=True,
-        )
+        """Slot to its update, once the readout was received."""
+        values = zip(self.starts(), *map(readout.get, (self.norm, self.size, self.moved)), strict=True)
         return {
-            slot: UpdateFact(
-                start=start,
-                moved=moved / count,
-                size=size,
-                norm=norm,
-                finite=math.isfinite(norm),
-            )
-            for slot, count, start, moved, size, norm in rows
+            slot: UpdateFact(start=start, moved=moved / count, size=size, norm=norm, finite=math.isfinite(norm))
+            for slot, count, (start, norm, size, moved) in zip(self.slots, self.counts, values, strict=True)
+            if slot is not None
         }
 
 
-def copy_before(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """One copy of the adapter, taken before the step; it lives until the step has ended."""
-    now = {slot: local(tensor) for slot, tensor in tensors.items()}
-    copies = {slot: torch.empty_like(tensor) for slot, tensor in now.items()}
-    if copies:
-        torch._foreach_copy_(list(copies.values()), list(now.values()))
-    return copies
+def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> Copies:
+    """One copy of the adapter, taken before the step; it lives until the step has ended.
+
+    Args:
+        tensors: Slot to its registered tensor.
+        readout: Where the norms of the copies travel.
+
+    Returns:
+        The copies.
+    """
+    now = {slot: t for slot, tensor in tensors.items() if (t := local(tensor)).numel()}
+    slots, values = list(now), list(now.values())
+    together = chunks(values)
+    rows = [part if len(part) > 1 else part.clone() for part in batches(values, together)]
+    bounds = itertools.pairwise(itertools.accumulate(map(len, together), initial=0))
+    return Copies(
+        slots=[slots[i] for indices in together for i in indices],
+        rows=rows,
+        together=[range(*pair) for pair in bounds],
+        readout=readout,
+        norms=readout.add_row_norms(rows, 2),
+    )
 
 
 def read_update(
-    before: dict[int, torch.Tensor],
-    tensors: Mapping[int, torch.Tensor],
-    readout: Readout,
-    step: int,
-    framework_step: int,
+    before: Copies, tensors: Mapping[int, torch.Tensor], readout: Readout, step: int, framework_step: int
 ) -> UpdateReading | None:
     """Compare the tensors with their copies, in place of the copies.
 
     Args:
-        before: Slot to the copy; its values are overwritten.
+        before: The copies; their values are overwritten.
         tensors: Slot to the tensor after the step.
         readout: Where the values travel.
         step: The step that was made.
         framework_step: Its number in the framework.
 
     Returns:
-        A reading that yields facts after ``readout.fetch()``, or None if there is nothing to compare.
+        A reading that yields facts after ``readout.receive()``, or None if there is nothing to compare.
     """
     now = {s: local(t) for s, t in tensors.items()}
-    slots = [s for s, b in before.items() if s in now and now[s].shape == b.shape and b.numel()]
-    if not slots:
+    copies = [copy for part in before.rows for copy in part.unbind()]
+    there = [
+        s in now and now[s].shape == c.shape and now[s].device == c.device
+        for s, c in zip(before.slots, copies, strict=True)
+    ]
+    if not any(there):
         return None
-    after = [now[s] for s in slots]
-    change = [before[s] for s in slots]
-    start = readout.add_norms(change, 2)
-    norm = readout.add_norms(after, 2)
-    torch._foreach_sub_(change, after)
-    size = readout.add_norms(change, 2)
+    after = [now[s] if t else c for s, c, t in zip(before.slots, copies, there, strict=True)]
+    norm = readout.add_row_norms(batches(after, before.together), 2)
+    torch._foreach_sub_(copies, after)
+    size = readout.add_row_norms(before.rows, 2)
     # The signs of the change, summed up without their signs, count the elements that moved: a
     # difference is zero exactly where the bits agree, so no second copy is needed to count.
-    torch._foreach_sign_(change)
-    moved = readout.add_norms(change, 1)
-    return UpdateReading(step, framework_step, slots, [a.numel() for a in after], start, moved, size, norm)
+    torch._foreach_sign_(before.rows)
+    moved = readout.add_row_norms(before.rows, 1)
+    slots, ahead, ticket = before.slots, before.readout, before.norms
+    return UpdateReading(
+        step=step,
+        framework_step=framework_step,
+        slots=[s if t else None for s, t in zip(slots, there, strict=True)],
+        counts=[t.numel() for t in after],
+        starts=lambda: ahead.get(ticket),
+        norm=norm,
+        size=size,
+        moved=moved,
+    )
 
 
 class Fingerprints:

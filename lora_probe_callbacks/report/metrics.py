@@ -3,54 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
-from lora_probe_callbacks.observe.facts import Facts, Role, StepResponse, Sums
+from lora_probe_callbacks.observe.facts import Facts, Role, StepResponse
 
-__all__ = ["metrics_of_estimators", "metrics_of_response", "metrics_of_step", "metrics_of_update", "sums_of"]
+__all__ = ["metrics_of_estimators", "metrics_of_response", "metrics_of_step", "metrics_of_update"]
 
 _ROLES: tuple[Role, Role] = ("A", "B")
-
-
-def sums_of(facts: Facts, weights: Mapping[int, float]) -> Sums:
-    """Sums over some slots, for norms over all of them.
-
-    Args:
-        facts: What is known at a decision.
-        weights: Slot to its share: 1, or less for a shard that several ranks hold.
-
-    Returns:
-        Sums of squares and of elements.
-    """
-    gradients, received, moved, elements = ({"A": 0.0, "B": 0.0, "other": 0.0} for _ in range(4))
-    size = norm = 0.0
-    intended, update = facts.intended, facts.update
-    for i, gradient in enumerate(facts.gradients):
-        if gradient is not None and i in intended and i in weights:
-            gradients[facts.slots[i].role] += weights[i] * gradient.norm**2
-    for i, change in enumerate(() if update is None else update.slots):
-        if change is not None and i in weights:
-            slot, weight = facts.slots[i], weights[i]
-            moved[slot.role] += weight * slot.numel * change.moved
-            elements[slot.role] += weight * slot.numel
-            size += weight * change.size**2
-            norm += weight * change.norm**2
-    for i, value in enumerate(() if update is None else update.gradient_norms):
-        if value is not None and i in weights:
-            received[facts.slots[i].role] += weights[i] * value**2
-    a, b = _ROLES
-    return Sums(
-        gradients=(gradients[a], gradients[b]),
-        received=(received[a], received[b]),
-        moved=(moved[a], moved[b]),
-        elements=(elements[a], elements[b]),
-        size=size,
-        norm=norm,
-    )
-
-
-def _sums(facts: Facts) -> Sums:
-    return facts.sums or sums_of(facts, dict.fromkeys(range(len(facts.slots)), 1.0))
 
 
 def metrics_of_step(facts: Facts) -> dict[str, float]:
@@ -77,7 +35,7 @@ def metrics_of_step(facts: Facts) -> dict[str, float]:
     read = [(i, g) for i, g in enumerate(facts.gradients) if g is not None and i in intended]
     if read:
         values["reachability/loss_fraction"] = sum(g.present for _, g in read) / len(read)
-        for role, squares in zip(_ROLES, _sums(facts).gradients, strict=True):
+        for role, squares in zip(_ROLES, facts.total.gradients, strict=True):
             values[f"gradient/norm_{role}"] = math.sqrt(squares)
     return {f"lora_probe/{name}": value for name, value in values.items()}
 
@@ -107,7 +65,7 @@ def metrics_of_update(facts: Facts) -> dict[str, float]:
     """
     if facts.update is None:
         return {}
-    sums = _sums(facts)
+    sums = facts.total
     values = {"update/relative_norm": math.sqrt(sums.size / sums.norm) if sums.norm else 0.0}
     present = {s.role for s, n in zip(facts.slots, facts.update.gradient_norms, strict=False) if n is not None}
     for index, role in enumerate(_ROLES):

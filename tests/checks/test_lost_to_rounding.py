@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ HALF = {"half": True}
 
 
 def moved(fraction: float) -> UpdateFact:
-    return dataclasses.replace(MOVED, moved=fraction)
+    return MOVED._replace(moved=fraction)
 
 
 def lost(a: float = 1.0, b: float = 1.0, **changes: Any) -> Any:

@@ -7,8 +7,8 @@ from facts import GRADIENT, MOVED, bad, expect, facts
 
 from lora_probe_callbacks.checks.non_finite import CHECK
 
-INFINITE = dataclasses.replace(GRADIENT, norm=float("inf"), finite=False)
-BROKEN = dataclasses.replace(MOVED, finite=False)
+INFINITE = GRADIENT._replace(norm=float("inf"), finite=False)
+BROKEN = MOVED._replace(finite=False)
 SECOND = [GRADIENT, INFINITE, GRADIENT, GRADIENT]
 
 

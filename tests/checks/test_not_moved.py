@@ -65,8 +65,8 @@ def test_adapter_that_moved_before_warns() -> None:
 def test_a_without_gradient_does_not_soften_the_verdict_on_b() -> None:
     """While no step moves B, every gradient of A is exactly zero."""
     what = facts(updates=[STILL] * 4)
-    a = dataclasses.replace(what.history[0], zero=5, had_signal=False)
-    b = dataclasses.replace(what.history[0], unmoved=4)
+    a = what.history[0]._replace(zero=5, had_signal=False)
+    b = what.history[0]._replace(unmoved=4)
     assert judge(dataclasses.replace(what, history=(a, b, a, b))).status == "fail"
 
 

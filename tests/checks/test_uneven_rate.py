@@ -17,7 +17,7 @@ def rates(*units: tuple[str, float | None, float | None]) -> Facts:
     slots = []
     for slot in what.slots:
         part, a, b = units[slot.unit]
-        slots.append(dataclasses.replace(slot, learning_rate=a if slot.role == "A" else b, part=part))
+        slots.append(slot._replace(learning_rate=a if slot.role == "A" else b, part=part))
     return dataclasses.replace(what, slots=tuple(slots))
 
 
@@ -69,7 +69,7 @@ def test_layers_without_a_rate_are_left_out() -> None:
 
 def test_what_stays_frozen_is_left_out() -> None:
     what = rates(LINEAR, EMBEDDING)
-    frozen = tuple(dataclasses.replace(s, frozen_by_intent=s.unit == 1) for s in what.slots)
+    frozen = tuple(s._replace(frozen_by_intent=s.unit == 1) for s in what.slots)
     assert judge(dataclasses.replace(what, slots=frozen)).status == "pass"
 
 

@@ -20,9 +20,7 @@ def parts(magnitude: bool, a: bool = True, **changes: Any) -> Facts:
     """A, and a magnitude in place of B, in each of two layers."""
     what = facts(slot={"part": "lora_A"}, **changes)
     slots = tuple(
-        dataclasses.replace(s, requires_grad=a)
-        if s.role == "A"
-        else dataclasses.replace(s, role="other", part=PART, requires_grad=magnitude)
+        s._replace(requires_grad=a) if s.role == "A" else s._replace(role="other", part=PART, requires_grad=magnitude)
         for s in what.slots
     )
     return dataclasses.replace(what, slots=slots)
@@ -30,7 +28,7 @@ def parts(magnitude: bool, a: bool = True, **changes: Any) -> Facts:
 
 def changed(what: Facts, slot: int, **changes: Any) -> Facts:
     slots = list(what.slots)
-    slots[slot] = dataclasses.replace(slots[slot], **changes)
+    slots[slot] = slots[slot]._replace(**changes)
     return dataclasses.replace(what, slots=tuple(slots))
 
 
@@ -79,7 +77,7 @@ def test_part_that_trained_before_has_its_turn_again() -> None:
 )
 def test_part_of_another_optimizer_waits_for_its_event(optimizers: int, owner: int | None, status: str) -> None:
     what = parts(magnitude=False, history=NEW, optimizers=optimizers)
-    slots = tuple(dataclasses.replace(s, owner=owner) if s.role == "other" else s for s in what.slots)
+    slots = tuple(s._replace(owner=owner) if s.role == "other" else s for s in what.slots)
     assert judge(dataclasses.replace(what, slots=slots)).status == status
 
 
