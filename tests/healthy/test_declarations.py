@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from peft import (
     LoraConfig,
     PeftModel,
@@ -513,6 +514,19 @@ def test_new_tokens_beside_batches_without_a_signal() -> None:
         return with_new_tokens(model, batch, step) * (step > 2)
 
     judged(replace(table_that_trains(), loss=loss), "LP604", new_token_ids=NEW)
+
+
+def test_rows_are_watched_and_nothing_changes() -> None:
+    def trained_weights(*, probed: bool) -> list[Tensor]:
+        run = table_that_trains()
+        if probed:
+            judged(run, "LP604", new_token_ids=NEW)
+        else:
+            fit_lightning(run, Callback(), 8)
+        return [p.detach() for p in run.model.parameters()]
+
+    pairs = zip(trained_weights(probed=True), trained_weights(probed=False), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
