@@ -83,9 +83,10 @@ def write_mutants(folder: Path, only: str) -> list[Mutant]:
     for path in sorted((folder / CHECKS).glob(f"*{only}*.py" if only else "*.py")):
         made = mutate_file_contents(str(path), path.read_text())
         path.write_text(made.code)
+        lines = made.code.splitlines(keepends=True)  # once: ast.get_source_segment would split them for each function
         functions = {
-            node.name: ast.get_source_segment(made.code, node) or ""
-            for node in ast.walk(ast.parse(made.code))
+            node.name: "".join(lines[node.lineno - 1 : node.end_lineno])
+            for node in ast.parse(made.code).body
             if isinstance(node, ast.FunctionDef)
         }
         for name in made.mutant_names:

@@ -481,6 +481,8 @@ class ProbeSession:
             if self._checkpoints is not None:
                 self._checkpoints.stepped_at = time.time()
             self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
+            if self._scene.copies is not None:
+                self._scene.copies.stepped(self.step, self._framework_step())
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
             if self._now.done(self._scene.owners()):
@@ -536,6 +538,13 @@ class ProbeSession:
 
     def _before_forward(self, module: nn.Module) -> None:
         """A candidate for a training forward is about to run."""
+        self._scene.inside_forward = True
+        try:
+            self._forward_begins(module)
+        finally:
+            self._scene.inside_forward = False
+
+    def _forward_begins(self, module: nn.Module) -> None:
         if not self._decided_start:
             self._decided_start = True
             if not self._broken:
@@ -784,6 +793,8 @@ class ProbeSession:
         self._history = advance(self._history, seen["slots"], readings.gradients, readings.update, self.step)
         if readings.followers is not None:
             scene.followers.advance(readings.followers, self.step, moved=_moved(readings))
+        if readings.copies is not None and scene.copies is not None:
+            scene.copies.advance(readings.copies)
         overflow = seen["scaler"] and any(g is not None and not g.finite for g in readings.gradients)
         if readings.skipped_inside:
             self._skipped_in_a_row += 1
@@ -800,6 +811,8 @@ class ProbeSession:
             update=readings.update,
             others=scene.other_facts(readings.others_before, readings.others_after, was_active),
             base_drift=readings.drift,
+            copies=None if scene.copies is None or seen["replaced"] else scene.copies.fact(),
+            token_rows=tuple(rows.fact() for rows in self._reader.token_rows),
             skipped_in_a_row=skipped,
             ever_stepped=self._ever_stepped,
             # Reading the scale costs a transfer: only when steps are being skipped.
@@ -823,6 +836,8 @@ class ProbeSession:
         try:
             self._start = self._scene.start(self._framework_step())
             self._coverage = self._scene.coverage(self.config.expect_targets, self.config.new_token_ids)
+            self._reader.token_rows = self._scene.rows_of(self.config.new_token_ids)
+            self._observer.watch_tokens(self._reader.token_rows)
         except Exception as error:
             self._internal(error)
             left = [c for c in self._checks if c.code in ("LP503", "LP504") or c.code.startswith("LP6")]

@@ -17,6 +17,8 @@ from lora_probe_callbacks.observe.facts import (
     OtherAdapter,
     RankReport,
     RanksFact,
+    ResumedFact,
+    SavedFact,
     SlotFact,
     SlotHistory,
     StepUpdate,
@@ -180,6 +182,19 @@ def ranks(
 
 
 ALL = frozenset(range(4))
+
+
+def saved(**changes: Any) -> SavedFact:
+    """A file of the adapter that was written in step 3, equal to the live one in all of its four tensors."""
+    healthy: dict[str, Any] = {"path": "out/adapter.safetensors", "adapter": "default", "step": 3, "framework_step": 30}
+    healthy |= {"slots": ALL, "tensors": 4, "values": "equal"}
+    return SavedFact(**{**healthy, **changes})
+
+
+def resumed(**changes: Any) -> ResumedFact:
+    """A run that goes on from a checkpoint, with the adapter, the optimizer's state and the base that were saved."""
+    healthy: dict[str, Any] = {"source": "last.ckpt", "whole": True, "known": ALL, "optimizer": ALL, "base": 0.0}
+    return ResumedFact(**{**healthy, "base_layer": "layer.0", **changes})
 
 
 def expect(

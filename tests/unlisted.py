@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from peft import IA3Config, get_peft_model
+from peft.tuners.lora import LoraLayer
 from recipes import TWICE, Recipe, from_step, recipe
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -95,6 +97,47 @@ def layer_exchanged() -> Training:
         attention.q_proj = attention.q_proj.base_layer
 
     return Training(lora(), between_steps=from_step(3, change))
+
+
+@unlisted("disabled by a generator that nobody ended", "LP102", 2, "all adapters were disabled")
+def disabled_by_a_generator() -> Training:
+    model = lora(hook=True)
+
+    def scores() -> Iterator[Tensor]:
+        with model.disable_adapter():
+            while True:
+                yield torch.zeros(1)
+
+    reference = scores()  # alive as long as the run, as in a data pipeline
+    run = Training(model, optimizer=adamw(model))
+    run.between_steps = from_step(2, lambda run: next(reference) and None)
+    return run
+
+
+@unlisted("no adapter active", "LP101", 2, "'default' was not active", "[] was")
+def none_active() -> Training:
+    model = lora(hook=True)
+    return Training(
+        model,
+        optimizer=adamw(model),
+        between_steps=from_step(2, lambda run: run.model.base_model.set_adapter([])),
+    )
+
+
+@unlisted("reward adapter left active by the loss", "LP105", 3, "switched between the forward and its backward")
+def reward_adapter_left() -> Training:
+    model = lora(hook=True)
+    model.add_adapter("reward", config())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = AdamW(list(adapter_tensors(model, "default").values()), lr=1e-3)
+
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        value = next_token_loss(model, batch, step)
+        if step == 3:
+            model.set_adapter("reward")
+        return value
+
+    return Training(model.train(), loss, optimizer=optimizer)
 
 
 # --- identity -----------------------------------------------------------------------------------
@@ -190,6 +233,49 @@ def b_at_zero() -> Training:
     return Training(model, optimizer=AdamW([{"params": a}, {"params": b, "lr": 0.0}], lr=1e-3))
 
 
+@unlisted("B left out of the optimizer", "LP201", 0, "4 of 8", "lora_B")
+def b_left_out() -> Training:
+    model = lora()
+    return Training(model, optimizer=AdamW([p for n, p in adapter_tensors(model).items() if "lora_A" in n], lr=1e-3))
+
+
+@unlisted("matrices alone in the optimizer", "LP201", 0, "4 of 12", "lora_magnitude_vector")
+def magnitude_left_out() -> Training:
+    model = lora(use_dora=True)
+    return Training(model, optimizer=AdamW([p for p in trainable(model) if p.ndim == 2], lr=1e-3))
+
+
+@unlisted("parameters overwritten by a conversion", "LP202", 0, "copies of 8 of its adapter tensors", "copies none")
+def overwritten_by_conversion() -> Training:
+    model = lora(base=llama(torch.bfloat16))
+    optimizer = adamw(model)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    return Training(model, optimizer=optimizer)
+
+
+@unlisted("groups filled with casts", "LP202", 0, "copies of 8 of its adapter tensors", "copies none")
+def groups_filled_with_casts() -> Training:
+    model = lora()
+    optimizer = adamw(model)
+    for group in optimizer.param_groups:
+        group["params"] = [p.detach().double().requires_grad_() for p in group["params"]]
+    return Training(model, optimizer=optimizer)
+
+
+@unlisted("weight norm on A after the optimizer", "LP202", 0, "4 tensors that the model does not hold", "lora_A")
+def parametrized_afterwards() -> Training:
+    model = lora()
+    optimizer = adamw(model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            torch.nn.utils.parametrizations.weight_norm(module.lora_A["default"])
+    return Training(model, optimizer=optimizer)
+
+
 # --- reachability -------------------------------------------------------------------------------
 
 
@@ -199,6 +285,83 @@ def loss_rebuilt() -> Training:
         return torch.tensor(next_token_loss(model, batch, step).item(), requires_grad=True)
 
     return Training(lora(), loss)
+
+
+@unlisted("called with detached tensors", "LP301", 0, "does not depend on any of the 8")
+def functional_with_detached() -> Training:
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        detached = {name: p.detach() for name, p in model.named_parameters()}
+        return torch.func.functional_call(model, detached, (), {"input_ids": batch, "labels": batch}).loss
+
+    return Training(lora(hook=True), loss)
+
+
+@unlisted("called with clones from before", "LP301", 0, "does not depend on any of the 8")
+def functional_with_clones() -> Training:
+    model = lora(hook=True)
+    clones = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        return torch.func.functional_call(model, clones, (), {"input_ids": batch, "labels": batch}).loss
+
+    return Training(model, loss)
+
+
+@unlisted("output of B detached by a hook", "LP301", 0, "does not depend on any of the 8")
+def b_detached() -> Training:
+    model = lora(hook=True)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_B["default"].register_forward_hook(lambda module, args, output: output.detach())
+    return Training(model)
+
+
+@unlisted("lower block in inference mode", "LP302", 3, "4 adapter tensors", "layers.0", "without gradients enabled")
+def lower_block_in_inference_mode() -> Training:
+    model = lora(hook=True)
+    block = layers(model)[0]
+    forward = block.forward
+
+    def without(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.inference_mode():
+            output = forward(*args, **kwargs)
+        return output.clone()
+
+    block.forward = without
+    return Training(model)
+
+
+def headed(head: nn.Module) -> Callable[[nn.Module, Tensor, int], Tensor]:
+    """A loss that calls a head by a reference from before the adapter was attached."""
+
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        hidden = model.get_base_model().model(input_ids=batch)[0]
+        return F.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+    return loss
+
+
+@unlisted("head taken before its adapter", "LP104", 1, "lm_head", "never called")
+def head_taken_before_its_adapter() -> Training:
+    base = llama()
+    loss = headed(base.lm_head)
+    return Training(lora(base=base, target_modules=["q_proj", "lm_head"]), loss)
+
+
+@unlisted("head taken before its copy", "LP104", 1, "lm_head", "never called")
+def head_taken_before_its_copy() -> Training:
+    base = llama()
+    loss = headed(base.lm_head)
+    return Training(lora(base=base, modules_to_save=["lm_head"]), loss)
+
+
+@unlisted("outputs rounded to a grid", "LP303", 3, "every adapter gradient is exactly zero")
+def rounded_to_a_grid() -> Training:
+    model = lora()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.register_forward_hook(lambda module, args, output: (output * 64).round() / 64)
+    return Training(model, optimizer=adamw(model, weight_decay=0.0))
 
 
 @unlisted("detach in the middle", "LP301", 3, "4 adapter tensors", "layers.0")
@@ -304,6 +467,35 @@ def b_reset() -> Training:
                     tensor.zero_()
 
     return Training(lora(), between_steps=reset)
+
+
+@unlisted("rate below the precision of float32", "LP401", 3, "no step has moved the adapter")
+def rate_below_precision() -> Training:
+    model = lora()
+    trained(model)
+    return Training(model, optimizer=adamw(model, lr=1e-14, weight_decay=0.0))
+
+
+@unlisted("storage exchanged for that of the start", "LP401", 3, "put back")
+def storage_exchanged() -> Training:
+    model = lora()
+    start = {n: p.detach().clone() for n, p in adapter_tensors(model).items()}
+
+    def exchange(run: Training, step: int) -> None:
+        for name, tensor in adapter_tensors(run.model).items():
+            tensor.data = start[name].clone()
+
+    return Training(model, between_steps=exchange)
+
+
+@unlisted("everything initialised anew in training", "LP404", 3, "base weight", "drifted")
+def initialised_at_3() -> Training:
+    def change(run: Training) -> None:
+        with torch.no_grad():
+            for tensor in run.model.parameters():
+                tensor.normal_(std=0.02)
+
+    return Training(lora(), between_steps=from_step(3, change))
 
 
 @unlisted("NaN loss once", "LP501", 2, "inf or nan")

@@ -588,6 +588,75 @@ def wrong_ids() -> Training:
     return Training(model)
 
 
+def with_tokens(batch: Tensor, *tokens: int) -> Tensor:
+    """A batch that holds these tokens, in the middle."""
+    batch = batch.clone()
+    for position, token in enumerate(tokens, start=2):
+        batch[:, position] = token
+    return batch
+
+
+def with_new_tokens(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+    tokens = with_tokens(batch, 64, 65, 66, 67)
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+STARVED = ("LP604", 1, "get no gradient", "though one arrives for them", "cannot learn")
+
+
+def masked_rows(kept: slice, **changes: Any) -> Training:
+    """Every row but some gets a gradient of zero, by a hook on the weight that trains."""
+    model = lora(base=resized(), **changes)
+    if not changes:
+        model.get_input_embeddings().weight.requires_grad_(True)
+    table = model.get_input_embeddings()
+    weight = next(p for p in table.parameters() if p.requires_grad)
+
+    def mask(gradient: Tensor) -> Tensor:
+        masked = torch.zeros_like(gradient)
+        masked[kept] = gradient[kept]
+        return masked
+
+    weight.register_hook(mask)
+    return Training(model, with_new_tokens, optimizer=lambda m: adamw(m, weight_decay=0.0))
+
+
+@unlisted("mask that keeps the old rows", *STARVED, "4 of 4", new_token_ids=range(64, 68))
+def old_rows_kept() -> Training:
+    return masked_rows(slice(0, 64))
+
+
+@unlisted("mask off by two", *STARVED, "2 of 4", "token 64, 65 cannot", new_token_ids=range(64, 68))
+def mask_off_by_two() -> Training:
+    return masked_rows(slice(66, 68), modules_to_save=["embed_tokens"])
+
+
+@unlisted("mask on the rows of trainable tokens", *STARVED, "token 66, 67 cannot", new_token_ids=range(64, 68))
+def delta_masked() -> Training:
+    return masked_rows(slice(0, 2), trainable_token_indices=[64, 65, 66, 67])
+
+
+@unlisted("mask on LoRA of the embedding", *STARVED, "4 of 4", new_token_ids=range(64, 68))
+def embedding_adapter_masked() -> Training:
+    model = lora(base=resized(), target_modules=["q_proj", "embed_tokens"])
+    weight = next(p for n, p in model.named_parameters() if "lora_embedding_A" in n)
+    weight.register_hook(lambda g: torch.cat([g[:, :64], torch.zeros_like(g[:, 64:])], dim=1))
+    return Training(model, with_new_tokens)
+
+
+@unlisted("rows zeroed after the backward", *STARVED, "4 of 4", new_token_ids=range(64, 68))
+def rows_zeroed() -> Training:
+    model = lora(base=resized())
+    weight = model.get_input_embeddings().weight
+    weight.requires_grad_(True)
+
+    def zero(weight: Tensor) -> None:
+        weight.grad[64:] = 0
+
+    weight.register_post_accumulate_grad_hook(zero)
+    return Training(model, with_new_tokens)
+
+
 # --- LP605: parts --------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending, some
-from lora_probe_callbacks.observe.facts import Facts
+from lora_probe_callbacks.observe.facts import Facts, UpdateFact
 
 LEFT = 0.1  # of the norm of B before the step
 FACTOR = 10.0  # times what the rate, the gradient and weight decay account for: Adam steps by 3.2 rates at most
@@ -22,7 +22,7 @@ def judge(facts: Facts) -> Verdict:
     ]
     if not pairs:
         return pending("no B has a value that a step could erase")
-    erased = [i for i, u in pairs if u.finite and u.norm < LEFT * u.start and u.size > FACTOR * _explained(facts, i)]
+    erased = [i for i, u in pairs if u.finite and u.norm < LEFT * u.start and u.size > FACTOR * _explained(facts, i, u)]
     if len(erased) < len(pairs):
         return ok()
     starts, ends = math.hypot(*(u.start for _, u in pairs)), math.hypot(*(u.norm for _, u in pairs))
@@ -36,14 +36,13 @@ def judge(facts: Facts) -> Verdict:
     )
 
 
-def _explained(facts: Facts, slot: int) -> float:
+def _explained(facts: Facts, slot: int, update: UpdateFact) -> float:
     """A generous size of the step: every element by the rate, or the gradient times the rate, and weight decay."""
     rate = facts.slots[slot].learning_rate
-    if rate is None or rate != rate or facts.update is None:
-        return float("inf")
-    fact = facts.update.slots[slot]
-    gradient = facts.update.gradient_norms[slot] if facts.update.gradient_norms else None
-    decay = (facts.slots[slot].weight_decay or 0.0) * (fact.start if fact is not None else 0.0)
+    if rate is None:
+        return float("inf")  # a rate that is NaN explains everything as well: nothing is above it
+    gradient = facts.update.gradient_norms[slot] if facts.update is not None and facts.update.gradient_norms else None
+    decay = (facts.slots[slot].weight_decay or 0.0) * update.start
     return rate * max(math.sqrt(facts.slots[slot].numel), gradient or 0.0, decay)
 
 

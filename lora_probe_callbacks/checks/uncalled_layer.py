@@ -85,7 +85,7 @@ def _in_the_graph(facts: Facts, unit: int) -> bool:
 CHECK = Check(
     code="LP104",
     name="uncalled-layer",
-    what="An adapted layer is never called in the training forward, its base weight is used there all the "
+    what="An adapted layer (or a modules_to_save copy) is never called in the training forward, its base weight (or the original) is used there all the "
     "same, and its adapter's gradient is None or zero. It warns if a layer was not called once in a hundred steps.",
     why="Fused losses multiply with lm_head.weight and fused kernels take out_proj.weight; on an adapted layer "
     "that is the frozen base weight. All other layers learn, so the loss falls.",

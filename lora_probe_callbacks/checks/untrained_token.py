@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending, skipped, some, warn
 from lora_probe_callbacks.observe.facts import Facts
 
+LOOKS = 2  # a gradient that arrives and is not there is exact; a second time it is no accident
+
 
 def judge(facts: Facts) -> Verdict:
-    """Look for declared tokens whose rows are frozen."""
+    """Look for declared tokens whose rows are frozen, or get no gradient although one arrives for them."""
     if not facts.new_tokens:
         return skipped("no new tokens were declared")
     if facts.coverage is None:
@@ -45,6 +49,29 @@ def judge(facts: Facts) -> Verdict:
             fix="add the embedding to trainable_token_indices or modules_to_save; if the tokens only ever come out of the model, and never go in, "
             "nothing is wrong",
         )
+    return _gradients(facts)
+
+
+def _gradients(facts: Facts) -> Verdict:
+    for rows in facts.token_rows:
+        starved = [token for token, count in rows.starved if count >= LOOKS]
+        if not starved:
+            continue
+        if not any(h.had_gradient and not h.zero and not h.missing for h in facts.history):
+            return pending("no gradient of the adapter is other than zero, those of the new tokens neither")
+        verdict = fail(
+            f"the rows of {len(starved)} of {len(rows.ids)} new tokens get no gradient in {rows.name}, though one arrives for them: "
+            f"{_tokens(starved)} cannot learn",
+            cause="gradient",
+            got=f"a gradient at the positions of these tokens, and exactly 0 in their rows, {LOOKS} probed steps in a row",
+            expected="the gradient of its positions in each new row",
+            fix="look for a hook or mask on the embedding's gradient, or a loop that zeroes rows of it: it must keep the new rows",
+        )
+        return dataclasses.replace(verdict, seen=rows.seen)
+    if facts.token_rows and not any(rows.occurred for rows in facts.token_rows):
+        return pending(
+            "the rows of the new tokens train; no probed batch that was learned from has held one of them yet"
+        )
     return ok()
 
 
@@ -55,8 +82,10 @@ def _tokens(ids: list[int]) -> str:
 CHECK = Check(
     code="LP604",
     name="untrained-token",
-    what="A token in new_token_ids has a row in no table that trains: it fails. If only the head's row trains, it warns.",
-    why="resize_token_embeddings() before get_peft_model() leaves the new rows random and frozen, and the adapter's file does not hold them.",
+    what="A token in new_token_ids has a row in no table that trains: it fails. So it does where a gradient arrives at the positions of a token and "
+    "is not in its row when the optimizer steps. If only the head's row trains, it warns.",
+    why="resize_token_embeddings() before get_peft_model() leaves the new rows random and frozen, and the adapter's file does not hold them. A "
+    "gradient mask that keeps the wrong rows does the same, beside a table that trains.",
     fix="Pass trainable_token_indices=[...] or modules_to_save=['embed_tokens', 'lm_head'] in the LoraConfig.",
     quiet="Rows trained by trainable_token_indices, modules_to_save, an adapter on the embedding or the table itself; tied tables; tokens that "
     "do not occur in a batch; an untied head that stays as it is.",

@@ -96,7 +96,8 @@ def runs_to_all(leaves: Iterable[torch.Tensor]) -> bool:
     planned = torch._C._will_engine_execute_node
     try:
         with torch.enable_grad():  # a view leads to the node that accumulates the gradient of its base
-            return all(planned(t.view_as(t).grad_fn.next_functions[0][0]) for t in leaves)  # type: ignore[union-attr, arg-type]
+            nodes = (t.view_as(t).grad_fn for t in leaves)  # None inside torch.func.grad, which has a graph of its own
+            return all(node is not None and planned(node.next_functions[0][0]) for node in nodes)  # type: ignore[arg-type]
     except RuntimeError:  # torch.autograd.grad with these very leaves
         return False
 

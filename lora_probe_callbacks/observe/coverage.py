@@ -20,6 +20,7 @@ from torch import nn
 
 from lora_probe_callbacks.observe.adapters import Unit
 from lora_probe_callbacks.observe.facts import Coverage, Request, TokenTable
+from lora_probe_callbacks.observe.token_rows import TokenRows
 from lora_probe_callbacks.observe.wrappers import is_shard
 
 __all__ = ["adapter_configs", "read_coverage"]
@@ -338,6 +339,29 @@ def _tables(roots: Sequence[tuple[str, nn.Module]], units: Sequence[Unit], ids: 
             yield TokenTable(
                 names.get(id(table), side), "input" if side == "input" else "output", len(weight), untrained
             )
+
+
+def token_rows(roots: Sequence[tuple[str, nn.Module]], units: Sequence[Unit], ids: Sequence[int]) -> list[TokenRows]:
+    """The embeddings in which rows of declared tokens train and can be watched.
+
+    Args:
+        roots: (name, module) pairs that hold what is trained.
+        units: The expected ones.
+        ids: Declared tokens.
+
+    Returns:
+        One entry for each.
+    """
+    adapters = {unit.adapter for unit in units}
+    names = {id(module): name for prefix, root in roots for name, module in root.named_modules(prefix=prefix)}
+    found = []
+    for model in _language_models(roots):
+        table = _table(model, "get_input_embeddings")
+        weight = _weight(table)
+        if table is not None and weight is not None:
+            known = [i for i in ids if i < len(weight)]
+            found.append(TokenRows(names.get(id(table), "input"), table, known, adapters))
+    return [rows for rows in found if rows.watchable]
 
 
 def _trained_rows(table: nn.Module, adapters: set[str]) -> set[int] | None:

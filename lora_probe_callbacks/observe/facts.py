@@ -35,7 +35,7 @@ class SlotFact(NamedTuple):
         role: ``"A"`` or ``"B"`` of a low-rank pair, else ``"other"``.
         unit: Index of the unit that owns the slot.
         requires_grad: Of the registered tensor, outside a forward.
-        owner: Index of the optimizer that owns the registered tensor object, or None.
+        owner: Index of the optimizer that owns the registered tensor object, or a copy of it (``CopiesFact``); or None.
         learning_rate: Of its parameter group, or None without an owner.
         weight_decay: Of its parameter group, or None without an owner.
         frozen_by_intent: Named by ``frozen=`` or by PEFT as not meant to train.
@@ -210,6 +210,24 @@ class OtherAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class CopiesFact:
+    """Tensors that an optimizer steps in the place of adapter tensors, and that were copies of these at the start.
+
+    Attributes:
+        slots: The slots of which it holds copies.
+        followed: The adapter's own tensors have changed in training: something writes to them.
+        still: Probed steps in a row after which the copies had changed and the adapter had not.
+        starved: Step and framework step in which no copy had a gradient when the optimizer stepped, though
+            the adapter had one.
+    """
+
+    slots: frozenset[int]
+    followed: bool = False
+    still: int = 0
+    starved: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class UnitStart:
     """What one unit held before the first training forward.
 
@@ -303,6 +321,26 @@ class TokenTable:
     side: Literal["input", "output"]
     rows: int
     untrained: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRowsFact:
+    """What came of the gradients of some new tokens, in the embedding that reads them.
+
+    Attributes:
+        name: The embedding.
+        ids: The tokens that are looked at.
+        occurred: How many of them had a gradient at their positions in some probed step.
+        starved: Token, and in how many probed steps in a row a gradient came to its positions and its row had
+            exactly none when the optimizer stepped.
+        seen: Step and framework step of the last look.
+    """
+
+    name: str
+    ids: tuple[int, ...]
+    occurred: int = 0
+    starved: tuple[tuple[int, int], ...] = ()
+    seen: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -761,6 +799,7 @@ class Facts:
     base_drift: BaseDrift | None = None
     trainable_bases: tuple[str, ...] = ()
     replaced: tuple[int, ...] = ()  # slots whose former tensor is still in an optimizer
+    copies: CopiesFact | None = None  # None: the optimizer holds no copies of the adapter
     foreign_in_optimizer: int = 0  # optimizer tensors that belong to no watched module
     optimizer_tensors: int = 0
     optimizers: int = 0
@@ -791,6 +830,7 @@ class Facts:
     resumed: bool | None = None  # as declared
     reference: ReferenceFact | None = None  # None: not declared
     new_tokens: tuple[int, ...] = ()  # as declared
+    token_rows: tuple[TokenRowsFact, ...] = ()  # of embeddings in which they can be watched
     start: StartFact | None = None  # read before the first training forward, and kept
     coverage: Coverage | None = None  # likewise
     why_alone: str = "there is one process"  # why nothing will be exchanged; empty while ranks decide together

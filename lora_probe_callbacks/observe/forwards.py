@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_probe_callbacks.observe.adapters import Inventory, Unit
 from lora_probe_callbacks.observe.autograd import Walk, capturing, in_backward, mark, runs_to_all, walk, walk_from_here
 from lora_probe_callbacks.observe.facts import ForwardFact, Mode
+from lora_probe_callbacks.observe.token_rows import TokenRows
 from lora_probe_callbacks.observe.witness import WeightWitness
 from lora_probe_callbacks.observe.wrappers import describe, hooks_fire
 
@@ -153,6 +154,7 @@ class ForwardObserver:
         self.closely = True  # walk the graph of every forward, whether or not gradients show that it is whole
         self.bare = False  # only follow the steps, observe nothing: after an error of the probe, for the other ranks
         self.sharded = False  # the tensors inside a forward are not those outside
+        self.token_rows: list[TokenRows] = []  # of new tokens, in the embeddings that read them
         self.traced = False  # hooks ended up inside a compiled region
         self._before = before
         self._after = after
@@ -219,6 +221,8 @@ class ForwardObserver:
 
     def arm(self) -> None:
         """Install the hooks of one step; those of the step before it may stay."""
+        for rows in self.token_rows:
+            rows.begin()
         if self._complete and not self.traced:
             self._let_outputs_go()
             return
@@ -238,6 +242,18 @@ class ForwardObserver:
             if id(layer.called) not in hooked:
                 hooked.add(id(layer.called))
                 self._hook(layer.called, layer.name)
+        self._hook_tables()
+
+    def watch_tokens(self, rows: list[TokenRows]) -> None:
+        """Watch embeddings as well, from the forward on that is about to run."""
+        self.token_rows = rows
+        if self.armed:
+            self._hook_tables()
+
+    def _hook_tables(self) -> None:
+        for rows in self.token_rows:
+            hook = rows.table.register_forward_hook(_Hook(self, self._embedded, rows))
+            self._handles.append((rows.table, hook))
 
     def _hook(self, module: nn.Module, name: str) -> None:
         # fully_shard gathers parameters in a pre-hook of its own: the tensors are looked at before it.
@@ -338,6 +354,22 @@ class ForwardObserver:
             except Exception as failure:
                 self._on_error(failure)
         return None
+
+    def _embedded(self, rows: TokenRows, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        frame: _Frame | None = getattr(self._thread, "frame", None)
+        if self.paused or in_backward() or frame is None or frame.candidate is None or not args:
+            return
+        if isinstance(output, torch.Tensor) and output.requires_grad and isinstance(args[0], torch.Tensor):
+            hook = _Hook(self, self._came_to, (rows, args[0]))
+            self._output_handles.append(output.register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _came_to(self, where: tuple[TokenRows, torch.Tensor], gradient: torch.Tensor | None) -> None:
+        rows, ids = where
+        try:
+            if gradient is not None:
+                rows.came(ids, gradient)
+        except Exception as error:
+            self._on_error(error)
 
     def _new_candidate(self, name: str, module: nn.Module) -> Candidate:
         if self.bare:

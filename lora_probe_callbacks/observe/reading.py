@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.facts import SAMPLE, BaseDrift, GradientFact, Role, Sample, StepUpdate
 from lora_probe_callbacks.observe.gradients import GradientReading, read_gradients
-from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale
+from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of
 from lora_probe_callbacks.observe.ranks import sample
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.scene import Scene
+from lora_probe_callbacks.observe.token_rows import TokenRows
 from lora_probe_callbacks.observe.updates import BaseSample, Copies, UpdateReading, copy_before, read_update
 
 __all__ = ["DeviceReader", "Readings"]
@@ -38,6 +39,7 @@ class Readings:
         tensor_sample: Of what every rank should hold alike, if it was asked for.
         gradient_sample: The same of the gradients.
         followers: Sums of the bits of lagged adapters, if there are any.
+        copies: Norms of the adapter and of the copies that an optimizer steps for it, if it does.
     """
 
     gradients: tuple[GradientFact | None, ...]
@@ -50,6 +52,7 @@ class Readings:
     tensor_sample: Sample
     gradient_sample: Sample
     followers: list[float] | None
+    copies: list[float] | None
 
 
 @dataclass(eq=False, slots=True)
@@ -64,10 +67,12 @@ class _Tickets:
     before: range | None = None
     after: range | None = None
     skipped: range | None = None
+    rows: list[tuple[TokenRows, range, range, int, int]] = field(default_factory=list)
     tensor_sample: range | None = None
     gradient_sample: range | None = None
     drift: range | None = None
     followers: range | None = None
+    copies: range | None = None
     arrived: list[range] = field(default_factory=list)
 
 
@@ -82,6 +87,7 @@ class DeviceReader:
         self._scene = scene
         self._sample = BaseSample(scene.layers)
         self._tickets = self._sent = _Tickets()
+        self.token_rows: list[TokenRows] = []
         self._copies: dict[int, Copies] = {}  # by optimizer
         self._final: dict[int, dict[int, float]] = {}  # norms that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
@@ -154,8 +160,19 @@ class DeviceReader:
         if update is not None:
             tickets.updates.append(update)
             tickets.received.append(received or read_gradients(mine, tickets.readout, None))
+        self._read_rows(inner, step, framework_step)
         tickets.skipped = _flag(inner, tickets.readout)
         tickets.after = self._scene.read_fingerprints(tickets.readout)
+
+    def _read_rows(self, optimizer: Optimizer, step: int, framework_step: int) -> None:
+        """What came to the rows of new tokens, where this optimizer owns them."""
+        owned = {id(t) for t in tensors_of([optimizer])} if self.token_rows else set()
+        for rows in self.token_rows:
+            if owned.isdisjoint(map(id, rows.tensors)):
+                continue
+            found = rows.read(self._tickets.readout)
+            if found is not None:
+                self._tickets.rows.append((rows, *found, step, framework_step))
 
     @torch.no_grad()
     def send(self, *, cotangents: list[torch.Tensor], sample: bool) -> None:
@@ -169,6 +186,7 @@ class DeviceReader:
         sent, readout = self._sent, self._sent.readout
         sent.drift = self._sample.read(readout) if sample else None
         sent.followers = self._scene.followers.read(readout) if sample else None
+        sent.copies = self._scene.copies.read(readout) if sample and self._scene.copies is not None else None
         sent.arrived = [readout.add(c.reshape(1)) for c in cotangents]
         readout.send()
 
@@ -184,6 +202,8 @@ class DeviceReader:
         """
         tickets, readout = self._sent, self._sent.readout
         readout.receive()
+        for rows, came, sizes, step, framework_step in tickets.rows:
+            rows.advance(readout.get(came), readout.get(sizes), step, framework_step)
         found: dict[int, GradientFact] = {}
         for reading in tickets.gradients:
             found.update(reading.facts(readout))
@@ -208,6 +228,7 @@ class DeviceReader:
             tensor_sample=samples[0],
             gradient_sample=samples[1],
             followers=None if tickets.followers is None else readout.get(tickets.followers),
+            copies=None if tickets.copies is None else readout.get(tickets.copies),
         )
 
     def _update(self, tickets: _Tickets) -> StepUpdate | None:

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer, Inventory, Slot, Unit, take_inventory
-from lora_probe_callbacks.observe.coverage import adapter_configs, read_coverage
+from lora_probe_callbacks.observe.copies import Copies, find_copies
+from lora_probe_callbacks.observe.coverage import adapter_configs, read_coverage, token_rows
 from lora_probe_callbacks.observe.facts import (
     Coverage,
     ForwardFact,
@@ -26,9 +28,10 @@ from lora_probe_callbacks.observe.facts import (
     Wrapping,
 )
 from lora_probe_callbacks.observe.idle import idle_part
-from lora_probe_callbacks.observe.optimizers import ownership, tensors_of
+from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.start import natural_scaling, read_start, scaling
+from lora_probe_callbacks.observe.token_rows import TokenRows
 from lora_probe_callbacks.observe.updates import Fingerprints, Followers
 from lora_probe_callbacks.observe.wrappers import (
     DataParallel,
@@ -90,6 +93,10 @@ class Scene:
         self._four_bit = [m for _, root in roots for m in root.modules() if type(m).__name__ == "Linear4bit"]
         self._shards: dict[int, torch.Tensor] = {}
         self._find_shards()
+        self.inside_forward = False  # a module has been called: its tensors may be stand-ins
+        self._outside: list[torch.Tensor | None] = []  # the tensors of the last look
+        self.copies: Copies | None = None
+        self._looked_for_copies = False
         self.expect(self.active_names())
 
     def _find_shards(self) -> None:
@@ -153,7 +160,7 @@ class Scene:
         Args:
             names: Their adapters.
         """
-        self.expected = names
+        self.expected, self._outside = names, []
         self.units: list[Unit] = self._choose([u for u in self.inventory.units if u.adapter in names])
         self.slots: list[Slot] = [slot for unit in self.units for slot in unit.slots]
         self._unit_of_slot = [number for number, unit in enumerate(self.units) for _ in unit.slots]
@@ -198,11 +205,24 @@ class Scene:
 
     def look(self) -> None:
         """See which tensors the slots hold now, and who owns them; what is asked until the next look is of these."""
-        self._tensors = [slot.tensor for slot in self.slots]
+        self._behind: dict[int, Ownership] = {}  # slot to the owner of its copy
         self._owners = ownership(self.optimizers)
+        tensors = [slot.tensor for slot in self.slots]
+        if self.inside_forward and len(tensors) == len(self._outside):
+            tensors = [self._behind_stand_in(now, before) for now, before in zip(tensors, self._outside, strict=True)]
+        self._tensors = self._outside = tensors
         self._owned = [self._owners.get(id(tensor)) for tensor in self._tensors]
-        self._owning = {own.optimizer for own in self._owned if own is not None} or set(range(len(self.optimizers)))
+        if self.copies is not None:
+            holders = self.copies.holders
+            self._behind = {i: own for i, t in holders.items() if (own := self._owners.get(id(t))) is not None}
+        self._owning = {own.optimizer for own in (*self._owned, *self._behind.values()) if own is not None} or set(
+            range(len(self.optimizers))
+        )
         self._sizes = self._group_sizes()
+
+    def _behind_stand_in(self, now: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
+        """torch.func.functional_call puts others in the place of what an optimizer owns, for one forward."""
+        return before if id(now) not in self._owners and id(before) in self._owners else now
 
     def _group_sizes(self) -> list[int]:
         return [len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -213,6 +233,7 @@ class Scene:
             self._look_behind()
             self.look()
             return False
+        self.copies = None  # the slots are others
         former = {slot.name: t for slot, t in zip(self.slots, self._start_tensors, strict=True) if t is not None}
         self.inventory = take_inventory(self.roots)
         self._find_shards()
@@ -288,7 +309,7 @@ class Scene:
         Returns:
             The reason.
         """
-        if any(own is not None for own in self._owned):
+        if self._behind or any(own is not None for own in self._owned):
             return ""
         return master_copies(root for _, root in self.roots)
 
@@ -333,14 +354,15 @@ class Scene:
         """Every expected slot as it is now; the same tuple again while nothing of it changes."""
         seen = (
             [None if t is None else (t.requires_grad, t.dtype, local(t).numel()) for t in self._tensors],
-            self._owned,
+            [own or self._behind.get(i) for i, own in enumerate(self._owned)],
         )
         if seen != self._slots_seen:
             self._slots_seen, self._slot_facts = seen, tuple(map(self._slot_fact, range(len(self.slots))))
         return self._slot_facts
 
     def _slot_fact(self, index: int) -> SlotFact:
-        slot, tensor, own = self.slots[index], self._tensors[index], self._owned[index]
+        slot, tensor = self.slots[index], self._tensors[index]
+        own = self._owned[index] or self._behind.get(index)
         return SlotFact(
             name=slot.name,
             adapter=slot.adapter,
@@ -430,9 +452,16 @@ class Scene:
         """What was asked for, and what the expected units cover."""
         return read_coverage(self.roots, self.units, expect_targets=expect_targets, new_token_ids=new_token_ids)
 
+    def rows_of(self, new_token_ids: Sequence[int]) -> list[TokenRows]:
+        """The embeddings in which the rows of declared tokens can be watched."""
+        return token_rows(self.roots, self.units, new_token_ids) if new_token_ids else []
+
     def suspected_weights(self) -> dict[int, int]:
         """Id of the base weight to unit, for layers that were left out while their surroundings ran."""
-        return {id(w): u for u in self.suspects if (w := base_weight(self.units[u])) is not None}
+        found = {id(w): u for u in self.suspects if (w := _used_instead(self.units[u])) is not None}
+        copied = [u for u in found.values() if not self.units[u].layer.lora]
+        shared = self._tied() if copied else set()
+        return {weight: unit for weight, unit in found.items() if unit not in copied or weight not in shared}
 
     def replaced(self) -> tuple[tuple[int, ...], int]:
         """Slots whose former tensor, or a twin of it, is what an optimizer holds.
@@ -442,10 +471,17 @@ class Scene:
         """
         owners = self._owners
         lost = [i for i, own in enumerate(self._owned) if own is None]
+        first, self._looked_for_copies = not self._looked_for_copies, True
         if not lost:
             return (), 0
-        known = {id(p) for _, root in self.roots for p in root.parameters()}
+        known = {id(p): p for _, root in self.roots for p in root.parameters()}
         foreign = [t for t in tensors_of(self.optimizers) if id(t) not in known]
+        if first and foreign:  # before the first step
+            wanted = {i: t for i in lost if (t := self._tensors[i]) is not None and not self._kept[i]}
+            self.copies = find_copies(wanted, foreign, [p for p in known.values() if p.requires_grad])
+            self.look()
+        if self._have_copies(lost):
+            return (), len(foreign)
         shapes = [t.shape for t in foreign]
         replaced = []
         for i in lost:
@@ -456,6 +492,13 @@ class Scene:
                 shapes.remove(tensor.shape)
                 replaced.append(i)
         return tuple(replaced), len(foreign)
+
+    def _have_copies(self, lost: Sequence[int]) -> bool:
+        """The tensors that nobody owns are stepped by copies, all of them."""
+        copies = self.copies
+        return copies is not None and all(
+            self._kept[i] or (i in self._behind and self._tensors[i] is copies.tensors[i]) for i in lost
+        )
 
     def trainable_bases(self) -> tuple[str, ...]:
         """Names of the expected layers whose base weight requires gradients."""
@@ -480,6 +523,15 @@ class Scene:
         """
         states = [getattr(m.weight, "quant_state", None) for m in self._four_bit]
         return sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in states), len(states)
+
+    def _tied(self) -> set[int]:
+        """Parameters that stand in several places: who uses one may mean another of them."""
+        places: dict[int, int] = {}
+        for parameter in (
+            p for m in {m for _, root in self.roots for m in root.modules()} for p in m._parameters.values()
+        ):
+            places[id(parameter)] = places.get(id(parameter), 0) + 1
+        return {parameter for parameter, count in places.items() if count > 1}
 
     def _shared_weights(self) -> set[int]:
         """Base weights that also stand somewhere without an adapter: a tied embedding that is meant to train."""
@@ -562,3 +614,11 @@ def base_weight(unit: Unit) -> torch.Tensor | None:
     if weight is None:  # not a parameter of its own: parametrized, or made by its module
         weight = getattr(base, "weight", None)
     return weight if isinstance(weight, torch.Tensor) else None
+
+
+def _used_instead(unit: Unit) -> torch.Tensor | None:
+    """The weight that is in use where a unit's layer is passed by: its base's, or the original of a copy."""
+    if isinstance(unit.layer.module, ModulesToSaveWrapper):
+        weight = unit.layer.module.original_module._parameters.get("weight")
+        return weight if isinstance(weight, torch.Tensor) else None
+    return base_weight(unit)

@@ -27,6 +27,9 @@ class Copies:
     norms: range  # of the slots, in ``readout``, which may travel before that of the update
 
 
+MADE_ANEW = 0.3  # cosine of what A was and is; of two random ones it is near 0, and training turns A by little
+
+
 @dataclass(eq=False, slots=True)
 class UpdateReading:
     """An update on its way to the host."""
@@ -203,6 +206,9 @@ def _sum_of_bits(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 class BaseSample:
     """A few elements of a few base weights, to see whether merging has moved them.
 
+    A restart that merges the adapter into the weight and makes it anew (ReLoRA) is no drift: where A has nothing
+    in common with what it was, the weight is sampled afresh.
+
     Merging adds the adapter's product to the weight and unmerging subtracts it; in 16 bits and in
     quantised storage the weight does not come back to the same value
     (https://github.com/huggingface/trl/issues/6688).
@@ -218,18 +224,27 @@ class BaseSample:
         self._layers = usable[:: max(1, math.ceil(len(usable) / max_layers))][:max_layers]
         self._elements = elements
         self._start = {id(layer): self._take(layer).clone() for layer in self._layers}
+        self._partner = {id(layer): self._take_a(layer).clone() for layer in self._layers}
 
     @torch.no_grad()
     def _take(self, layer: AdaptedLayer) -> torch.Tensor:
         weight = _base_weight(layer)
         if weight is None:
             return torch.empty(0)
-        flat = local(weight).reshape(-1)
+        return self._few(weight)
+
+    def _few(self, tensor: torch.Tensor) -> torch.Tensor:
+        flat = local(tensor).reshape(-1)
         return flat[:: max(1, flat.numel() // self._elements)][: self._elements]
 
+    @torch.no_grad()
+    def _take_a(self, layer: AdaptedLayer) -> torch.Tensor:
+        a = next(iter(layer.module.lora_A.parameters()), None)  # type: ignore[union-attr]
+        return torch.empty(0) if a is None else self._few(a).float()
+
     def read(self, readout: Readout) -> range | None:
-        """Put the norms of the change and of the start of every sampled layer into ``readout``."""
-        changes, starts = [], []
+        """Put norms of every sampled layer into ``readout``: of the weight's change and start, and of its A."""
+        changes, starts, then, now_a, apart = [], [], [], [], []
         for layer in self._layers:
             now, start = self._take(layer), self._start[id(layer)]
             if now.dtype != start.dtype or now.shape != start.shape or now.device != start.device:
@@ -240,7 +255,13 @@ class BaseSample:
             coded = not start.is_floating_point()
             changes.append((now != start).float() if coded else now.float() - start.float())
             starts.append(torch.ones_like(changes[-1]) if coded else start.float())
-        return range(readout.add_norms(changes, 2).start, readout.add_norms(starts, 2).stop) if changes else None
+            a, before = self._take_a(layer), self._partner[id(layer)]
+            if a.shape != before.shape or a.device != before.device:
+                self._partner[id(layer)] = before = a.clone()
+            then.append(before)
+            now_a.append(a)
+            apart.append(a - before)
+        return readout.add_norms([*changes, *starts, *then, *now_a, *apart], 2) if changes else None
 
     def fact(self, values: list[float], merges: int) -> BaseDrift | None:
         """The largest drift among the sampled layers."""
@@ -248,10 +269,16 @@ class BaseSample:
             return None
         count = len(self._layers)
         coded = [not self._start[id(layer)].is_floating_point() for layer in self._layers]
+        for i, layer in enumerate(self._layers):
+            then, now, apart = (values[part * count + i] for part in (2, 3, 4))
+            small = values[i] < values[count + i]  # init_weights() makes the base anew as well
+            if small and then * now and (then**2 + now**2 - apart**2) / (2 * then * now) < MADE_ANEW:
+                self._start[id(layer)], values[i] = self._take(layer).clone(), 0.0
+                self._partner[id(layer)] = self._take_a(layer).clone()
         # Of codes the fraction that changed, which is the square of this quotient.
         drifts = [
             (change / max(start, 1e-30)) ** (2 if code else 1)
-            for change, start, code in zip(values[:count], values[count:], coded, strict=True)
+            for change, start, code in zip(values[:count], values[count : 2 * count], coded, strict=True)
         ]
         worst = max(range(count), key=drifts.__getitem__)
         return BaseDrift(drifts[worst], self._layers[worst].name, merges, coded[worst])

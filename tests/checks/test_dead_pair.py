@@ -3,9 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from facts import ZERO, bad, facts
+from facts import ALL, ZERO, bad, expect, facts
 
-from lora_probe_callbacks.checks.dead_pair import judge
+from lora_probe_callbacks.checks.dead_pair import CHECK, judge
 from lora_probe_callbacks.observe.facts import (
     Facts,
     StartFact,
@@ -37,7 +37,23 @@ def started(*units: UnitStart | None, step: int = 0, state: bool = False, **chan
 )
 def test_dead_pair(units: tuple[UnitStart | None, ...], status: str) -> None:
     assert judge(started(*units)).status == status
-    assert judge(facts()).status == "pending"
+
+
+def test_dead_pair_is_told() -> None:
+    expect(
+        judge(started(TRAINED, DEAD)),
+        "fail",
+        "A and B are both exactly zero in 1 of 2 adapted layers, and will stay so: layer.1",
+        slots=[2, 3],
+        got="A = 0 and B = 0 when training began",
+        expected="one of them zero, the other not",
+    )
+    assert judge(started(DEAD, DEAD)).slots == ALL
+
+
+def test_what_cannot_be_judged_says_why() -> None:
+    expect(CHECK.judge(facts()), "pending", "no training forward has begun")
+    expect(judge(started(None)), "skipped", "no expected layer has a pair of A and B that can be read")
 
 
 def test_dead_pair_explains_zero_gradients_and_a_fresh_start() -> None:

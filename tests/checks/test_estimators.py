@@ -24,6 +24,7 @@ def test_worst_verdict_is_the_one_that_is_given() -> None:
 
 def test_without_an_estimator_it_is_pending() -> None:
     expect(each(facts(), lambda *_: ok()), "pending", "no estimator was looked at yet")
+    assert each(facts(), lambda *_: ok()).nothing_new is True  # a reason that was given before says more
 
 
 def test_nothing_to_say_is_skipped_with_the_reason() -> None:

@@ -102,6 +102,15 @@ def test_drift_of_the_base(relative: float, quantised: bool, status: str, below:
     )
 
 
+def test_codes_in_the_order_for_inference_are_not_compared() -> None:
+    drift = BaseDrift(0.5, "layer.0", 3, quantised=True)
+    words = "4-bit weights are packed for inference, in which their codes stand in another order"
+    expect(CHECK.judge(facts(base_drift=drift, packed=(1, 4))), "skipped", words)
+    assert CHECK.judge(facts(base_drift=drift, packed=(0, 4))).status == "warn"
+    whole = BaseDrift(0.5, "layer.0", 3, quantised=False)
+    assert CHECK.judge(facts(base_drift=whole, packed=(1, 4))).status == "fail"
+
+
 def test_trainable_base_is_left_to_its_own_check() -> None:
     what = facts(base_drift=BaseDrift(0.5, "layer.0", 0, quantised=False), trainable_bases=("layer.0",))
     expect(CHECK.judge(what), "pass")

@@ -82,3 +82,9 @@ def test_hook_on_one_rank_is_enough_to_skip() -> None:
 
 def test_equal_gradients_pass() -> None:
     expect(CHECK.judge(facts(**ranks())), "pass")
+
+
+def test_former_finding_of_its_own_explains_nothing() -> None:
+    sent = ranks(gradients=False)
+    sent["ranks"] = dataclasses.replace(sent["ranks"], causes=("LP702",))
+    assert CHECK.judge(facts(**sent)).status == "fail"

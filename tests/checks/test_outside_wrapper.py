@@ -49,6 +49,14 @@ def test_reasons_not_to_judge() -> None:
     expect(CHECK.judge(facts(**unwrapped)), "skipped", "no wrapper is known")
     explained = ranks(unmanaged=2, tensors=False, bad=(("LP103", "fail"),))
     expect(CHECK.judge(facts(**explained)), "skipped", "explained by LP103")
+    zero = {**ranks(unmanaged=2, tensors=False), "wrapping": dataclasses.replace(WRAPPED, kind="DeepSpeed")}
+    expect(CHECK.judge(facts(**zero)), "skipped", "DeepSpeed keeps master copies and gradients of its own")
+
+
+def test_former_finding_of_its_own_explains_nothing() -> None:
+    sent = ranks(unmanaged=2, tensors=False)
+    sent["ranks"] = dataclasses.replace(sent["ranks"], causes=("LP703",))
+    assert CHECK.judge(facts(**sent)).status == "fail"
 
 
 def test_managed_tensors_pass() -> None:

@@ -89,3 +89,10 @@ def test_equal_tensors_pass() -> None:
 
 def test_equal_gradients_do_not_explain_different_tensors() -> None:
     assert CHECK.judge(facts(**ranks(tensors=False, bypassed=True))).status == "fail"
+
+
+def test_former_finding_of_its_own_explains_nothing() -> None:
+    sent = ranks(tensors=False)
+    status = CHECK.judge(facts(**sent)).status
+    sent["ranks"] = dataclasses.replace(sent["ranks"], causes=("LP701",))
+    assert CHECK.judge(facts(**sent)).status == status != "skipped"

@@ -148,3 +148,14 @@ def test_right_gradient_passes() -> None:
 def test_stale_forward_is_the_nearer_cause() -> None:
     what = facts(responses=(response(2, **WRONG), response(3, **WRONG)), stale_forward=(True, "differ"))
     assert list(bad(what)) == ["LP405"]
+
+
+def test_two_sizes_agree_relative_to_the_first_below_one_and_absolutely_above() -> None:
+    large = {"central": 1.5, "again": 1.36, "own": 1.5, "sides": (1.5, 1.5)}
+    expect(CHECK.judge(steps(large, large)), "skipped", DISAGREE)
+    assert CHECK.judge(steps({**large, "again": 1.41}, {**large, "again": 1.41})).status == "fail"
+
+
+def test_difference_of_exactly_what_rounding_may_make_is_in_doubt() -> None:
+    of_noise = {"central": 0.5, "again": 0.5, "own": 0.5, "sides": (0.5, 0.5), "noise": 0.125}
+    expect(CHECK.judge(steps(of_noise, of_noise)), "skipped", "too small to be told from rounding")

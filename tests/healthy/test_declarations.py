@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from peft import (
     LoraConfig,
     PeftModel,
@@ -37,7 +39,19 @@ from training import (
     watch,
 )
 from transformers import BertConfig, BertForSequenceClassification, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from unlisted_declared import EMBEDDED, Masters, Mixture, by_rule, classified, preference, pretrained, squares, teacher
+from unlisted_declared import (
+    EMBEDDED,
+    Masters,
+    Mixture,
+    by_rule,
+    classified,
+    preference,
+    pretrained,
+    squares,
+    teacher,
+    with_new_tokens,
+    with_tokens,
+)
 
 from lora_probe_callbacks import LoraProbe
 
@@ -442,14 +456,85 @@ NEW = tuple(range(VOCABULARY, VOCABULARY + 4))
 )
 def test_new_tokens_that_train_and_do_not_occur(changes: dict[str, Any], tied: bool) -> None:
     """No batch holds one of them."""
-    judged(Training(lora(base=resized(tie_word_embeddings=tied), **changes)), "LP604", new_token_ids=NEW)
+    run = Training(lora(base=resized(tie_word_embeddings=tied), **changes))
+    words = not_judged(judged(run, new_token_ids=NEW), "LP604")
+    assert words == "the rows of the new tokens train; no probed batch that was learned from has held one of them yet"
+    run = Training(lora(base=resized(tie_word_embeddings=tied), **changes), with_new_tokens)
+    judged(run, "LP604", new_token_ids=NEW)
 
 
-def test_new_tokens_in_a_table_that_trains_as_it_is() -> None:
+def table_that_trains(**options: Any) -> Training:
     base = resized()
     model = lora(base=base)
     base.get_input_embeddings().weight.requires_grad_(True)
-    judged(Training(model), "LP604", new_token_ids=NEW)
+    return Training(model, with_new_tokens, **options)
+
+
+def test_new_tokens_in_a_table_that_trains_as_it_is() -> None:
+    judged(table_that_trains(), "LP604", new_token_ids=NEW)
+
+
+def test_mask_that_keeps_the_new_rows() -> None:
+    """The recipe that everybody copies: the old rows stay as they are."""
+    run = table_that_trains()
+    run.model.get_input_embeddings().weight.register_hook(new_rows_alone)
+    judged(run, "LP604", new_token_ids=NEW)
+
+
+def new_rows_alone(gradient: Tensor) -> Tensor:
+    masked = gradient.clone()
+    masked[:VOCABULARY] = 0
+    return masked
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_new_token_that_only_ends_a_sequence(accumulate: int) -> None:
+    """Nothing is predicted from it, so nothing arrives, and its row has no gradient for a good reason."""
+
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        tokens = with_tokens(batch, 64, 65)
+        tokens[:, -1] = 66
+        return model(input_ids=tokens, labels=tokens).loss
+
+    judged(replace(table_that_trains(accumulate=accumulate), loss=loss), "LP604", new_token_ids=NEW)
+
+
+def test_new_token_for_padding() -> None:
+    base = llama()
+    base.resize_token_embeddings(VOCABULARY + 4)
+    table = nn.Embedding.from_pretrained(base.get_input_embeddings().weight.detach(), freeze=False, padding_idx=64)
+    base.set_input_embeddings(table)
+    model = lora(base=base)
+    table.weight.requires_grad_(True)
+    judged(Training(model, with_new_tokens), "LP604", new_token_ids=NEW)
+
+
+def test_new_tokens_beside_batches_without_a_signal() -> None:
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        return with_new_tokens(model, batch, step) * (step > 2)
+
+    judged(replace(table_that_trains(), loss=loss), "LP604", new_token_ids=NEW)
+
+
+def test_rows_are_watched_and_nothing_changes() -> None:
+    def trained_weights(*, probed: bool) -> list[Tensor]:
+        run = table_that_trains()
+        if probed:
+            judged(run, "LP604", new_token_ids=NEW)
+        else:
+            fit_lightning(run, Callback(), 8)
+        return [p.detach() for p in run.model.parameters()]
+
+    pairs = zip(trained_weights(probed=True), trained_weights(probed=False), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_new_tokens_under_checkpointing(reentrant: bool) -> None:
+    run = table_that_trains()
+    run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    run.model.train()
+    judged(run, "LP604", new_token_ids=NEW)
 
 
 # --- LP605, LP606, LP607 ------------------------------------------------------------------------
