@@ -19,7 +19,7 @@ from lora_probe_callbacks.observe.ranks import sample
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.scene import Scene
 from lora_probe_callbacks.observe.token_rows import TokenRows
-from lora_probe_callbacks.observe.updates import BaseSample, Copies, UpdateReading, copy_before, read_update
+from lora_probe_callbacks.observe.updates import BaseSample, CopiesBefore, UpdateReading, copy_before, read_update
 
 __all__ = ["DeviceReader", "Readings"]
 
@@ -88,7 +88,7 @@ class DeviceReader:
         self._sample = BaseSample(scene.layers)
         self._tickets = self._sent = _Tickets()
         self.token_rows: list[TokenRows] = []
-        self._copies: dict[int, Copies] = {}  # by optimizer
+        self._copies: dict[int, CopiesBefore] = {}  # by optimizer
         self._final: dict[int, dict[int, float]] = {}  # norms that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
 

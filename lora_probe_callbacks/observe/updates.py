@@ -13,11 +13,11 @@ from lora_probe_callbacks.observe.adapters import AdaptedLayer
 from lora_probe_callbacks.observe.facts import BaseDrift, UpdateFact
 from lora_probe_callbacks.observe.readout import Readout, batches, chunks, local
 
-__all__ = ["BaseSample", "Copies", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
+__all__ = ["BaseSample", "CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
 
 
 @dataclass(eq=False, slots=True)
-class Copies:
+class CopiesBefore:
     """What an optimizer is about to change, as it is before its step: small tensors of one shape in one."""
 
     slots: list[int]
@@ -53,7 +53,7 @@ class UpdateReading:
         }
 
 
-def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> Copies:
+def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> CopiesBefore:
     """One copy of the adapter, taken before the step; it lives until the step has ended.
 
     Args:
@@ -68,7 +68,7 @@ def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> Copies
     together = chunks(values)
     rows = [part if len(part) > 1 else part.clone() for part in batches(values, together)]
     bounds = itertools.pairwise(itertools.accumulate(map(len, together), initial=0))
-    return Copies(
+    return CopiesBefore(
         slots=[slots[i] for indices in together for i in indices],
         rows=rows,
         together=[range(*pair) for pair in bounds],
@@ -78,7 +78,7 @@ def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> Copies
 
 
 def read_update(
-    before: Copies, tensors: Mapping[int, torch.Tensor], readout: Readout, step: int, framework_step: int
+    before: CopiesBefore, tensors: Mapping[int, torch.Tensor], readout: Readout, step: int, framework_step: int
 ) -> UpdateReading | None:
     """Compare the tensors with their copies, in place of the copies.
 
