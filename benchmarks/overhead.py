@@ -59,7 +59,9 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "hooks on modules": [(forwards.ForwardObserver, name) for name in ("_enter", "_leave", "_receive")],
     "installing and removing hooks": [(forwards.ForwardObserver, name) for name in ("arm", "disarm")],
     "graph walk": [(forwards, "walk")],
-    "reading tensors": [(DeviceReader, name) for name in ("read_gradients", "copy", "send", "read_after", "read_samples")],
+    "reading tensors": [
+        (DeviceReader, name) for name in ("read_gradients", "copy", "send", "read_after", "read_samples")
+    ],
     "transfer": [(Readout, "receive")],
     "decision": [(ProbeSession, "_decide")],
     "exchange": [(Ranks, "exchange")],
