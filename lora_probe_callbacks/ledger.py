@@ -25,7 +25,19 @@ class Ledger:
         self._checks = {check.code: check for check in checks}
         self._bad: dict[tuple[str, str], Finding] = {}  # by code and cause; stays when it no longer holds
         self._others: dict[str, Finding] = {}  # by code: passed, pending or skipped
-        self.baseline: dict[str, Any] | None = None  # the last healthy state, in words
+        self._baseline: dict[str, Any] | None = None
+        self._healthy: Facts | None = None  # the last healthy decision: put into words only when somebody asks
+
+    @property
+    def baseline(self) -> dict[str, Any] | None:
+        """The last healthy state, in words."""
+        if self._healthy is not None:
+            self._baseline, self._healthy = state_in_words(self._healthy), None
+        return self._baseline
+
+    @baseline.setter
+    def baseline(self, state: dict[str, Any] | None) -> None:
+        self._baseline, self._healthy = state, None
 
     @property
     def findings(self) -> list[Finding]:
@@ -44,12 +56,11 @@ class Ledger:
         Returns:
             The findings that are new, or that got worse.
         """
-        state = state_in_words(facts)
         changed = []
         for code, verdict in verdicts.items():
             if verdict.status in ("warn", "fail"):
                 known = self._bad.get((code, verdict.cause))
-                finding = self._finding_of_fault(self._checks[code], verdict, facts, state, known)
+                finding = self._finding_of_fault(self._checks[code], verdict, facts, known)
                 if known is None or known.status != finding.status:
                     changed.append(finding)
                 self._bad[code, verdict.cause] = finding
@@ -63,7 +74,7 @@ class Ledger:
                 self._others[code] = self._finding(self._checks[code], verdict, facts.step, facts.framework_step)
         healthy = not any(v.status == "fail" for v in verdicts.values())
         if healthy and any(f.received for f in facts.forwards):
-            self.baseline = state
+            self._healthy = facts
         return changed
 
     def not_judged(self, reason: str, step: int, framework_step: int, checks: Sequence[Check] | None = None) -> None:
@@ -81,16 +92,15 @@ class Ledger:
             verdict = Verdict("skipped", reason + passed)
             self._others[check.code] = self._finding(check, verdict, step, framework_step)
 
-    def _finding_of_fault(
-        self, check: Check, verdict: Verdict, facts: Facts, state: Mapping[str, Any], known: Finding | None
-    ) -> Finding:
+    def _finding_of_fault(self, check: Check, verdict: Verdict, facts: Facts, known: Finding | None) -> Finding:
         step, framework_step = facts.step, facts.framework_step
         if verdict.of_update and facts.update is not None:
             step, framework_step = facts.update.step, facts.update.framework_step
         if verdict.seen is not None:
             step, framework_step = verdict.seen
         if known is None:
-            evidence = {**verdict.evidence, **_what_changed(self.baseline if facts.units else None, state, verdict)}
+            baseline = self.baseline if facts.units else None
+            evidence = {**verdict.evidence, **_what_changed(baseline, state_in_words(facts), verdict)}
             return self._finding(check, verdict, step, framework_step, evidence=evidence)
         return self._finding(
             check,

@@ -27,7 +27,7 @@ class GradientReading:
         missing = GradientFact(present=False, norm=0.0, zero=False, finite=True)
         facts = dict.fromkeys(self.slots, missing)
         for slot, size in zip(self.present, readout.get(self.size), strict=True):
-            facts[slot] = GradientFact(present=True, norm=size, zero=size == 0.0, finite=math.isfinite(size))
+            facts[slot] = GradientFact(True, size, size == 0.0, math.isfinite(size))
         return facts
 
     def norms(self, readout: Readout) -> dict[int, float]:

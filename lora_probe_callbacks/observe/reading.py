@@ -209,7 +209,7 @@ class DeviceReader:
             found.update(reading.facts(readout))
         if final is not None:
             self._final[final] = {i: g.norm for i, g in found.items() if g.present}
-        gradients = tuple(found.get(i) for i in range(len(self._scene.slots)))
+        gradients = tuple(map(found.get, range(len(self._scene.slots))))
         present = [g for g in gradients if g is not None and g.present]
         hopeless = any(not math.isfinite(v) for ticket in tickets.arrived for v in readout.get(ticket))
         skipped = None if tickets.skipped is None else readout.get(tickets.skipped)[0] > 0
@@ -242,7 +242,7 @@ class DeviceReader:
         return StepUpdate(
             step=tickets.updates[0].step,
             framework_step=tickets.updates[0].framework_step,
-            slots=tuple(by_slot.get(i) for i in slots),
+            slots=tuple(map(by_slot.get, slots)),
             gradient_norms=tuple(norms.get(i) if i in by_slot else None for i in slots),
         )
 

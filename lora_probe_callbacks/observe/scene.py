@@ -566,6 +566,8 @@ class Scene:
         Returns:
             One fact an adapter.
         """
+        if not self._others:
+            return ()
         inside: dict[str, tuple[str, ...]] = {}  # changed by the step itself
         outside: dict[str, tuple[str, ...]] = {}  # changed at some other time
         offset = 0

@@ -47,7 +47,7 @@ class UpdateReading:
         """Slot to its update, once the readout was received."""
         values = zip(self.starts(), *map(readout.get, (self.norm, self.size, self.moved)), strict=True)
         return {
-            slot: UpdateFact(start=start, moved=moved / count, size=size, norm=norm, finite=math.isfinite(norm))
+            slot: UpdateFact(start, moved / count, size, norm, math.isfinite(norm))
             for slot, count, (start, norm, size, moved) in zip(self.slots, self.counts, values, strict=True)
             if slot is not None
         }
