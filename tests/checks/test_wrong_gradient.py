@@ -115,6 +115,7 @@ SKIPPED = {"why_not": "the forward raised OutOfMemoryError: 1 GiB"}
     [
         ([SKIPPED] * 4, True),
         ([{"why_not": f"the forward raised OutOfMemoryError: {n} GiB"} for n in range(4)], True),
+        ([{"why_not": f"the forward raised RuntimeError: shape {n}: of this batch"} for n in range(4)], True),
         ([WRONG | {"own": 1.0}] * 4, True),
         ([SKIPPED] * 3, False),
         ([{}, *[SKIPPED] * 4], True),
