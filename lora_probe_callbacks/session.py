@@ -481,8 +481,9 @@ class ProbeSession:
             if self._checkpoints is not None:
                 self._checkpoints.stepped_at = time.time()
             self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
-            if self._scene.copies is not None:
-                self._scene.copies.stepped(self.step, self._framework_step())
+            copies = self._scene.copies
+            if copies is not None and not self._broken:
+                self._guarded(lambda: copies.stepped(self.step, self._framework_step()))
             if self._probed and not self._broken:
                 self._guarded(lambda: self._reader.read_after(index, self.step, self._framework_step()))
             if self._now.done(self._scene.owners()):

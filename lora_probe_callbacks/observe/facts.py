@@ -276,7 +276,7 @@ class StartFact:
     @cached_property
     def plain(self) -> list[int]:
         """The others."""
-        return [u for u in self.known if u not in set(self.moving)]
+        return [u for u in self.known if (start := self.units[u]) is not None and not start.moves_base]
 
     @cached_property
     def identity(self) -> list[int]:
@@ -286,7 +286,7 @@ class StartFact:
     @cached_property
     def changed(self) -> list[int]:
         """Those that added something."""
-        return [u for u in self.plain if u not in set(self.identity)]
+        return [u for u in self.plain if (start := self.units[u]) is not None and not start.identity]
 
 
 @dataclass(frozen=True, slots=True)

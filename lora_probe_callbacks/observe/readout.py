@@ -8,7 +8,7 @@ import torch
 
 __all__ = ["Readout", "batches", "chunks", "local"]
 
-_CHUNK = 2**21  # elements
+_CHUNK = 2**21  # elements: 8 MiB of float32, and as many in float64 for the moment of a norm
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 

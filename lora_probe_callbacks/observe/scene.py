@@ -357,12 +357,11 @@ class Scene:
             [own or self._behind.get(i) for i, own in enumerate(self._owned)],
         )
         if seen != self._slots_seen:
-            self._slots_seen, self._slot_facts = seen, tuple(map(self._slot_fact, range(len(self.slots))))
+            self._slots_seen, self._slot_facts = seen, tuple(itertools.starmap(self._slot_fact, enumerate(seen[1])))
         return self._slot_facts
 
-    def _slot_fact(self, index: int) -> SlotFact:
+    def _slot_fact(self, index: int, own: Ownership | None) -> SlotFact:
         slot, tensor = self.slots[index], self._tensors[index]
-        own = self._owned[index] or self._behind.get(index)
         return SlotFact(
             name=slot.name,
             adapter=slot.adapter,
