@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import time
 import traceback
@@ -72,6 +73,7 @@ def in_processes(
 
 
 def _all(scenarios: Mapping[str, Any], rank: int, world: int, folder: Path, queue: Any) -> None:
+    faulthandler.dump_traceback_later(100)  # where a process hangs, before the test gives it up
     torch.set_num_threads(1)
     ranks.IN_NEED = 3.0
     for number, (name, scenario) in enumerate(scenarios.items()):

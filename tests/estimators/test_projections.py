@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_probe_callbacks.estimators import (
@@ -265,33 +263,3 @@ def test_a_leaf_outside_the_model_gets_no_gradient(model: nn.Module) -> None:
     loss_fn = language_loss(tokens())
     per_prompt_projection(model, lambda m: head * loss_fn(m), random_direction(model))
     assert head.grad is None
-
-
-def _data_parallel(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["USE_LIBUV"] = "0"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/init", rank=rank, world_size=2)
-    try:
-        case = language_case()
-        wrapped = nn.parallel.DistributedDataParallel(case.model)
-        loss_fn = language_loss(tokens(4, 7, seed=rank))
-        loss_fn(wrapped).sum().backward()
-        gradients = {n: p.grad.clone() for n, p in case.model.named_parameters() if p.grad is not None}
-        direction = UpdateDirection.from_gradients(wrapped, lr=0.1)
-        s = per_prompt_projection(wrapped, loss_fn, direction, self_check="always")
-        through_wrapper = per_prompt_projection(wrapped, lambda _: loss_fn(wrapped), direction)
-        assert relative_error(s, per_prompt_projection(case.model, loss_fn, direction, backend="loop")) < 1e-10
-        assert relative_error(through_wrapper, s) < 1e-10
-        assert all(torch.equal(case.model.get_parameter(n).grad, g) for n, g in gradients.items())
-        case.model.zero_grad()
-        loss_fn(wrapped).sum().backward()  # the reducer still works, and still averages
-        assert all(torch.allclose(case.model.get_parameter(n).grad, g) for n, g in gradients.items())
-        Path(path, f"ok{rank}").touch()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.timeout(300)
-def test_data_parallel(tmp_path: Path) -> None:
-    multiprocessing.spawn(_data_parallel, (str(tmp_path),), nprocs=2)
-    assert sorted(path.name for path in tmp_path.glob("ok*")) == ["ok0", "ok1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,45 @@ def pooled(rank: int, world: int) -> dict[str, Any]:
     return {"moments": [float(x) for x in metric.compute()], "norm": direction.norm(), "scale": direction.scale}
 
 
+@scenario
+def projections_through_ddp(rank: int, world: int) -> dict[str, float]:
+    """How far the wrapper's projections are from the module's own, and its gradients from those before."""
+    made = model().double()
+    wrapped = DistributedDataParallel(made)
+    batch = batch_of(rank, 0, 4)
+    nll(wrapped, batch).sum().backward()
+    gradients = [tensor.grad.clone() for tensor in trainable(made)]
+    direction = UpdateDirection.from_gradients(wrapped, lr=0.1)
+    expected = per_prompt_projection(made, lambda module: nll(module, batch), direction, backend="loop")
+
+    def error(s: Tensor) -> float:
+        return float((s - expected).norm() / expected.norm())
+
+    given = error(per_prompt_projection(wrapped, lambda module: nll(module, batch), direction, self_check="always"))
+    through = error(per_prompt_projection(wrapped, lambda module: nll(wrapped, batch), direction))
+    kept = all(torch.equal(tensor.grad, was) for tensor, was in zip(trainable(made), gradients, strict=True))
+    wrapped.zero_grad()
+    nll(wrapped, batch).sum().backward()
+    after = max(float((tensor.grad - was).abs().max()) for tensor, was in zip(trainable(made), gradients, strict=True))
+    return {"given": given, "through": through, "kept": kept, "after": after, "norm": direction.norm()}
+
+
+@scenario
+def metric_over_ranks(rank: int, world: int) -> list[list[float]]:
+    s = values()
+    metric = ConditionalVariance()
+    for part in (s[:30], s[30:])[rank].split(7):
+        metric.update(part)
+    first = metric.compute()
+    metric.update(torch.full((2,), 1e6, dtype=torch.float64))  # accumulation goes on after a synchronised compute
+    return [[float(x) for x in moments] for moments in (first, metric.compute())]
+
+
+def values() -> Tensor:
+    """Far from zero and close together, where a naive sum of squares loses every digit, [101]."""
+    return 1e6 + torch.randn(101, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     return in_processes(SCENARIOS, 2, Path(tmp_path_factory.mktemp("estimators")))
@@ -184,3 +224,24 @@ def test_ranks_together_are_one_process_on_the_joined_batch(outcomes: dict[str, 
     for one in outcomes["pooled"]:
         assert one["moments"] == pytest.approx(expected["moments"], rel=1e-9)
         assert one["norm"] == pytest.approx(expected["norm"], rel=1e-9)
+
+
+def test_projections_leave_the_reducer_of_ddp_as_it_was(outcomes: dict[str, list[Any]]) -> None:
+    for one in outcomes["projections_through_ddp"]:
+        assert isinstance(one, dict), one
+        assert one["given"] < 1e-10
+        assert one["through"] < 1e-10
+        assert one["kept"]
+        assert one["after"] < 1e-12  # it still works, and still averages
+    first, second = outcomes["projections_through_ddp"]
+    assert first["norm"] == second["norm"] > 0
+
+
+def test_a_metric_over_ranks_is_one_exact_pass(outcomes: dict[str, list[Any]]) -> None:
+    s = values()
+    first, second = outcomes["metric_over_ranks"]
+    assert first == second
+    for moments, joined in zip(first, (s, torch.cat([s, torch.full((4,), 1e6, dtype=torch.float64)])), strict=True):
+        variance = statistics.variance(joined.tolist())  # summed in rational numbers
+        expected = [statistics.mean(joined.tolist()), variance, (variance / len(joined)) ** 0.5, len(joined)]
+        assert moments == pytest.approx(expected, rel=1e-9, abs=0)
