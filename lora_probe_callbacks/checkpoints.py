@@ -37,7 +37,7 @@ from lora_probe_callbacks.observe.saving import (
     full_shape,
     left_out,
 )
-from lora_probe_callbacks.observe.scene import Scene, base_weight
+from lora_probe_callbacks.observe.scene import Scene
 from lora_probe_callbacks.observe.wrappers import is_shard
 
 __all__ = ["Checkpoints"]
@@ -442,7 +442,7 @@ class Checkpoints:
             return replace(fact, form="model", wrapped=adapter_parts)
         same, seen = 0, 0
         for unit in names.units:
-            weight = base_weight(unit)
+            weight = unit.layer.base_weight
             key = _plain(unit, table)
             if weight is None or key is None or unit.layer.merged or is_shard(weight):
                 continue

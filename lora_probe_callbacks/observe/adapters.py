@@ -78,6 +78,19 @@ class AdaptedLayer:
             active = getattr(self.module, "active_adapter", ())  # type: ignore[arg-type]
         return (active,) if isinstance(active, str) else active  # type: ignore[return-value]
 
+    @property
+    def base_weight(self) -> torch.Tensor | None:
+        """The weight that a LoRA layer adapts, or None where there is not one tensor of that name."""
+        if not self.lora:
+            return None
+        base = self.module
+        while (inner := base._modules.get("base_layer")) is not None:  # get_base_layer(), asked at every step
+            base = inner
+        weight = base._parameters.get("weight")
+        if weight is None:  # not a parameter of its own: parametrized, or made by its module
+            weight = getattr(base, "weight", None)
+        return weight if isinstance(weight, torch.Tensor) else None
+
     def mode(self, adapter: str) -> Mode:
         """What the layer's forward would do with ``adapter`` now, in the order that PEFT asks."""
         return mode(self.disabled, self.merged, self.active, adapter)

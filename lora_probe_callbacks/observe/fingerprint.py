@@ -16,7 +16,7 @@ from lora_probe_callbacks.observe.facts import ResumedFact
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.saving import bare
-from lora_probe_callbacks.observe.scene import Scene, base_weight
+from lora_probe_callbacks.observe.scene import Scene
 from lora_probe_callbacks.observe.wrappers import is_shard
 
 __all__ = ["compared", "fingerprint"]
@@ -96,7 +96,7 @@ def _base(scene: Scene) -> dict[str, torch.Tensor]:
     """Frozen weights under some of the adapted layers, evenly spread."""
     found: dict[str, torch.Tensor] = {}
     for unit in scene.units[:: max(1, -(-len(scene.units) // _BASE_LAYERS))]:
-        weight = base_weight(unit)
+        weight = unit.layer.base_weight
         if weight is None or weight.requires_grad or unit.layer.merged:
             continue
         if weight.device.type != "meta" and weight.numel() and not is_shard(weight):

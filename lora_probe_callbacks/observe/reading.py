@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim import Optimizer
 
+from lora_probe_callbacks.observe.base_sample import BaseSample
 from lora_probe_callbacks.observe.facts import SAMPLE, BaseDrift, GradientFact, Role, Sample, StepUpdate
 from lora_probe_callbacks.observe.gradients import GradientReading, read_gradients
 from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of
@@ -19,7 +20,7 @@ from lora_probe_callbacks.observe.ranks import sample
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.scene import Scene
 from lora_probe_callbacks.observe.token_rows import TokenRows
-from lora_probe_callbacks.observe.updates import BaseSample, CopiesBefore, UpdateReading, copy_before, read_update
+from lora_probe_callbacks.observe.updates import CopiesBefore, UpdateReading, copy_before, read_update
 
 __all__ = ["DeviceReader", "Readings"]
 

@@ -44,7 +44,7 @@ from lora_probe_callbacks.observe.wrappers import (
     tensor_parallel,
 )
 
-__all__ = ["NotJudgedError", "Part", "Scene", "base_weight"]
+__all__ = ["NotJudgedError", "Part", "Scene"]
 
 Part = Literal["layer", "branch", "sibling"] | None  # see UnitFact.idle_part
 
@@ -503,7 +503,7 @@ class Scene:
         """Names of the expected layers whose base weight requires gradients."""
         trainable = {}
         for unit in self.units:
-            weight = base_weight(unit)
+            weight = unit.layer.base_weight
             if weight is not None and weight.requires_grad:
                 trainable[unit.layer.name] = id(weight)
         if not trainable:
@@ -534,7 +534,7 @@ class Scene:
 
     def _shared_weights(self) -> set[int]:
         """Base weights that also stand somewhere without an adapter: a tied embedding that is meant to train."""
-        under = {id(w) for u in self.inventory.units if (w := base_weight(u)) is not None}
+        under = {id(w) for u in self.inventory.units if (w := u.layer.base_weight) is not None}
         bases = {id(u.layer.module.get_base_layer()) for u in self.inventory.units if u.layer.lora}  # type: ignore[operator]
         return {
             id(p)
@@ -602,24 +602,9 @@ class Scene:
         return tuple(facts)
 
 
-def base_weight(unit: Unit) -> torch.Tensor | None:
-    """The weight that a LoRA unit adapts, or None where there is not one tensor of that name."""
-    if not unit.layer.lora:
-        return None
-    base = unit.layer.module
-    while (
-        inner := base._modules.get("base_layer")
-    ) is not None:  # get_base_layer(), asked of every layer at every step
-        base = inner
-    weight = base._parameters.get("weight")
-    if weight is None:  # not a parameter of its own: parametrized, or made by its module
-        weight = getattr(base, "weight", None)
-    return weight if isinstance(weight, torch.Tensor) else None
-
-
 def _used_instead(unit: Unit) -> torch.Tensor | None:
     """The weight that is in use where a unit's layer is passed by: its base's, or the original of a copy."""
     if isinstance(unit.layer.module, ModulesToSaveWrapper):
         weight = unit.layer.module.original_module._parameters.get("weight")
         return weight if isinstance(weight, torch.Tensor) else None
-    return base_weight(unit)
+    return unit.layer.base_weight

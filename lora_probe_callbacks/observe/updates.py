@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_probe_callbacks.observe.adapters import AdaptedLayer
-from lora_probe_callbacks.observe.facts import BaseDrift, UpdateFact
+from lora_probe_callbacks.observe.facts import UpdateFact
 from lora_probe_callbacks.observe.readout import Readout, batches, chunks, local
 
-__all__ = ["BaseSample", "CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
+__all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
 
 
 @dataclass(eq=False, slots=True)
@@ -25,9 +24,6 @@ class CopiesBefore:
     together: list[range]  # which of the slots are in each
     readout: Readout
     norms: range  # of the slots, in ``readout``, which may travel before that of the update
-
-
-MADE_ANEW = 0.3  # cosine of what A was and is; of two random ones it is near 0, and training turns A by little
 
 
 @dataclass(eq=False, slots=True)
@@ -201,95 +197,3 @@ def _sum_of_bits(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
         total = total.to(bits.device) + bits.sum(dtype=torch.int64)
     return total % 2**24  # float32 holds it exactly
-
-
-class BaseSample:
-    """A few elements of a few base weights, to see whether merging has moved them.
-
-    A restart that merges the adapter into the weight and makes it anew (ReLoRA) is no drift: where A has nothing
-    in common with what it was, the weight is sampled afresh.
-
-    Merging adds the adapter's product to the weight and unmerging subtracts it; in 16 bits and in
-    quantised storage the weight does not come back to the same value
-    (https://github.com/huggingface/trl/issues/6688).
-
-    Args:
-        layers: The adapted layers; ``max_layers`` of them, evenly spread, are sampled.
-        max_layers: How many.
-        elements: How many elements of each, at most.
-    """
-
-    def __init__(self, layers: Sequence[AdaptedLayer], max_layers: int = 8, elements: int = 1024) -> None:
-        usable = [layer for layer in layers if _base_weight(layer) is not None]
-        self._layers = usable[:: max(1, math.ceil(len(usable) / max_layers))][:max_layers]
-        self._elements = elements
-        self._start = {id(layer): self._take(layer).clone() for layer in self._layers}
-        self._partner = {id(layer): self._take_a(layer).clone() for layer in self._layers}
-
-    @torch.no_grad()
-    def _take(self, layer: AdaptedLayer) -> torch.Tensor:
-        weight = _base_weight(layer)
-        if weight is None:
-            return torch.empty(0)
-        return self._few(weight)
-
-    def _few(self, tensor: torch.Tensor) -> torch.Tensor:
-        flat = local(tensor).reshape(-1)
-        return flat[:: max(1, flat.numel() // self._elements)][: self._elements]
-
-    @torch.no_grad()
-    def _take_a(self, layer: AdaptedLayer) -> torch.Tensor:
-        a = next(iter(layer.module.lora_A.parameters()), None)  # type: ignore[union-attr]
-        return torch.empty(0) if a is None else self._few(a).float()
-
-    def read(self, readout: Readout) -> range | None:
-        """Put norms of every sampled layer into ``readout``: of the weight's change and start, and of its A."""
-        changes, starts, then, now_a, apart = [], [], [], [], []
-        for layer in self._layers:
-            now, start = self._take(layer), self._start[id(layer)]
-            if now.dtype != start.dtype or now.shape != start.shape or now.device != start.device:
-                # bitsandbytes quantises at the first use, and models get moved: a new beginning.
-                self._start[id(layer)] = start = now.clone()
-            if layer.merged:  # the adapter is in the weight at this moment: that is no drift
-                now = start
-            coded = not start.is_floating_point()
-            changes.append((now != start).float() if coded else now.float() - start.float())
-            starts.append(torch.ones_like(changes[-1]) if coded else start.float())
-            a, before = self._take_a(layer), self._partner[id(layer)]
-            if a.shape != before.shape or a.device != before.device:
-                self._partner[id(layer)] = before = a.clone()
-            then.append(before)
-            now_a.append(a)
-            apart.append(a - before)
-        return readout.add_norms([*changes, *starts, *then, *now_a, *apart], 2) if changes else None
-
-    def fact(self, values: list[float], merges: int) -> BaseDrift | None:
-        """The largest drift among the sampled layers."""
-        if not values:
-            return None
-        count = len(self._layers)
-        coded = [not self._start[id(layer)].is_floating_point() for layer in self._layers]
-        for i, layer in enumerate(self._layers):
-            then, now, apart = (values[part * count + i] for part in (2, 3, 4))
-            small = values[i] < values[count + i]  # init_weights() makes the base anew as well
-            if small and then * now and (then**2 + now**2 - apart**2) / (2 * then * now) < MADE_ANEW:
-                self._start[id(layer)], values[i] = self._take(layer).clone(), 0.0
-                self._partner[id(layer)] = self._take_a(layer).clone()
-        # Of codes the fraction that changed, which is the square of this quotient.
-        drifts = [
-            (change / max(start, 1e-30)) ** (2 if code else 1)
-            for change, start, code in zip(values[:count], values[count : 2 * count], coded, strict=True)
-        ]
-        worst = max(range(count), key=drifts.__getitem__)
-        return BaseDrift(drifts[worst], self._layers[worst].name, merges, coded[worst])
-
-
-def _base_weight(layer: AdaptedLayer) -> torch.Tensor | None:
-    if not layer.lora:
-        return None
-    weight = getattr(layer.module.get_base_layer(), "weight", None)  # type: ignore[operator]
-    if not isinstance(weight, torch.Tensor) or weight.device.type == "meta" or not local(weight).numel():
-        return None
-    if not local(weight).untyped_storage().size():
-        return None  # a view into a flat parameter of FSDP1 that is not gathered at the moment
-    return weight
