@@ -24,7 +24,10 @@ class Ledger:
     def __init__(self, checks: Sequence[Check]) -> None:
         self._checks = {check.code: check for check in checks}
         self._bad: dict[tuple[str, str], Finding] = {}  # by code and cause; stays when it no longer holds
-        self._others: dict[str, Finding] = {}  # by code: passed, pending or skipped
+        # by code: passed, pending or skipped, with step and framework step; a finding only when somebody asks
+        self._others: dict[str, tuple[Verdict, int, int]] = {}
+        self._listed: list[Finding] | None = None
+        self.news = False  # since they were listed, more has changed than the steps up to which checks have passed
         self._baseline: dict[str, Any] | None = None
         self._healthy: Facts | None = None  # the last healthy decision: put into words only when somebody asks
 
@@ -42,9 +45,17 @@ class Ledger:
     @property
     def findings(self) -> list[Finding]:
         """Failures first; a check that failed is not listed as passed as well."""
-        bad = {code for code, _ in self._bad}
-        listed = [*self._bad.values(), *(f for code, f in self._others.items() if code not in bad)]
-        return sorted(listed, key=lambda f: (_RANK[f.status], f.code))
+        if self._listed is None:
+            bad = {code for code, _ in self._bad}
+            others = ((self._checks[code], *what) for code, what in self._others.items() if code not in bad)
+            listed = [*self._bad.values(), *(self._finding(*other) for other in others)]
+            self._listed, self.news = sorted(listed, key=lambda f: (_RANK[f.status], f.code)), False
+        return self._listed
+
+    @property
+    def failing(self) -> bool:
+        """Something fails, or has failed."""
+        return any(finding.status == "fail" for finding in self._bad.values())
 
     def add(self, facts: Facts, verdicts: Mapping[str, Verdict]) -> list[Finding]:
         """Enter the verdicts of one decision.
@@ -57,6 +68,7 @@ class Ledger:
             The findings that are new, or that got worse.
         """
         changed = []
+        self._listed = None
         for code, verdict in verdicts.items():
             if verdict.status in ("warn", "fail"):
                 known = self._bad.get((code, verdict.cause))
@@ -64,14 +76,13 @@ class Ledger:
                 if known is None or known.status != finding.status:
                     changed.append(finding)
                 self._bad[code, verdict.cause] = finding
+                self.news = True
             else:
-                known = self._others.get(code)
-                if known is not None and not _replaces(verdict.status, known.status):
+                before = self._others[code][0] if code in self._others else None
+                if not _replaces(verdict, before, end=facts.moment == "end"):
                     continue
-                nothing_new = verdict.nothing_new or facts.moment == "end"
-                if known is not None and verdict.status == known.status == "pending" and nothing_new:
-                    continue  # what the steps left open says more
-                self._others[code] = self._finding(self._checks[code], verdict, facts.step, facts.framework_step)
+                self.news = self.news or verdict is not before
+                self._others[code] = verdict, facts.step, facts.framework_step
         healthy = not any(v.status == "fail" for v in verdicts.values())
         if healthy and any(f.received for f in facts.forwards):
             self._healthy = facts
@@ -88,9 +99,9 @@ class Ledger:
         """
         for check in self._checks.values() if checks is None else checks:
             known = self._others.get(check.code)
-            passed = f" (passed up to step {known.last_step})" if known is not None and known.status == "pass" else ""
-            verdict = Verdict("skipped", reason + passed)
-            self._others[check.code] = self._finding(check, verdict, step, framework_step)
+            passed = f" (passed up to step {known[1]})" if known is not None and known[0].status == "pass" else ""
+            self._others[check.code] = Verdict("skipped", reason + passed), step, framework_step
+        self._listed, self.news = None, True
 
     def _finding_of_fault(self, check: Check, verdict: Verdict, facts: Facts, known: Finding | None) -> Finding:
         step, framework_step = facts.step, facts.framework_step
@@ -167,9 +178,13 @@ def state_in_words(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _replaces(new: str, old: str) -> bool:
-    """A verdict that judged is not overwritten by one that could not, nor a lasting reason by a passing one."""
-    return new == "pass" or old == "pending" or (old == "skipped" and new == "skipped")
+def _replaces(new: Verdict, old: Verdict | None, *, end: bool) -> bool:
+    """One that judged is not overwritten by one that could not, nor a lasting reason by a passing one."""
+    if old is None or new.status == "pass":
+        return True
+    if new.status == old.status == "pending":
+        return not (new.nothing_new or end)  # what the steps left open says more
+    return old.status in ("pending", new.status)
 
 
 def _what_changed(baseline: Mapping[str, Any] | None, state: Mapping[str, Any], verdict: Verdict) -> dict[str, object]:

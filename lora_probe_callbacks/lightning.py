@@ -96,7 +96,7 @@ class LoraProbe(Door, Callback):
             return
         if trainer._logger_connector.should_update_logs:
             self._flush(trainer)
-        healthy = self._session.report.metrics.get("lora_probe/healthy")
+        healthy = self._session.metrics.get("lora_probe/healthy")
         if healthy is not None and not trainer.barebones:
             pl_module.log("lora_probe/healthy", healthy, prog_bar=True, logger=False, rank_zero_only=True)
         # A collective of Lightning's at every batch, only where somebody may have to stop.

@@ -98,7 +98,7 @@ class ProbeSession:
         on_stop: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
-        self.report = ProbeReport()
+        self._report = ProbeReport()
         self.should_stop = False
         self.step = 0
         self._log = log
@@ -137,6 +137,20 @@ class ProbeSession:
 
     # --- life -------------------------------------------------------------------------------
 
+    @property
+    def report(self) -> ProbeReport:
+        """What was found so far."""
+        self._list_findings()
+        return self._report
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The latest value of every metric."""
+        return self._report.metrics
+
+    def _list_findings(self) -> None:
+        self._report.findings = self._ledger.findings
+
     def start(
         self,
         roots: Iterable[tuple[str, nn.Module]],
@@ -171,7 +185,7 @@ class ProbeSession:
             )
         except NotJudgedError as error:
             self._ledger.not_judged(f"could not judge: {error}", 0, 0)
-            self.report.findings = self._ledger.findings
+            self._list_findings()
             return
         self._reader = DeviceReader(self._scene)
         self._estimation = None if config.estimator is None else Estimation(config.estimator, self._scene)
@@ -341,7 +355,7 @@ class ProbeSession:
         verdicts = {code: v for code, v in self._judge(facts, only=_OF_FILES).items() if v.status != "pending"}
         changed = ledger.add(facts, verdicts)
         if ledger is self._ledger:
-            self.report.findings = ledger.findings
+            self._list_findings()
         if ledger is self._ledger and changed and self._running:
             self._recorded(lambda record: self._write_record(record, facts, verdicts, changed))
         return verdicts, changed
@@ -365,7 +379,7 @@ class ProbeSession:
             checks = [check for check in self._checks if check.code.startswith("LP8")]
             reason = f"could not judge: {type(error).__name__} while a checkpoint was looked at: {error}"
             self._ledger.not_judged(reason, self.step, self._framework_step(), checks)
-            self.report.findings = self._ledger.findings
+            self._list_findings()
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -693,7 +707,8 @@ class ProbeSession:
         except Exception as error:
             self._break(error)
             return
-        self.report.findings = self._ledger.findings
+        if self._ledger.news:
+            self._list_findings()
         self._overhead_ms += (time.perf_counter() - began) * 1e3
         if not self._broken:
             self._emit(facts)
@@ -892,16 +907,16 @@ class ProbeSession:
         if facts.moment not in ("step", "skipped") or not self._probed:
             return
         self._probed_steps += 1
-        self.report.judged_steps += 1
+        self._report.judged_steps += 1
         row = metrics_of_step(facts)
-        row["lora_probe/healthy"] = float(self.report.healthy is not False)
+        row["lora_probe/healthy"] = float(not self._ledger.failing)
         row["lora_probe/overhead_ms"] = self._overhead_ms
         self._log_row(row, facts.framework_step)
         self._overhead_ms = 0.0
 
     def _log_row(self, row: dict[str, float], framework_step: int) -> None:
-        self.report.metrics.update(row)
-        self.report.history.add(framework_step, row)
+        self._report.metrics.update(row)
+        self._report.history.add(framework_step, row)
         if self._record is not None:
             self._rows.append((framework_step, row))
         if self._log is not None:
@@ -909,7 +924,8 @@ class ProbeSession:
             self._guarded(lambda: log(row, framework_step))
 
     def _act(self, verdicts: Mapping[str, Verdict], changed: list[Finding], moment: Moment) -> None:
-        failing = [f for f in self.report.failures if (v := verdicts.get(f.code)) is not None and v.status == "fail"]
+        codes = {code for code, verdict in verdicts.items() if verdict.status == "fail"}
+        failing = [f for f in self.report.failures if f.code in codes] if codes else []
         raising = bool(failing) and self.config.on_failure == "raise" and moment != "exception"
         for finding in changed:
             if self._console is not None and not (raising and finding.status == "fail"):
@@ -1001,13 +1017,13 @@ class ProbeSession:
         self._repeat = self._response = self._began_with = None
         reason = f"could not judge: {type(error).__name__} inside the probe: {error}"
         self._ledger.not_judged(reason, self.step, self._framework_step())
-        self.report.findings = self._ledger.findings
+        self._list_findings()
 
     def _internal(self, error: BaseException, what: str = "could not judge") -> None:
         text = "".join(traceback.format_exception(error))
-        if text in self.report.internal_errors:
+        if text in self._report.internal_errors:
             return
-        self.report.internal_errors.append(text)
+        self._report.internal_errors.append(text)
         if self._console is not None:
             self._console.print(f"LoRA probe: {what}, training goes on: {type(error).__name__}: {error}")
         self._recorded(lambda record: record.error(self.step, text))

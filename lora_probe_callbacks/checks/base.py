@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from lora_probe_callbacks.observe.facts import Facts
@@ -106,16 +107,21 @@ class Check:
         return FAMILIES[self.code[2]]
 
 
+_OK = Verdict("pass")  # said some fifty times at every decision
+
+
 def ok() -> Verdict:
     """Judged and found healthy."""
-    return Verdict("pass")
+    return _OK
 
 
+@lru_cache
 def pending(reason: str) -> Verdict:
     """Too early to say, and why."""
     return Verdict("pending", reason)
 
 
+@lru_cache
 def skipped(reason: str) -> Verdict:
     """Could not be judged, and why."""
     return Verdict("skipped", reason)
