@@ -48,7 +48,7 @@ def read_gradients(
     Returns:
         A reading that yields facts after ``readout.receive()``.
     """
-    tensors = {slot: t for slot, t in tensors.items() if local(t).numel()}  # a rank may hold no row of a short tensor
-    grads = {slot: g for slot, t in tensors.items() if (g := t.grad) is not None}
+    slots = [slot for slot, t in tensors.items() if local(t).numel()]  # a rank may hold no row of a short tensor
+    grads = {slot: g for slot in slots if (g := tensors[slot].grad) is not None}
     values = [local(g if not g.is_sparse else g.coalesce().values()) for g in grads.values()]
-    return GradientReading(slots=list(tensors), present=list(grads), size=readout.add_norms(values, 2, scale))
+    return GradientReading(slots=slots, present=list(grads), size=readout.add_norms(values, 2, scale))

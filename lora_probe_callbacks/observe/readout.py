@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -72,8 +73,7 @@ class Readout:
         for part in rows:
             mine, start = places[start : start + len(part)], start + len(part)
             if len(part) > 1:
-                wide = _wide(part.device)
-                found.append((mine, torch.linalg.vector_norm(part.flatten(1), order, dim=1, dtype=wide)))
+                found.append((mine, torch.linalg.vector_norm(part, order, dim=1, dtype=_wide(part.device))))
             else:
                 known = large.setdefault((part.device, part.dtype), ([], []))
                 known[0].extend(mine)
@@ -107,7 +107,7 @@ class Readout:
         return self._values[ticket.start : ticket.stop]
 
 
-def chunks(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+def chunks(tensors: Sequence[torch.Tensor]) -> Sequence[Sequence[int]]:
     """Which tensors to copy into one, for one kernel in place of many: small ones of one shape.
 
     Args:
@@ -116,11 +116,16 @@ def chunks(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     Returns:
         Indices, each in one chunk; a large tensor is a chunk of its own.
     """
-    kinds: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(index)
-    found = []
-    for (_, _, shape), indices in kinds.items():
+    return _chunks(tuple([(t.device, t.dtype, t.shape) for t in tensors]))
+
+
+@lru_cache(maxsize=8)  # asked three times a step for tensors of the same kinds
+def _chunks(kinds: tuple[tuple[torch.device, torch.dtype, torch.Size], ...]) -> Sequence[Sequence[int]]:
+    alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
+    for index, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(index)
+    found: list[Sequence[int]] = []
+    for (_, _, shape), indices in alike.items():
         size = max(1, _CHUNK // max(1, shape.numel()))
         found += [indices[i : i + size] for i in range(0, len(indices), size)]
     return found
@@ -134,9 +139,14 @@ def batches(tensors: Sequence[torch.Tensor], together: Sequence[Sequence[int]]) 
         together: See :func:`chunks`.
 
     Returns:
-        One tensor a chunk: a copy of several, a view of one.
+        One tensor a chunk: a copy of several, [n, elements of each], or a view of one, [1, ...].
     """
-    return [torch.stack([tensors[i] for i in c]) if len(c) > 1 else tensors[c[0]].unsqueeze(0) for c in together]
+    return [
+        torch.stack([tensors[i] for i in c]).view(len(c), tensors[c[0]].numel())
+        if len(c) > 1
+        else tensors[c[0]].unsqueeze(0)
+        for c in together
+    ]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

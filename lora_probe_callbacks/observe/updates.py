@@ -20,6 +20,7 @@ class CopiesBefore:
     """What an optimizer is about to change, as it is before its step: small tensors of one shape in one."""
 
     slots: list[int]
+    kinds: list[tuple[torch.Size, torch.device]]  # one entry a slot
     rows: list[torch.Tensor]  # one row a slot
     together: list[range]  # which of the slots are in each
     readout: Readout
@@ -64,8 +65,10 @@ def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> Copies
     together = chunks(values)
     rows = [part if len(part) > 1 else part.clone() for part in batches(values, together)]
     bounds = itertools.pairwise(itertools.accumulate(map(len, together), initial=0))
+    order = [i for indices in together for i in indices]
     return CopiesBefore(
-        slots=[slots[i] for indices in together for i in indices],
+        slots=[slots[i] for i in order],
+        kinds=[(values[i].shape, values[i].device) for i in order],
         rows=rows,
         together=[range(*pair) for pair in bounds],
         readout=readout,
@@ -89,27 +92,29 @@ def read_update(
         A reading that yields facts after ``readout.receive()``, or None if there is nothing to compare.
     """
     now = {s: local(t) for s, t in tensors.items()}
-    copies = [copy for part in before.rows for copy in part.unbind()]
-    there = [
-        s in now and now[s].shape == c.shape and now[s].device == c.device
-        for s, c in zip(before.slots, copies, strict=True)
-    ]
-    if not any(there):
-        return None
-    after = [now[s] if t else c for s, c, t in zip(before.slots, copies, there, strict=True)]
-    norm = readout.add_row_norms(batches(after, before.together), 2)
-    torch._foreach_sub_(copies, after)
+    kinds = [(t.shape, t.device) if (t := now.get(s)) is not None else None for s in before.slots]
+    slots: list[int | None] = list(before.slots)
+    if kinds != before.kinds:
+        copies = [copy for part in before.rows for copy in part.unbind()]
+        for i, (slot, kind, then) in enumerate(zip(before.slots, kinds, before.kinds, strict=True)):
+            if kind != then:
+                slots[i], now[slot] = None, copies[i].view(then[0])
+        if not any(s is not None for s in slots):
+            return None
+    rows = batches([now[s] for s in before.slots], before.together)
+    norm = readout.add_row_norms(rows, 2)
+    torch._foreach_sub_(before.rows, rows)
     size = readout.add_row_norms(before.rows, 2)
     # The signs of the change, summed up without their signs, count the elements that moved: a
     # difference is zero exactly where the bits agree, so no second copy is needed to count.
     torch._foreach_sign_(before.rows)
     moved = readout.add_row_norms(before.rows, 1)
-    slots, ahead, ticket = before.slots, before.readout, before.norms
+    ahead, ticket = before.readout, before.norms
     return UpdateReading(
         step=step,
         framework_step=framework_step,
-        slots=[s if t else None for s, t in zip(slots, there, strict=True)],
-        counts=[t.numel() for t in after],
+        slots=slots,
+        counts=[shape.numel() for shape, _ in before.kinds],
         starts=lambda: ahead.get(ticket),
         norm=norm,
         size=size,
