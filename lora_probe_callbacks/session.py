@@ -32,6 +32,7 @@ from lora_probe_callbacks.checkpoints import Checkpoints
 from lora_probe_callbacks.checks import wrong_gradient
 from lora_probe_callbacks.checks.base import OF_OWNED_TENSORS, Check, Verdict, skipped
 from lora_probe_callbacks.checks.catalogue import explain, selected
+from lora_probe_callbacks.checks.standing import Standing
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
@@ -107,6 +108,7 @@ class ProbeSession:
         self._record = Record(config.record) if main_rank and config.record is not None else None
         self._rows: list[Row] = []  # metrics that were logged and not recorded yet
         self._checks: list[Check] = list(selected(config.select, config.ignore))
+        self._standing = Standing()
         self._ledger = Ledger(self._checks)
         self._running = False
         self._broken = False
@@ -888,7 +890,7 @@ class ProbeSession:
                 continue
             try:
                 hidden = facts.why_not_owned and check.code in OF_OWNED_TENSORS
-                verdicts[check.code] = skipped(facts.why_not_owned) if hidden else check.judge(facts)
+                verdicts[check.code] = skipped(facts.why_not_owned) if hidden else self._standing.judge(check, facts)
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)

@@ -73,8 +73,10 @@ def explain(verdicts: dict[str, Verdict]) -> dict[str, Verdict]:
     Returns:
         Code to verdict, without the consequences.
     """
-    checks_by_code = {check.code: check for check in all_checks()}
     bad = {code: v for code, v in verdicts.items() if v.status in ("fail", "warn")}
+    if not bad:
+        return verdicts
+    checks_by_code = {check.code: check for check in all_checks()}
     kept = dict(verdicts)
     for code, verdict in bad.items():
         nearer: frozenset[int] = frozenset()

@@ -164,6 +164,7 @@ class ForwardObserver:
         self._complete = False  # all hooks of a step are in place
         self._output_handles: list[RemovableHandle] = []
         self._thread = threading.local()
+        self._found: tuple[ForwardFact, ...] = ()
         self._walked: dict[tuple[str, tuple[Mode, ...]], list[Candidate]] = {}
 
     def watch(self, inventory: Inventory, units: list[Unit]) -> None:
@@ -480,7 +481,10 @@ class ForwardObserver:
 
     def facts(self, slot_of: dict[int, int]) -> tuple[ForwardFact, ...]:
         """The candidates since the step began."""
-        return tuple(candidate.fact(slot_of) for candidate in self.candidates)
+        found = tuple(candidate.fact(slot_of) for candidate in self.candidates)
+        if found != self._found:  # one step is like another, and what is judged on equal facts need not be judged again
+            self._found = found
+        return self._found
 
     @property
     def unobservable(self) -> str | None:
