@@ -37,6 +37,7 @@ from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
 from lora_probe_callbacks.observe.autograd import capturing
+from lora_probe_callbacks.observe.collection import no_collection
 from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.facts import (
     Coverage,
@@ -700,15 +701,16 @@ class ProbeSession:
         if self._broken and not together:
             return
         began = time.perf_counter()
-        facts, verdicts = self._look(moment, optimizer, final=final)
-        if together:
-            judge = partial(self._judge, between=True)
-            facts, verdicts = self._agreement.decide(facts, verdicts, broken=self._broken, judge=judge)
-        try:
-            changed = self._ledger.add(facts, verdicts)
-        except Exception as error:
-            self._break(error)
-            return
+        with no_collection():  # up to where the facts of the last decision are let go
+            facts, verdicts = self._look(moment, optimizer, final=final)
+            if together:
+                judge = partial(self._judge, between=True)
+                facts, verdicts = self._agreement.decide(facts, verdicts, broken=self._broken, judge=judge)
+            try:
+                changed = self._ledger.add(facts, verdicts)
+            except Exception as error:
+                self._break(error)
+                return
         if self._ledger.news:
             self._list_findings()
         self._overhead_ms += (time.perf_counter() - began) * 1e3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from contextlib import nullcontext
 from typing import Any
@@ -82,6 +83,39 @@ def test_between_probed_steps_there_is_nothing():
         assert loop.hooks() == before
         assert loop.step() == plain
     assert probe.report.judged_steps == 4
+
+
+def test_probed_steps_set_off_no_collection_of_their_own():
+    """Objects made for every tensor at every decision would, and every hundredth one goes through the whole process."""
+    loop = Loop(layers=12)
+    loop.step()
+    before, started = gc.get_threshold(), []
+
+    def collections(steps: int) -> int:
+        gc.collect()
+        started.clear()
+        for _ in range(steps):
+            loop.step()
+        return len(started)
+
+    def count(phase: str, info: dict[str, int]) -> None:
+        started.extend([info["generation"]] * (phase == "start"))
+
+    # As many as are alive at the end of a plain backward: a gradient is an object of Python's once it was asked for.
+    gc.set_threshold(2 * loop.tensors, 10, 10)
+    gc.callbacks.append(count)
+    try:
+        plain = collections(10)
+        with loop.probe(1) as probe:
+            for _ in range(5):
+                loop.step()
+            probed = collections(10)
+    finally:
+        gc.callbacks.remove(count)
+        gc.set_threshold(*before)
+    assert probe.report.healthy
+    assert gc.isenabled()
+    assert probed <= plain + 3  # 17 without that, one or two a step
 
 
 def test_probed_step_reads_every_tensor_in_few_operations():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from lora_probe_callbacks.observe.collection import no_collection
 
 __all__ = ["Walk", "capturing", "in_backward", "mark", "runs_to_all", "walk", "walk_from_here"]
 
@@ -66,20 +66,8 @@ def walk(outputs: Iterable[torch.Tensor], *, marks: bool = False) -> Walk:
     Returns:
         What was met.
     """
-    with _no_collection():
+    with no_collection():
         return _walk(list(outputs), marks=marks)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Thousands of objects are made at once, and would set off a collection of everything that the process holds."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Meeting(torch.autograd.Function):
@@ -103,7 +91,7 @@ def runs_to_all(leaves: Sequence[torch.Tensor]) -> bool:
     """
     planned = torch._C._will_engine_execute_node
     try:
-        with torch.enable_grad():
+        with no_collection(), torch.enable_grad():
             node = _Meeting.apply(*leaves).grad_fn  # type: ignore[no-untyped-call]
         return all(planned(accumulates) for accumulates, _ in node.next_functions) if leaves else True
     except RuntimeError:  # torch.autograd.grad with these very leaves; torch.func.grad, which has a graph of its own
@@ -113,7 +101,7 @@ def runs_to_all(leaves: Sequence[torch.Tensor]) -> bool:
 def walk_from_here() -> Walk:
     """Inside a hook of a backward: walk on from the node that is about to run."""
     node = torch._C._current_autograd_node()
-    with _no_collection():
+    with no_collection():
         return Walk() if node is None else _walk_from([node], marks=False)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer
 from lora_probe_callbacks.observe.facts import BaseDrift
-from lora_probe_callbacks.observe.readout import Readout, batches, chunks, local
+from lora_probe_callbacks.observe.readout import Readout, batches, group, kind, local
 
 __all__ = ["BaseSample"]
 
@@ -43,9 +43,8 @@ class BaseSample:
 
     def _group(self) -> None:
         """Samples of one kind are compared by one kernel."""
-        self._together = chunks(self._start)
-        self._rows = batches(self._start, self._together)
-        self._order = [i for indices in self._together for i in indices]
+        self._groups = group(self._start)
+        self._rows = batches(self._start, self._groups.together)
 
     @torch.no_grad()
     def _take(self, layer: AdaptedLayer) -> torch.Tensor:
@@ -67,7 +66,7 @@ class BaseSample:
         if not self._layers:
             return None
         samples = list(map(self._take, self._layers))
-        anew = [i for i, now in enumerate(samples) if _kind(now) != _kind(self._start[i])]
+        anew = [i for i, now in enumerate(samples) if kind(now) != kind(self._start[i])]
         for i in anew:  # bitsandbytes quantises at the first use, and models get moved: a new beginning
             self._start[i] = samples[i].clone()
         if anew:
@@ -75,13 +74,13 @@ class BaseSample:
         for i, layer in enumerate(self._layers):
             if layer.merged:  # the adapter is in the weight at this moment: that is no drift
                 samples[i] = self._start[i]
-        pairs = zip(batches(samples, self._together), self._rows, strict=True)
+        pairs = zip(batches(samples, self._groups.together), self._rows, strict=True)
         changes = [now.float() - start.float() if _is_plain(start) else (now != start).float() for now, start in pairs]
         return readout.add_row_norms(changes, 2)
 
     def fact(self, values: list[float], merges: int) -> BaseDrift:
         """The largest drift among the sampled layers."""
-        drifts = {i: self._drift(i, change) for i, change in zip(self._order, values, strict=True)}
+        drifts = {i: self._drift(i, change) for i, change in zip(self._groups.order, values, strict=True)}
         worst = max(sorted(drifts), key=drifts.__getitem__)
         return BaseDrift(drifts[worst], self._layers[worst].name, merges, not _is_plain(self._start[worst]))
 
@@ -92,7 +91,7 @@ class BaseSample:
         if change == last:
             return drift
         start, before, a = self._start[i], self._partner[i], self._take_a(self._layers[i])
-        if _kind(a) != _kind(before):
+        if kind(a) != kind(before):
             self._partner[i] = before = a.clone()
         size = float(start.float().norm()) if _is_plain(start) else math.sqrt(start.numel())
         then, now, apart = (float(t.norm()) for t in (before, a, a - before))
@@ -106,10 +105,6 @@ class BaseSample:
         drift = (change / max(size, 1e-30)) ** (1 if _is_plain(start) else 2)
         self._known[i] = change, drift
         return drift
-
-
-def _kind(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.shape, tensor.device
 
 
 def _is_plain(sample: torch.Tensor) -> bool:

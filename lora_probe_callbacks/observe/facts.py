@@ -928,20 +928,22 @@ class Facts:
         """
         gradients, received, moved, elements = ({"A": 0.0, "B": 0.0, "other": 0.0} for _ in range(4))
         size = norm = 0.0
-        slots, intended, update = self.slots, self.intended, self.update
-        for i, gradient in enumerate(self.gradients):
-            if gradient is not None and i in intended and (weight := weights.get(i, others)):
-                gradients[slots[i].role] += weight * gradient.norm**2
-        for i, change in enumerate(() if update is None else update.slots):
-            if change is not None and (weight := weights.get(i, others)):
-                slot, count = slots[i], weight * slots[i].numel
+        # A share of 0 keeps out what is not finite, too.
+        shares = [(slot, weights.get(i, others)) for i, slot in enumerate(self.slots)]
+        for (slot, share), gradient in zip(shares, self.gradients, strict=False):
+            if gradient is not None and not slot.frozen_by_intent and share:
+                gradients[slot.role] += share * gradient.norm * gradient.norm
+        for (slot, share), change in zip(shares, () if self.update is None else self.update.slots, strict=False):
+            if change is not None and share:
+                count = share * slot.numel
                 moved[slot.role] += count * change.moved
                 elements[slot.role] += count
-                size += weight * change.size**2
-                norm += weight * change.norm**2
-        for i, value in enumerate(() if update is None else update.gradient_norms):
-            if value is not None and (weight := weights.get(i, others)):
-                received[slots[i].role] += weight * value**2
+                size += share * change.size * change.size
+                norm += share * change.norm * change.norm
+        values = () if self.update is None else self.update.gradient_norms
+        for (slot, share), value in zip(shares, values, strict=False):
+            if value is not None and share:
+                received[slot.role] += share * value * value
         return Sums(
             gradients=(gradients["A"], gradients["B"]),
             received=(received["A"], received["B"]),

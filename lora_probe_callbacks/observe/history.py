@@ -38,19 +38,18 @@ def advance(
 def _next(
     old: SlotHistory, slot: SlotFact, gradient: GradientFact | None, change: UpdateFact | None, step: int
 ) -> SlotHistory:
-    unmoved, lost, put_back = old.unmoved, old.lost, old.put_back
-    start, end, had_move = old.start, old.end, old.had_move
+    (
+        read, missing, zero, zero_since, rate_zero, rate, rising, unmoved, lost, put_back, start, end,
+        had_gradient, had_signal, had_rate, had_move,
+    ) = old  # fmt: skip
     if change is not None:
         # Judged against the gradient and the rate that were read before this update.
-        could_move = old.had_gradient and old.zero == 0 and old.missing == 0 and old.rate_zero == 0
+        could_move = had_gradient and zero == 0 and missing == 0 and rate_zero == 0
         unmoved = unmoved + 1 if could_move and change.moved == 0 else 0
         lost = lost + 1 if could_move and slot.half and change.moved < 0.5 else 0
         # Only where the last step changed the norm do equal norms mean equal values.
         put_back = put_back + 1 if could_move and change.start == start and start != end else 0
         start, end, had_move = change.start, change.norm, had_move or change.moved > 0
-    read, missing, zero, zero_since = old.read, old.missing, old.zero, old.zero_since
-    rate_zero, rate, rising = old.rate_zero, old.rate, old.rate_rising
-    had_gradient, had_signal, had_rate = old.had_gradient, old.had_signal, old.had_rate
     if gradient is not None:
         now = slot.learning_rate
         read += 1

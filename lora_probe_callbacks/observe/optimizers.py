@@ -54,8 +54,8 @@ def ownership(optimizers: Sequence[Optimizer]) -> dict[int, Ownership]:
         Tensor id to the first optimizer that owns it.
     """
     owners: dict[int, Ownership] = {}
-    for index, optimizer in enumerate(optimizers):
-        for group in optimizer.param_groups:
+    for index, optimizer in reversed(list(enumerate(optimizers))):  # the first owner has the last word
+        for group in reversed(optimizer.param_groups):
             rate = group.get("lr", float("nan"))
             # A tensor rate on a device would cost a transfer of its own; such a group is read as unknown.
             known = not isinstance(rate, torch.Tensor) or rate.device.type == "cpu"
@@ -64,8 +64,7 @@ def ownership(optimizers: Sequence[Optimizer]) -> dict[int, Ownership]:
                 learning_rate=float(rate) if known else float("nan"),
                 weight_decay=float(group.get("weight_decay") or 0.0),
             )
-            for tensor in group["params"]:
-                owners.setdefault(id(tensor), entry)
+            owners.update(dict.fromkeys(map(id, group["params"]), entry))
     return owners
 
 

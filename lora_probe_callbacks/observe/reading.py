@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.base_sample import BaseSample
+from lora_probe_callbacks.observe.collection import no_collection
 from lora_probe_callbacks.observe.facts import SAMPLE, BaseDrift, GradientFact, Role, Sample, StepUpdate
 from lora_probe_callbacks.observe.gradients import GradientReading, read_gradients
 from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of
@@ -148,6 +149,7 @@ class DeviceReader:
             by_role[self._scene.slots[index].role].append(local(tensor))
         return self._tickets.readout.add(sample(list(by_role.values()), self._scene.device))
 
+    @no_collection()
     @torch.no_grad()
     def read_after(self, optimizer: int, step: int, framework_step: int) -> None:
         """Directly after a step: what did it change, and what were the gradients that it got?"""

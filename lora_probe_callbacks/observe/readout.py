@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["Readout", "batches", "chunks", "local"]
+__all__ = ["Grouping", "Readout", "batches", "group", "kind", "local"]
 
 _CHUNK = 2**21  # elements: 8 MiB of float32, and as many in float64 for the moment of a norm
+Kind = tuple[torch.device, torch.dtype, torch.Size]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -45,10 +48,10 @@ class Readout:
         Returns:
             Where the norms will be found, in the order of the tensors.
         """
-        together = chunks(tensors)
+        groups = group(tensors)
         ticket = self._ticket(len(tensors))
-        places = [ticket[i] for indices in together for i in indices]
-        self._add_rows(places, batches(tensors, together), order, scale)
+        places = [ticket.start + i for i in groups.order]
+        self._add_rows(places, batches(tensors, groups.together), order, scale)
         return ticket
 
     def add_row_norms(self, rows: Sequence[torch.Tensor], order: float) -> range:
@@ -107,28 +110,52 @@ class Readout:
         return self._values[ticket.start : ticket.stop]
 
 
-def chunks(tensors: Sequence[torch.Tensor]) -> Sequence[Sequence[int]]:
+class Grouping(NamedTuple):
     """Which tensors to copy into one, for one kernel in place of many: small ones of one shape.
+
+    Attributes:
+        together: Indices of the tensors, each in one group; a large tensor is a group of its own. A **row** is the
+            place of a tensor when the groups stand one after another.
+        order: The tensor of each row.
+        rows: The rows of each group.
+        kinds: The kind of the tensor of each row.
+    """
+
+    together: Sequence[Sequence[int]]
+    order: Sequence[int]
+    rows: Sequence[range]
+    kinds: Sequence[Kind]
+
+
+def kind(tensor: torch.Tensor) -> Kind:
+    """What the tensors of a group have in common."""
+    return tensor.device, tensor.dtype, tensor.shape
+
+
+def group(tensors: Sequence[torch.Tensor]) -> Grouping:
+    """Group tensors; for those of the kinds of an earlier call the very object of that call.
 
     Args:
         tensors: Tensors of any kinds.
 
     Returns:
-        Indices, each in one chunk; a large tensor is a chunk of its own.
+        Their groups.
     """
-    return _chunks(tuple([(t.device, t.dtype, t.shape) for t in tensors]))
+    return _group(tuple([(t.device, t.dtype, t.shape) for t in tensors]))
 
 
-@lru_cache(maxsize=8)  # asked three times a step for tensors of the same kinds
-def _chunks(kinds: tuple[tuple[torch.device, torch.dtype, torch.Size], ...]) -> Sequence[Sequence[int]]:
-    alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
-    for index, kind in enumerate(kinds):
-        alike.setdefault(kind, []).append(index)
-    found: list[Sequence[int]] = []
+@lru_cache(maxsize=8)  # asked several times a step for tensors of the same kinds
+def _group(kinds: tuple[Kind, ...]) -> Grouping:
+    alike: dict[Kind, list[int]] = {}
+    for index, one in enumerate(kinds):
+        alike.setdefault(one, []).append(index)
+    together: list[list[int]] = []
     for (_, _, shape), indices in alike.items():
         size = max(1, _CHUNK // max(1, shape.numel()))
-        found += [indices[i : i + size] for i in range(0, len(indices), size)]
-    return found
+        together += [indices[i : i + size] for i in range(0, len(indices), size)]
+    order = list(itertools.chain.from_iterable(together))
+    bounds = itertools.pairwise(itertools.accumulate(map(len, together), initial=0))
+    return Grouping(together, order, [range(*pair) for pair in bounds], [kinds[i] for i in order])
 
 
 def batches(tensors: Sequence[torch.Tensor], together: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -136,10 +163,10 @@ def batches(tensors: Sequence[torch.Tensor], together: Sequence[Sequence[int]]) 
 
     Args:
         tensors: Tensors of any kinds.
-        together: See :func:`chunks`.
+        together: Indices of the tensors of each group, see :class:`Grouping`.
 
     Returns:
-        One tensor a chunk: a copy of several, [n, elements of each], or a view of one, [1, ...].
+        One tensor a group: a copy of several, [n, elements of each], or a view of one, [1, ...].
     """
     return [
         torch.stack([tensors[i] for i in c]).view(len(c), tensors[c[0]].numel())

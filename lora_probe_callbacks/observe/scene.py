@@ -206,6 +206,7 @@ class Scene:
     def look(self) -> None:
         """See which tensors the slots hold now, and who owns them; what is asked until the next look is of these."""
         self._behind: dict[int, Ownership] = {}  # slot to the owner of its copy
+        self._of: dict[tuple[int, bool], dict[int, torch.Tensor]] = {}  # see tensors()
         self._owners = ownership(self.optimizers)
         tensors = [slot.tensor for slot in self.slots]
         if self.inside_forward and len(tensors) == len(self._outside):
@@ -279,13 +280,16 @@ class Scene:
         """Some tensor of an optimizer has a gradient."""
         return any(t.grad is not None for t in tensors_of([self.optimizers[optimizer]]))
 
-    def tensors(self, optimizer: int, *, unowned: bool) -> dict[int, torch.Tensor]:
+    def tensors(self, optimizer: int, *, unowned: bool) -> Mapping[int, torch.Tensor]:
         """Slots whose tensors an optimizer owns, and on request those that nobody owns."""
-        return {
-            index: tensor
-            for index, (tensor, own) in enumerate(zip(self._tensors, self._owned, strict=True))
-            if tensor is not None and (own.optimizer == optimizer if own is not None else unowned)
-        }
+        found = self._of.get((optimizer, unowned))
+        if found is None:
+            found = self._of[optimizer, unowned] = {
+                index: tensor
+                for index, (tensor, own) in enumerate(zip(self._tensors, self._owned, strict=True))
+                if tensor is not None and (own.optimizer == optimizer if own is not None else unowned)
+            }
+        return found
 
     def whole(self) -> dict[int, torch.Tensor]:
         """Slots that are meant to train and of which this rank holds all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_probe_callbacks.observe.facts import UpdateFact
-from lora_probe_callbacks.observe.readout import Readout, batches, chunks, local
+from lora_probe_callbacks.observe.readout import Grouping, Readout, batches, group, kind, local
 
 __all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
 
@@ -20,9 +19,8 @@ class CopiesBefore:
     """What an optimizer is about to change, as it is before its step: small tensors of one shape in one."""
 
     slots: list[int]
-    kinds: list[tuple[torch.Size, torch.device]]  # one entry a slot
-    rows: list[torch.Tensor]  # one row a slot
-    together: list[range]  # which of the slots are in each
+    groups: Grouping  # the slots stand in the order of its rows
+    rows: list[torch.Tensor]  # one tensor a group
     readout: Readout
     norms: range  # of the slots, in ``readout``, which may travel before that of the update
 
@@ -62,15 +60,12 @@ def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> Copies
     """
     now = {slot: t for slot, tensor in tensors.items() if (t := local(tensor)).numel()}
     slots, values = list(now), list(now.values())
-    together = chunks(values)
-    rows = [part if len(part) > 1 else part.clone() for part in batches(values, together)]
-    bounds = itertools.pairwise(itertools.accumulate(map(len, together), initial=0))
-    order = [i for indices in together for i in indices]
+    groups = group(values)
+    rows = [part if len(part) > 1 else part.clone() for part in batches(values, groups.together)]
     return CopiesBefore(
-        slots=[slots[i] for i in order],
-        kinds=[(values[i].shape, values[i].device) for i in order],
+        slots=[slots[i] for i in groups.order],
+        groups=groups,
         rows=rows,
-        together=[range(*pair) for pair in bounds],
         readout=readout,
         norms=readout.add_row_norms(rows, 2),
     )
@@ -92,16 +87,14 @@ def read_update(
         A reading that yields facts after ``readout.receive()``, or None if there is nothing to compare.
     """
     now = {s: local(t) for s, t in tensors.items()}
-    kinds = [(t.shape, t.device) if (t := now.get(s)) is not None else None for s in before.slots]
-    slots: list[int | None] = list(before.slots)
-    if kinds != before.kinds:
+    kinds = before.groups.kinds
+    there = [(t := now.get(s)) is not None and kind(t) == k for s, k in zip(before.slots, kinds, strict=True)]
+    if not any(there):
+        return None
+    if not all(there):
         copies = [copy for part in before.rows for copy in part.unbind()]
-        for i, (slot, kind, then) in enumerate(zip(before.slots, kinds, before.kinds, strict=True)):
-            if kind != then:
-                slots[i], now[slot] = None, copies[i].view(then[0])
-        if not any(s is not None for s in slots):
-            return None
-    rows = batches([now[s] for s in before.slots], before.together)
+        now |= {s: c.view(k[-1]) for s, c, k, t in zip(before.slots, copies, kinds, there, strict=True) if not t}
+    rows = batches([now[s] for s in before.slots], before.groups.rows)
     norm = readout.add_row_norms(rows, 2)
     torch._foreach_sub_(before.rows, rows)
     size = readout.add_row_norms(before.rows, 2)
@@ -113,8 +106,8 @@ def read_update(
     return UpdateReading(
         step=step,
         framework_step=framework_step,
-        slots=slots,
-        counts=[shape.numel() for shape, _ in before.kinds],
+        slots=[s if t else None for s, t in zip(before.slots, there, strict=True)],
+        counts=[shape.numel() for _, _, shape in kinds],
         starts=lambda: ahead.get(ticket),
         norm=norm,
         size=size,
