@@ -745,9 +745,9 @@ class ProbeSession:
         self._reader.send(cotangents=self._observer.cotangents(), sample=probed)
         # An accelerator is still busy with the backward at this time: what needs no values is looked at meanwhile.
         seen = self._structure(moment, optimizer, final=final)
-        parts = self._scene.left_out(seen["forwards"], self._observer.called())
+        units = self._scene.left_out(seen["forwards"], self._observer.called()), self._scene.factors()
         readings = self._reader.receive(final=optimizer if final and probed else None, merges=self._merges)
-        return self._with_files(self._facts(seen, parts, readings))
+        return self._with_files(self._facts(seen, units, readings))
 
     def _with_files(self, facts: Facts) -> Facts:
         """What was saved and restored since the last decision."""
@@ -808,7 +808,9 @@ class ProbeSession:
             "coverage": self._coverage,
         }
 
-    def _facts(self, seen: dict[str, Any], parts: Sequence[Part] | None, readings: Readings) -> Facts:
+    def _facts(
+        self, seen: dict[str, Any], units: tuple[Sequence[Part] | None, Sequence[float | None]], readings: Readings
+    ) -> Facts:
         scene, observer = self._scene, self._observer
         self._history = advance(self._history, seen["slots"], readings.gradients, readings.update, self.step)
         if readings.followers is not None:
@@ -825,7 +827,7 @@ class ProbeSession:
         was_active = self._was_active | observer.active_seen
         facts = Facts(
             **seen,
-            units=scene.unit_facts(parts, readings.gradients, used),
+            units=scene.unit_facts(*units, readings.gradients, used),
             history=tuple(self._history),
             gradients=readings.gradients,
             update=readings.update,

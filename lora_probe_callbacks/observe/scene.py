@@ -185,7 +185,7 @@ class Scene:
         starts = itertools.accumulate((len(unit.slots) for unit in self.units), initial=0)
         self._slots_of_unit = [tuple(range(i, i + len(u.slots))) for i, u in zip(starts, self.units, strict=False)]
         self._unit_facts: tuple[UnitFact, ...] = ()
-        self._units_seen: Sequence[tuple[object, ...]] | None = None
+        self._units_seen: Sequence[object] | None = None
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -397,13 +397,22 @@ class Scene:
             None if id(unit.layer.called) in called else idle_part(unit, called, self.inventory) for unit in self.units
         ]
 
+    def factors(self) -> list[float | None]:
+        """The factor of the product BA in every expected unit; None where its method has none."""
+        return [None if n is None else scaling(u) for u, n in zip(self.units, self._naturals, strict=True)]
+
     def unit_facts(
-        self, parts: Sequence[Part] | None, gradients: Sequence[GradientFact | None], used: Mapping[int, bool]
+        self,
+        parts: Sequence[Part] | None,
+        factors: Sequence[float | None],
+        gradients: Sequence[GradientFact | None],
+        used: Mapping[int, bool],
     ) -> tuple[UnitFact, ...]:
         """Every expected unit: was it left out, and was its base weight used without it?
 
         Args:
             parts: See :meth:`left_out`.
+            factors: See :meth:`factors`.
             gradients: One entry a slot.
             used: Whether the base weight of a unit was in use, for units that were watched for that.
 
@@ -412,18 +421,18 @@ class Scene:
         """
         self.base_used.update(used)
         for index, part in enumerate(parts or ()):
+            if part is None and not self.suspects and not self.base_used:
+                continue
             slots = self._slots_of_unit[index] if part in ("layer", "sibling") else ()
             if slots and all((g := gradients[s]) is None or not g.present or g.zero for s in slots):
                 self.suspects.add(index)
             else:
                 self.suspects.discard(index)
                 self.base_used.pop(index, None)
-        factors = [None if n is None else scaling(u) for u, n in zip(self.units, self._naturals, strict=True)]
-        seen = list(
-            zip(parts or [None] * len(factors), factors, map(self.base_used.get, range(len(factors))), strict=True)
-        )
+        seen = (parts or [None] * len(factors), factors, dict(self.base_used))
         if seen != self._units_seen:
-            self._units_seen, self._unit_facts = seen, tuple(self._unit_fact(i, *now) for i, now in enumerate(seen))
+            states = zip(*seen[:2], map(self.base_used.get, range(len(factors))), strict=True)
+            self._units_seen, self._unit_facts = seen, tuple(self._unit_fact(i, *now) for i, now in enumerate(states))
         return self._unit_facts
 
     def _unit_fact(self, index: int, part: Part, factor: float | None, used: bool | None) -> UnitFact:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lora_probe_callbacks.observe.facts import UpdateFact
-from lora_probe_callbacks.observe.readout import Grouping, Readout, batches, group, kind, local
+from lora_probe_callbacks.observe.readout import Grouping, Readout, batches, group, local
 
 __all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
 
@@ -88,7 +89,8 @@ def read_update(
     """
     now = {s: local(t) for s, t in tensors.items()}
     kinds = before.groups.kinds
-    there = [(t := now.get(s)) is not None and kind(t) == k for s, k in zip(before.slots, kinds, strict=True)]
+    found = [(t.device, t.dtype, t.shape) if (t := now.get(s)) is not None else None for s in before.slots]
+    there = list(map(operator.eq, found, kinds))
     if not any(there):
         return None
     if not all(there):
