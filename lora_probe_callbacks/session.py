@@ -32,7 +32,6 @@ from lora_probe_callbacks.checkpoints import Checkpoints
 from lora_probe_callbacks.checks import wrong_gradient
 from lora_probe_callbacks.checks.base import OF_OWNED_TENSORS, Check, Verdict, skipped
 from lora_probe_callbacks.checks.catalogue import explain, selected
-from lora_probe_callbacks.checks.standing import Standing
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.estimation import Estimation, look
 from lora_probe_callbacks.ledger import Ledger, state_in_words
@@ -70,6 +69,7 @@ from lora_probe_callbacks.report.metrics import (
     metrics_of_update,
 )
 from lora_probe_callbacks.report.record import Record, Row
+from lora_probe_callbacks.standing import Standing
 from lora_probe_callbacks.state import RandomState
 from lora_probe_callbacks.steps import StepTracker
 

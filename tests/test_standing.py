@@ -11,8 +11,8 @@ from training import watch
 
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok
 from lora_probe_callbacks.checks.catalogue import all_checks
-from lora_probe_callbacks.checks.standing import Standing
 from lora_probe_callbacks.observe.facts import Facts
+from lora_probe_callbacks.standing import Standing
 
 HEALTHY = facts()
 
