@@ -107,24 +107,25 @@ class Check:
         return FAMILIES[self.code[2]]
 
 
-_OK = Verdict("pass")  # said some fifty times at every decision
+@lru_cache
+def _plain(status: Status, reason: str = "") -> Verdict:
+    """One object for all that say the same: some fifty do at every decision."""
+    return Verdict(status, reason)
 
 
 def ok() -> Verdict:
     """Judged and found healthy."""
-    return _OK
+    return _plain("pass")
 
 
-@lru_cache
 def pending(reason: str) -> Verdict:
     """Too early to say, and why."""
-    return Verdict("pending", reason)
+    return _plain("pending", reason)
 
 
-@lru_cache
 def skipped(reason: str) -> Verdict:
     """Could not be judged, and why."""
-    return Verdict("skipped", reason)
+    return _plain("skipped", reason)
 
 
 def fail(

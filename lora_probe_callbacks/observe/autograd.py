@@ -93,7 +93,7 @@ def runs_to_all(leaves: Sequence[torch.Tensor]) -> bool:
     try:
         with no_collection(), torch.enable_grad():
             node = _Meeting.apply(*leaves).grad_fn  # type: ignore[no-untyped-call]
-        return all(planned(accumulates) for accumulates, _ in node.next_functions) if leaves else True
+            return node is not None and all(planned(accumulates) for accumulates, _ in node.next_functions)
     except RuntimeError:  # torch.autograd.grad with these very leaves; torch.func.grad, which has a graph of its own
         return False
 

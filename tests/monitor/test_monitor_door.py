@@ -608,3 +608,24 @@ def test_optimizer_of_another_model_is_reported() -> None:
         loop(model, adamw(model))
     assert [(f.code, f.step) for f in caught.value.findings] == [("LP202", 0)], str(caught.value)
     assert "belong to another model" in str(caught.value)
+
+
+def test_report_taken_before_training_follows_the_run() -> None:
+    model = lora(hook=True)
+    optimizer = adamw(model)
+    probe = monitor(model, optimizer)
+
+    def train() -> None:
+        with probe:
+            reports.append(probe.report)
+            loop(model, optimizer)
+            assert reports[0].healthy is True
+            assert {"LP101", "LP302", "LP401"} <= {f.code for f in reports[0].with_status("pass")}
+            faults.left_merged(model)
+            loop(model, optimizer)
+
+    reports: list[ProbeReport] = []
+    with pytest.raises(LoraProbeError):
+        train()
+    assert [f.code for f in reports[0].failures] == ["LP103"]
+    assert reports[0].findings == probe.report.findings
