@@ -4,7 +4,7 @@
     python benchmarks/overhead.py --parts cadence phases device --shape qwen2.5-1.5b --device cuda
 
 Prints tables and writes a JSON file with device and versions under ``benchmarks/results``. Times are
-medians of single steps; ratios are of blocks that ran next to each other, since machines drift.
+medians of single steps; ratios are to the plain blocks directly before and after, since machines drift.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -131,40 +131,50 @@ class Training:
             torch.cuda.synchronize()
 
 
-def ratios(times: dict[str, list[float]], against: str) -> dict[str, dict[str, float]]:
-    """Medians of blocks, and the ratios to the block of ``against`` next to each."""
-    rows = {}
-    for name, values in times.items():
-        found = [v / p for v, p in zip(values, times[against], strict=True)]
+def beside(
+    plain: Callable[[], float], ways: dict[str, Callable[[], float]], blocks: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each way, and its ratio to the two plain blocks that it ran between."""
+    plains = [plain()]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(blocks):
+        for name, way in ways.items():
+            took = way()
+            plains.append(plain())
+            found[name].append((took, 2 * took / (plains[-2] + plains[-1])))
+    rows = {"plain": {"ms": round(statistics.median(plains), 3), "ratio": 1.0, "ratio_min": 1.0, "ratio_max": 1.0}}
+    for name, pairs in found.items():
+        times, ratios = zip(*pairs, strict=True)
         rows[name] = {
-            "ms": round(statistics.median(values), 3),
-            "ratio": round(statistics.median(found), 4),
-            "ratio_min": round(min(found), 4),
-            "ratio_max": round(max(found), 4),
+            "ms": round(statistics.median(times), 3),
+            "ratio": round(statistics.median(ratios), 4),
+            "ratio_min": round(min(ratios), 4),
+            "ratio_max": round(max(ratios), 4),
         }
     return rows
 
 
 def cadence(training: Training, blocks: int, steps: int) -> dict[str, Any]:
     """Plain steps, steps probed every time, and steps between probes."""
-    times: dict[str, list[float]] = {"plain": [], "every step": [], "between probes": []}
     training.steps(3)
     healthy = []
-    for _ in range(blocks):
-        times["plain"].append(statistics.median(training.steps(steps)))
-        with training.probe(1, *REPEATS) as probe:
-            training.steps(4)
-            times["every step"].append(statistics.median(training.steps(steps)))
-        healthy.append(bool(probe.report.healthy) and not probe.report.internal_errors)
-        with training.probe(10**6, *REPEATS):
+
+    def plain() -> float:
+        return statistics.median(training.steps(steps))
+
+    def probed(every: int) -> float:
+        with training.probe(every, *REPEATS) as probe:
             training.steps(5)
-            times["between probes"].append(statistics.median(training.steps(steps)))
-    rows = ratios(times, "plain")
-    extra = rows["every step"]["ms"] - rows["plain"]["ms"]
+            took = plain()
+        healthy.append(bool(probe.report.healthy) and not probe.report.internal_errors)
+        return took
+
+    rows = beside(plain, {"every step": lambda: probed(1), "between probes": lambda: probed(10**6)}, blocks)
+    extra = rows["every step"]["ratio"] - 1
     return {
         "rows": rows,
-        "ms_per_probed_step": round(extra, 3),
-        "default_cadence": round(1 + extra / 50 / rows["plain"]["ms"], 5),
+        "ms_per_probed_step": round(extra * rows["plain"]["ms"], 3),
+        "default_cadence": round(1 + extra / 50, 5),
         "healthy": all(healthy),
     }
 
@@ -282,9 +292,7 @@ def scale(steps: int, where: str) -> list[dict[str, Any]]:
 
 def others(training: Training, blocks: int, steps: int) -> dict[str, dict[str, float]]:
     """The same training under what people use instead, in every step."""
-    times: dict[str, list[float]] = {}
     ways: dict[str, Callable[[], AbstractContextManager[Callable[[], object] | None]]] = {
-        "plain": nullcontext,
         "LoraProbeMonitor, every step": lambda: _monitored(training, 1),
         "LoraProbeMonitor, every 50 steps": lambda: _monitored(training, 50),
         "PEFT get_model_status, every step": lambda: nullcontext(training.model.get_model_status),
@@ -298,13 +306,13 @@ def others(training: Training, blocks: int, steps: int) -> dict[str, dict[str, f
         if importlib.util.find_spec(package) is not None:
             ways[name] = lambda way=way: way(training)  # type: ignore[misc]
     training.steps(3)
-    for _ in range(blocks):
-        for name, way in ways.items():
-            with way() as before_update:
-                training.steps(5, before_update)
-                # A mean, where only some steps are probed.
-                times.setdefault(name, []).append(statistics.fmean(training.steps(max(steps, 50), before_update)))
-    return ratios(times, "plain")
+
+    def run(way: Callable[[], AbstractContextManager[Callable[[], object] | None]]) -> float:
+        with way() as before_update:
+            training.steps(5, before_update)
+            return statistics.fmean(training.steps(max(steps, 50), before_update))  # a mean: some probe in some steps
+
+    return beside(lambda: run(nullcontext), {name: partial(run, way) for name, way in ways.items()}, blocks)
 
 
 @contextmanager
@@ -423,13 +431,9 @@ def _door(
     run: Callable[[list[Any]], float], probe: Callable[[int], list[Any]], blocks: int
 ) -> dict[str, dict[str, float]]:
     """Whole runs, the start and the first four steps included."""
-    times: dict[str, list[float]] = {"plain": [], "every 50 steps": [], "every step": []}
     run([])
-    for _ in range(blocks):
-        times["plain"].append(run([]))
-        times["every 50 steps"].append(run(probe(50)))
-        times["every step"].append(run(probe(1)))
-    return ratios(times, "plain")
+    ways = {"every 50 steps": lambda: run(probe(50)), "every step": lambda: run(probe(1))}
+    return beside(lambda: run([]), ways, blocks)
 
 
 def show(rows: dict[str, dict[str, float]]) -> None:

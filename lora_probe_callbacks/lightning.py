@@ -59,11 +59,13 @@ class LoraProbe(Door, Callback):
         self._session: ProbeSession | None = None
         self._restored: Mapping[str, Any] | None = None
         self._rows: dict[int, dict[str, float]] = {}
+        self._shown: float | None = None  # on the progress bar
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._restored = None  # what test() or validate() has loaded is no resume
+            self._shown = None
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -91,13 +93,17 @@ class LoraProbe(Door, Callback):
             self._session.gradients_ready(optimizer)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         if self._session is None:
             return
         if trainer._logger_connector.should_update_logs:
             self._flush(trainer)
         healthy = self._session.metrics.get("lora_probe/healthy")
-        if healthy is not None and not trainer.barebones:
+        # Logging takes half a millisecond, and the bar keeps a value to the end of the epoch.
+        if healthy is not None and not trainer.barebones and (healthy != self._shown or batch_idx == 0):
+            self._shown = healthy
             pl_module.log("lora_probe/healthy", healthy, prog_bar=True, logger=False, rank_zero_only=True)
         # A collective of Lightning's at every batch, only where somebody may have to stop.
         stoppable = self._config.on_failure == "stop"

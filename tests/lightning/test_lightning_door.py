@@ -439,6 +439,25 @@ def test_progress_bar():
     assert trainer.progress_bar_metrics["lora_probe/healthy"] == 1.0
 
 
+def test_progress_bar_keeps_what_is_logged_once_an_epoch():
+    class Counting(Task):
+        def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+            logged.append(name)
+            shown.append(self.trainer.progress_bar_metrics.get("lora_probe/healthy"))
+            super().log(name, *args, **kwargs)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            shown.append(self.trainer.progress_bar_metrics.get("lora_probe/healthy"))
+
+    logged: list[str] = []
+    shown: list[float | None] = []
+    trainer = fit(Counting(peft_llama()), LoraProbe(every_n_steps=1, verbose=False), token_batches(5), max_epochs=2)
+    assert trainer.global_step == 10
+    assert logged.count("lora_probe/healthy") == 2
+    assert set(shown[2:]) == {1.0}
+    assert trainer.progress_bar_metrics["lora_probe/healthy"] == 1.0
+
+
 def test_progress_bar_of_an_unhealthy_run():
     probe = LoraProbe(every_n_steps=1, verbose=False, on_failure="stop")
     trainer = fit(Task(checkpointed(), merges_at(2)), probe, token_batches(5))
