@@ -34,8 +34,7 @@ class _Noting(Facts):
 class _Known:
     """What is known of one check."""
 
-    notes: tuple[tuple[str, object], ...] | None = None  # what its last verdict was judged on; None: not noted
-    verdict: Verdict | None = None
+    standing: tuple[Verdict, dict[str, object]] | None = None  # its last verdict, and what that was judged on
     directly: int = 0  # decisions at which it is still asked without notes, which take longer
     pause: int = 1  # how many these will be the next time
 
@@ -57,16 +56,17 @@ class Standing:
             The very object of the last time, where nothing has changed that it was judged on.
         """
         known = self._known.setdefault(check.code, _Known())
-        if known.notes is not None:
-            now = ((getattr(facts, name), then) for name, then in known.notes)
-            if known.verdict is not None and all(value is then or value == then for value, then in now):
-                return known.verdict
-            known.notes, known.directly, known.pause = None, known.pause, min(2 * known.pause, _LONGEST)
+        if known.standing is not None:
+            verdict, notes = known.standing
+            now = ((getattr(facts, name), then) for name, then in notes.items())
+            if all(value is then or value == then for value, then in now):
+                return verdict
+            known.standing, known.directly, known.pause = None, known.pause, min(2 * known.pause, _LONGEST)
         if known.directly:
             known.directly -= 1
             return check.judge(facts)
         noting = object.__new__(_Noting)
         noting.__dict__.update({name: getattr(facts, name) for name in _FIELDS}, notes={})
-        known.verdict = check.judge(noting)
-        known.notes = tuple(noting.__dict__["notes"].items())
-        return known.verdict
+        verdict = check.judge(noting)
+        known.standing = verdict, noting.__dict__["notes"]
+        return verdict

@@ -141,7 +141,7 @@ def group(tensors: Sequence[torch.Tensor]) -> Grouping:
     Returns:
         Their groups.
     """
-    return _group(tuple([(t.device, t.dtype, t.shape) for t in tensors]))
+    return _group(tuple(map(kind, tensors)))
 
 
 @lru_cache(maxsize=8)  # asked several times a step for tensors of the same kinds

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_probe_callbacks.observe.facts import UpdateFact
-from lora_probe_callbacks.observe.readout import Grouping, Readout, batches, group, local
+from lora_probe_callbacks.observe.readout import Grouping, Readout, batches, group, kind, local
 
 __all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
 
@@ -89,7 +89,7 @@ def read_update(
     """
     now = {s: local(t) for s, t in tensors.items()}
     kinds = before.groups.kinds
-    found = [(t.device, t.dtype, t.shape) if (t := now.get(s)) is not None else None for s in before.slots]
+    found = [kind(t) if (t := now.get(s)) is not None else None for s in before.slots]
     there = list(map(operator.eq, found, kinds))
     if not any(there):
         return None
