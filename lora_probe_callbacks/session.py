@@ -47,12 +47,11 @@ from lora_probe_callbacks.observe.facts import (
     Moment,
     ReferenceFact,
     SavedFact,
-    SlotHistory,
     StartFact,
     StepResponse,
 )
 from lora_probe_callbacks.observe.forwards import ForwardObserver
-from lora_probe_callbacks.observe.history import advance
+from lora_probe_callbacks.observe.history import History
 from lora_probe_callbacks.observe.idle import AdaptersElsewhere
 from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of, unwrap_optimizer
 from lora_probe_callbacks.observe.reading import DeviceReader, Readings
@@ -212,7 +211,7 @@ class ProbeSession:
 
     def _watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
-        self._history = [SlotHistory() for _ in self._scene.slots]
+        self._history = History(len(self._scene.slots))
         self._observer.sharded = bool(self._scene.shards())
         self._observer.watch(self._scene.inventory, self._scene.units)
 
@@ -812,7 +811,7 @@ class ProbeSession:
         self, seen: dict[str, Any], units: tuple[Sequence[Part] | None, Sequence[float | None]], readings: Readings
     ) -> Facts:
         scene, observer = self._scene, self._observer
-        self._history = advance(self._history, seen["slots"], readings.gradients, readings.update, self.step)
+        self._history.advance(seen["slots"], readings.gradients, readings.moves, readings.update, self.step)
         if readings.followers is not None:
             scene.followers.advance(readings.followers, self.step, moved=_moved(readings))
         if readings.copies is not None and scene.copies is not None:
@@ -828,9 +827,12 @@ class ProbeSession:
         facts = Facts(
             **seen,
             units=scene.unit_facts(*units, readings.gradients, used),
-            history=tuple(self._history),
+            history=self._history.rows,
+            reads=self._history.reads,
             gradients=readings.gradients,
+            gradient_norms=readings.gradient_norms,
             update=readings.update,
+            moves=readings.moves,
             others=scene.other_facts(readings.others_before, readings.others_after, was_active),
             base_drift=readings.drift,
             copies=None if scene.copies is None or seen["replaced"] else scene.copies.fact(),
@@ -1037,7 +1039,7 @@ class ProbeSession:
 
 def _moved(readings: Readings) -> bool:
     """The last update has moved the adapter."""
-    return readings.update is not None and any(u is not None and u.moved > 0 for u in readings.update.slots)
+    return any(move is not None and move.moved for move in readings.moves)
 
 
 def _ran_in(forward: ForwardFact) -> Iterator[Mode]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_probe_callbacks.checks.base import Verdict
 from lora_probe_callbacks.checks.catalogue import all_checks, explain
@@ -24,15 +25,37 @@ from lora_probe_callbacks.observe.facts import (
     StepUpdate,
     Sums,
     UnitFact,
-    UpdateFact,
     Wrapping,
 )
+from lora_probe_callbacks.observe.gradients import gradient_fact
+from lora_probe_callbacks.observe.updates import move_fact
 
-GRADIENT = GradientFact(present=True, norm=1.0, zero=False, finite=True)
-ZERO = GradientFact(present=True, norm=0.0, zero=True, finite=True)
-NONE = GradientFact(present=False, norm=0.0, zero=False, finite=True)
-MOVED = UpdateFact(start=1.0, moved=1.0, size=0.1, norm=1.1, finite=True)
-STILL = UpdateFact(start=1.0, moved=0.0, size=0.0, norm=1.0, finite=True)
+
+class Change(NamedTuple):
+    """What one step did to one slot: norm before, fraction of its elements that moved, norms of change and result."""
+
+    start: float
+    moved: float
+    size: float
+    norm: float
+
+
+NOTHING = Change(*[None] * 4)  # of a slot that no optimizer stepped
+GRADIENT = gradient_fact(1.0)
+ZERO = gradient_fact(0.0)
+NONE = gradient_fact(None)
+MOVED = Change(start=1.0, moved=1.0, size=0.1, norm=1.1)
+STILL = Change(start=1.0, moved=0.0, size=0.0, norm=1.0)
+NORMS = {GRADIENT: 1.0, ZERO: 0.0, NONE: None, gradient_fact(math.inf): math.inf}
+
+
+def step_update(updates: Sequence[Change | None], gradients: Sequence[float | None]) -> dict[str, Any]:
+    """The facts of an update, made in step 3."""
+    starts, moved, sizes, norms = (
+        map(tuple, zip(*(u or NOTHING for u in updates), strict=True)) if updates else ((),) * 4
+    )
+    numbers = StepUpdate(3, 3, starts, sizes, norms, moved, tuple(gradients))
+    return {"update": numbers, "moves": tuple(map(move_fact, norms, moved))}
 
 
 def facts(
@@ -43,7 +66,7 @@ def facts(
     history: dict[str, Any] | None = None,
     slot: dict[str, Any] | None = None,
     unit: dict[str, Any] | None = None,
-    updates: Sequence[UpdateFact] = (),
+    updates: Sequence[Change | None] = (),
     called: Sequence[bool] = (),
     at: Mapping[int, Mapping[str, Any]] | None = None,
     forward: Mapping[str, Any] | None = None,
@@ -78,7 +101,7 @@ def facts(
         for role in ("A", "B")
     )
     gradients = tuple(gradients) or (GRADIENT,) * len(slots)
-    past = SlotHistory(**{"read": 5, "had_gradient": True, "had_signal": True, "had_rate": True, **(history or {})})
+    past = SlotHistory(**{"had_gradient": True, "had_signal": True, "had_rate": True, **(history or {})})
     seen = ForwardFact(
         module="model",
         received=True,
@@ -94,12 +117,7 @@ def facts(
         why_unknown=None,
         with_grad=frozenset(u for u, c in enumerate(called) if c),
     )
-    update = StepUpdate(
-        step=3,
-        framework_step=3,
-        slots=tuple(updates) or (MOVED,) * len(slots),
-        gradient_norms=tuple(g.norm if g.present else None for g in gradients),
-    )
+    norms = tuple(map(NORMS.__getitem__, gradients))
     values = {
         "moment": "step",
         "optimizer": 0,
@@ -116,9 +134,11 @@ def facts(
         "active": ("default",),
         "history": (past,) * len(slots),
         "forwards": (dataclasses.replace(seen, **(forward or {})),),
+        "reads": (5,) * len(slots),
         "gradients": gradients,
+        "gradient_norms": norms,
         "gradients_final": True,
-        "update": update,
+        **step_update(tuple(updates) or (MOVED,) * len(slots), norms),
         "optimizer_tensors": len(slots),
         "optimizers": 1,
         "ever_stepped": True,
@@ -127,6 +147,8 @@ def facts(
         for key, parts in (("slots", values["slots"]), ("history", values["history"])):
             mine = parts[index]._replace(**{k: v for k, v in own.items() if k in parts[index]._fields})
             values[key] = (*parts[:index], mine, *parts[index + 1 :])
+    if "update" in changes and changes["update"] is None:
+        values["moves"] = ()
     return Facts(**{**values, **changes})
 
 

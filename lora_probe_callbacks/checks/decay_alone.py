@@ -8,13 +8,13 @@ from lora_probe_callbacks.observe.facts import Facts
 
 def judge(facts: Facts) -> Verdict:
     """Look for tensors that move while their gradients are exactly zero."""
-    if facts.update is None:
+    if not facts.moves:
         return pending("no update was seen yet")
     moved = [
         i
         for i in sorted(facts.intended)
-        if (update := facts.update.slots[i]) is not None
-        and update.moved > 0
+        if (move := facts.moves[i]) is not None
+        and move.moved
         and facts.slots[i].weight_decay
         and facts.slots[i].learning_rate
     ]
@@ -26,14 +26,18 @@ def judge(facts: Facts) -> Verdict:
     row = min(facts.history[i].zero for i in decayed)
     if row < PERSISTENT:
         return pending(f"the adapter moves and its gradients are exactly zero in {row} probed step(s)")
-    slot, update = facts.slots[decayed[0]], facts.update.slots[decayed[0]]
-    shrink = update.size / update.norm if update is not None and update.norm else 0.0
+    slot, shrink = facts.slots[decayed[0]], _relative_size(facts, decayed[0])
     return fail(
         f"the adapter moves by weight decay alone: its gradients are exactly zero since the first step, {row} probed steps now",
         moved + [i for i in facts.intended if facts.history[i].zero],
         got=f"relative change {shrink:.2e} per step; learning rate times weight decay is {(slot.learning_rate or 0) * (slot.weight_decay or 0):.2e}",
         expected="a change that follows a gradient",
     )
+
+
+def _relative_size(facts: Facts, slot: int) -> float:
+    size, norm = (facts.update.sizes[slot], facts.update.norms[slot]) if facts.update is not None else (None, None)
+    return size / norm if size and norm else 0.0
 
 
 CHECK = Check(

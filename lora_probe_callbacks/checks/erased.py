@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok, pending, some
-from lora_probe_callbacks.observe.facts import Facts, UpdateFact
+from lora_probe_callbacks.observe.facts import Facts, StepUpdate
 
 LEFT = 0.1  # of the norm of B before the step
 FACTOR = 10.0  # times what the rate, the gradient and weight decay account for: Adam steps by 3.2 rates at most
@@ -13,37 +13,35 @@ FACTOR = 10.0  # times what the rate, the gradient and weight decay account for:
 
 def judge(facts: Facts) -> Verdict:
     """Look for a step after which next to nothing is left of B, and which its gradient does not explain."""
-    if facts.update is None:
+    update = facts.update
+    if update is None:
         return pending("no update was seen yet")
-    pairs = [
-        (i, u)
-        for i, u in enumerate(facts.update.slots)
-        if u is not None and facts.slots[i].role == "B" and u.start > 0 and i in facts.intended
-    ]
-    if not pairs:
+    b = [i for i in sorted(facts.intended) if facts.slots[i].role == "B" and (update.starts[i] or 0.0) > 0]
+    if not b:
         return pending("no B has a value that a step could erase")
-    erased = [i for i, u in pairs if u.finite and u.norm < LEFT * u.start and u.size > FACTOR * _explained(facts, i, u)]
-    if len(erased) < len(pairs):
+    if not all(_erased(facts, update, i) for i in b):
         return ok()
-    starts, ends = math.hypot(*(u.start for _, u in pairs)), math.hypot(*(u.norm for _, u in pairs))
+    starts, ends = (math.hypot(*(column[i] or 0.0 for i in b)) for column in (update.starts, update.norms))
     return fail(
-        f"one step erased the adapter: the norm of B fell from {starts:.3g} to {ends:.3g} in all {len(pairs)} adapted layers, "
-        f"{some([facts.slots[i].name for i in erased], 2)}",
-        erased,
+        f"one step erased the adapter: the norm of B fell from {starts:.3g} to {ends:.3g} in all {len(b)} adapted layers, "
+        f"{some([facts.slots[i].name for i in b], 2)}",
+        b,
         of_update=True,
-        got=f"a change of {starts:.3g} at a learning rate of {facts.slots[erased[0]].learning_rate:g}",
+        got=f"a change of {starts:.3g} at a learning rate of {facts.slots[b[0]].learning_rate:g}",
         expected="a change of the size of rate and gradient",
     )
 
 
-def _explained(facts: Facts, slot: int, update: UpdateFact) -> float:
-    """A generous size of the step: every element by the rate, or the gradient times the rate, and weight decay."""
+def _erased(facts: Facts, update: StepUpdate, slot: int) -> bool:
+    """Next to nothing is left, and the change is larger than rate, gradient and weight decay account for."""
+    start, size, norm = update.starts[slot], update.sizes[slot], update.norms[slot]
     rate = facts.slots[slot].learning_rate
-    if rate is None:
-        return float("inf")  # a rate that is NaN explains everything as well: nothing is above it
-    gradient = facts.update.gradient_norms[slot] if facts.update is not None and facts.update.gradient_norms else None
-    decay = (facts.slots[slot].weight_decay or 0.0) * update.start
-    return rate * max(math.sqrt(facts.slots[slot].numel), gradient or 0.0, decay)
+    if start is None or size is None or norm is None or rate is None or not norm < LEFT * start:
+        return False
+    gradient = update.gradient_norms[slot] if update.gradient_norms else None
+    decay = (facts.slots[slot].weight_decay or 0.0) * start
+    # A rate that is NaN explains everything: nothing is above it.
+    return size > FACTOR * rate * max(math.sqrt(facts.slots[slot].numel), gradient or 0.0, decay)
 
 
 CHECK = Check(

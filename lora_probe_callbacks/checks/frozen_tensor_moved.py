@@ -34,21 +34,17 @@ def judge(facts: Facts) -> Verdict:
                 expected="0",
                 fix="give the optimizer only what trains, or call zero_grad(set_to_none=True), so that tensors without a gradient are passed over",
             )
-    if facts.update is not None:
-        moved = [
-            i
-            for i, s in enumerate(facts.slots)
-            if s.frozen_by_intent and (u := facts.update.slots[i]) is not None and u.moved > 0
-        ]
-        if moved:
-            return fail(
-                f"{len(moved)} adapter tensors that were declared frozen moved: {some([facts.slots[i].name for i in moved])}",
-                moved,
-                cause="frozen",
-                of_update=True,
-                got=f"{len(moved)} moved",
-                expected="0",
-            )
+    moves = zip(facts.slots, facts.moves, strict=False)
+    moved = [i for i, (slot, move) in enumerate(moves) if slot.frozen_by_intent and move is not None and move.moved]
+    if moved:
+        return fail(
+            f"{len(moved)} adapter tensors that were declared frozen moved: {some([facts.slots[i].name for i in moved])}",
+            moved,
+            cause="frozen",
+            of_update=True,
+            got=f"{len(moved)} moved",
+            expected="0",
+        )
     return _drift(facts)
 
 

@@ -11,7 +11,7 @@ LOST, POOR = 0.2, 0.5  # fraction of elements that move: below the first the rol
 
 def judge(facts: Facts) -> Verdict:
     """Compare, for A and B apart, how many elements of 16-bit tensors a step moves."""
-    if facts.update is None:
+    if not facts.moves:
         return pending("no update was seen yet")
     if not any(facts.slots[i].half for i in facts.intended):
         return skipped("no adapter tensor is stored in 16 bits")
@@ -19,15 +19,14 @@ def judge(facts: Facts) -> Verdict:
         slots = [
             i
             for i in sorted(facts.intended)
-            if facts.slots[i].half and facts.slots[i].role == role and facts.update.slots[i] is not None
+            if facts.slots[i].half and facts.slots[i].role == role and facts.moves[i] is not None
         ]
         lost = [i for i in slots if facts.history[i].lost]
         elements = sum(facts.slots[i].numel for i in slots)
         if not lost or not elements:
             continue
-        moved = (
-            sum(facts.slots[i].numel * u.moved for i in slots if (u := facts.update.slots[i]) is not None) / elements
-        )
+        fractions = ((i, facts.update.moved[i]) for i in slots) if facts.update is not None else ()
+        moved = sum(facts.slots[i].numel * (fraction or 0.0) for i, fraction in fractions) / elements
         if moved >= least:
             continue
         if min(facts.history[i].lost for i in lost) < STEPS or any(facts.history[i].rate_rising for i in lost):

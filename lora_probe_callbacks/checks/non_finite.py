@@ -8,19 +8,18 @@ from lora_probe_callbacks.observe.facts import Facts
 
 def judge(facts: Facts) -> Verdict:
     """Look for inf and nan in adapter tensors and in gradients that will be applied."""
-    if facts.update is not None:
-        broken = [i for i, u in enumerate(facts.update.slots) if u is not None and not u.finite]
-        if broken:
-            return fail(
-                f"{len(broken)} adapter tensors hold inf or nan after the step: {some([facts.slots[i].name for i in broken])}",
-                broken,
-                of_update=True,
-                got=f"{len(broken)} tensors not finite",
-                expected="0",
-            )
+    broken = [i for i, move in enumerate(facts.moves) if move is not None and not move.finite]
+    if broken:
+        return fail(
+            f"{len(broken)} adapter tensors hold inf or nan after the step: {some([facts.slots[i].name for i in broken])}",
+            broken,
+            of_update=True,
+            got=f"{len(broken)} tensors not finite",
+            expected="0",
+        )
     bad = [i for i, g in enumerate(facts.gradients) if g is not None and not g.finite]
     if not bad:
-        seen = facts.update is not None or any(g is not None for g in facts.gradients)
+        seen = bool(facts.moves) or any(g is not None for g in facts.gradients)
         return ok() if seen else pending("no gradient was read at this decision")
     names = some([facts.slots[i].name for i in bad])
     if facts.scaler:

@@ -11,7 +11,7 @@ LONG = 4 * PERSISTENT
 
 def judge(facts: Facts) -> Verdict:
     """Look for tensors with a gradient and a rate that no step has moved."""
-    if facts.update is None:
+    if not facts.moves:
         thrown_away = 0 if facts.scaler else facts.skipped_in_a_row
         backwards = thrown_away + sum(f.received for f in facts.forwards)
         over = facts.moment == "end" or thrown_away >= LONG
@@ -29,7 +29,7 @@ def judge(facts: Facts) -> Verdict:
     judged = [
         i
         for i in sorted(facts.intended)
-        if (update := facts.update.slots[i]) is not None and (facts.history[i].unmoved or update.moved > 0)
+        if (move := facts.moves[i]) is not None and (move.moved or facts.history[i].unmoved)
     ]
     still = [i for i in judged if facts.history[i].unmoved]
     if not still:
@@ -38,7 +38,7 @@ def judge(facts: Facts) -> Verdict:
     if not long:
         return pending(f"{len(still)} adapter tensors were not moved by the last update")
     row = facts.history[long[0]].unmoved
-    gone = all(facts.update.gradient_norms[i] is None for i in long)
+    gone = facts.update is not None and all(facts.update.gradient_norms[i] is None for i in long)
     got, expected = (
         f"0 elements moved in {row} probed steps, with a learning rate and a gradient"
         + (" that was gone when step() returned: something clears it after the backward" if gone else ""),

@@ -38,7 +38,7 @@ def judge(facts: Facts) -> Verdict:
     never = [u for u in uncalled if not any(facts.history[s].had_signal for s in facts.units[u].slots)]
     if not never:
         return ok()  # they learned in other batches and had nothing to do in this one
-    absent = [u for u in never if all(facts.history[s].read >= LONG for s in facts.units[u].slots)]
+    absent = [u for u in never if all(facts.reads[s] >= LONG for s in facts.units[u].slots)]
     if absent and facts.step >= LONG_STEPS:
         return warn(
             f"{some([facts.units[u].name for u in absent])}: never called in {facts.step} steps",

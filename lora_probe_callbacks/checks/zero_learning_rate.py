@@ -11,11 +11,9 @@ def judge(facts: Facts) -> Verdict:
     owned = [i for i in sorted(facts.intended) if facts.slots[i].learning_rate is not None]
     if not owned:
         return pending("no optimizer owns the adapter")
-    if not any(facts.history[i].read for i in owned):
-        return pending("no step was seen yet")
     zero = [i for i in owned if facts.history[i].rate_zero]
     if not zero:
-        return ok()
+        return ok() if any(facts.history[i].had_rate for i in owned) else pending("no step was seen yet")
     long = [i for i in zero if facts.history[i].rate_zero >= PERSISTENT]
     if not long:
         return pending(

@@ -12,7 +12,7 @@ has. Both are numbered; the numbers are indices into ``Facts.slots`` and ``Facts
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -126,64 +126,70 @@ class ForwardFact:
 
 
 class GradientFact(NamedTuple):
-    """The gradient of one slot, read once before the update.
+    """The kind of gradient that one slot had when it was read, once before the update; its norm stands apart.
 
     Attributes:
         present: ``.grad`` was not None.
-        norm: Euclidean norm, unscaled where the scale is known.
         zero: Every element was exactly zero.
         finite: Every element was finite.
     """
 
     present: bool
-    norm: float
     zero: bool
     finite: bool
 
 
-class UpdateFact(NamedTuple):
-    """What one step did to one slot.
+class MoveFact(NamedTuple):
+    """The kind of change that one step made to one slot; how much stands in ``StepUpdate``.
 
     Attributes:
-        start: Euclidean norm of the tensor before the step.
-        moved: Elements whose bits changed, as a fraction of all.
-        size: Euclidean norm of the change.
-        norm: Euclidean norm of the tensor after the step.
+        moved: The bits of some element changed.
+        mostly: Those of at least half of its elements did.
         finite: Every element was finite after the step.
     """
 
-    start: float
-    moved: float
-    size: float
-    norm: float
+    moved: bool
+    mostly: bool
     finite: bool
 
 
 @dataclass(frozen=True, slots=True)
 class StepUpdate:
-    """The update of one probed step, judged by the decision that follows it."""
+    """The update of one probed step in numbers, judged by the decision that follows it.
+
+    Attributes:
+        step: The step that was made.
+        framework_step: Its number in the framework.
+        starts: By slot, Euclidean norm before the step; None where no optimizer that stepped owns it.
+        sizes: Euclidean norm of the change, likewise.
+        norms: Euclidean norm after the step, likewise.
+        moved: Elements whose bits changed, as a fraction of all, likewise.
+        gradient_norms: As the optimizer received the gradient; None where there was none.
+    """
 
     step: int
     framework_step: int
-    slots: tuple[UpdateFact | None, ...]  # None: not owned by an optimizer that stepped
-    gradient_norms: tuple[float | None, ...] = ()  # as the optimizer received them, for each slot
+    starts: tuple[float | None, ...]
+    sizes: tuple[float | None, ...]
+    norms: tuple[float | None, ...]
+    moved: tuple[float | None, ...]
+    gradient_norms: tuple[float | None, ...]
 
 
 class SlotHistory(NamedTuple):
-    """How often something was seen of one slot, over the probed steps of this session."""
+    """How often something was seen of one slot, over the probed steps of this session.
 
-    read: int = 0
+    Nothing in here changes while all goes well, so that a verdict on it can stand.
+    """
+
     missing: int = 0  # gradient None, in a row up to now
     zero: int = 0  # gradient exactly zero, in a row up to now
-    zero_since: int = 0  # the step in which that row began
+    zero_since: int = 0  # the step in which that row began, while there is one
     rate_zero: int = 0  # learning rate exactly zero, in a row up to now
-    rate: float | None = None  # the last learning rate read
     rate_rising: bool = False  # it was above the one before
     unmoved: int = 0  # not moved although it had a gradient and a rate, in a row up to now
     lost: int = 0  # fewer than half of its elements moved, likewise
     put_back: int = 0  # a step began with the very values of the one before, which had moved it, in a row up to now
-    start: float | None = None  # Euclidean norm before the last probed step
-    end: float | None = None  # and after it
     had_gradient: bool = False  # a gradient other than None was seen
     had_signal: bool = False  # a gradient other than zero was seen
     had_rate: bool = False  # a learning rate other than zero was seen
@@ -789,12 +795,15 @@ class Facts:
     modes: tuple[Mode, ...]  # state of the units now
     active: tuple[str, ...]  # active adapters now
     history: tuple[SlotHistory, ...]
+    reads: tuple[int, ...] = ()  # how often the gradient of each slot was looked at
     forwards: tuple[ForwardFact, ...] = ()
     forwards_without_grad: int = 0
     unobservable: str | None = None  # why forwards cannot be seen at all
     gradients: tuple[GradientFact | None, ...] = ()  # None: not read at this decision
+    gradient_norms: tuple[float | None, ...] = ()  # unscaled where the scale is known; None: there was none to read
     gradients_final: bool = False  # nothing can change them between this reading and the update
     update: StepUpdate | None = None
+    moves: tuple[MoveFact | None, ...] = ()  # of that update, by slot; empty without one
     others: tuple[OtherAdapter, ...] = ()
     base_drift: BaseDrift | None = None
     trainable_bases: tuple[str, ...] = ()
@@ -926,29 +935,28 @@ class Facts:
         Returns:
             Sums of squares and of elements.
         """
-        gradients, received, moved, elements = ({"A": 0.0, "B": 0.0, "other": 0.0} for _ in range(4))
-        size = norm = 0.0
-        # A share of 0 keeps out what is not finite, too.
-        shares = [(slot, weights.get(i, others)) for i, slot in enumerate(self.slots)]
-        for (slot, share), gradient in zip(shares, self.gradients, strict=False):
-            if gradient is not None and not slot.frozen_by_intent and share:
-                gradients[slot.role] += share * gradient.norm * gradient.norm
-        for (slot, share), change in zip(shares, () if self.update is None else self.update.slots, strict=False):
-            if change is not None and share:
-                count = share * slot.numel
-                moved[slot.role] += count * change.moved
-                elements[slot.role] += count
-                size += share * change.size * change.size
-                norm += share * change.norm * change.norm
-        values = () if self.update is None else self.update.gradient_norms
-        for (slot, share), value in zip(shares, values, strict=False):
-            if value is not None and share:
-                received[slot.role] += share * value * value
+        shares = [weights.get(i, others) for i in range(len(self.slots))]
+        a, b = ([n if s.role == role else 0.0 for s, n in zip(self.slots, shares, strict=True)] for role in ("A", "B"))
+        mine = [[n if i in self.intended else 0.0 for i, n in enumerate(part)] for part in (a, b)]
+        numel = [s.numel for s in self.slots]
+        change = self.update or StepUpdate(0, 0, (), (), (), (), ())
+        stepped = [None if v is None else 1.0 for v in change.moved]
         return Sums(
-            gradients=(gradients["A"], gradients["B"]),
-            received=(received["A"], received["B"]),
-            moved=(moved["A"], moved["B"]),
-            elements=(elements["A"], elements["B"]),
-            size=size,
-            norm=norm,
+            gradients=(_squares(self.gradient_norms, mine[0]), _squares(self.gradient_norms, mine[1])),
+            received=(_squares(change.gradient_norms, a), _squares(change.gradient_norms, b)),
+            moved=(_elements(change.moved, numel, a), _elements(change.moved, numel, b)),
+            elements=(_elements(stepped, numel, a), _elements(stepped, numel, b)),
+            size=_squares(change.sizes, shares),
+            norm=_squares(change.norms, shares),
         )
+
+
+def _squares(column: Sequence[float | None], shares: Sequence[float]) -> float:
+    """The sum of squares over slots; a share of 0 keeps out what is not finite, too."""
+    return sum(share * v * v for share, v in zip(shares, column, strict=False) if share and v is not None)
+
+
+def _elements(column: Sequence[float | None], numel: Sequence[int], shares: Sequence[float]) -> float:
+    """The number of elements, of which a column holds fractions."""
+    entries = zip(shares, numel, column, strict=False)
+    return sum(share * n * v for share, n, v in entries if share and v is not None)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from lora_probe_callbacks.observe.facts import GradientFact
-from lora_probe_callbacks.observe.readout import Readout, local
+from lora_probe_callbacks.observe.readout import Readout, batches, group, local
 
-__all__ = ["GradientReading", "read_gradients"]
+__all__ = ["GradientReading", "gradient_fact", "read_gradients"]
 
 
 @dataclass(eq=False, slots=True)
@@ -22,16 +22,8 @@ class GradientReading:
     present: list[int]  # those with a gradient, in the order of the ticket
     size: range
 
-    def facts(self, readout: Readout) -> dict[int, GradientFact]:
-        """Slot to its gradient, once the readout was fetched."""
-        missing = GradientFact(present=False, norm=0.0, zero=False, finite=True)
-        facts = dict.fromkeys(self.slots, missing)
-        for slot, size in zip(self.present, readout.get(self.size), strict=True):
-            facts[slot] = GradientFact(True, size, size == 0.0, math.isfinite(size))
-        return facts
-
     def norms(self, readout: Readout) -> dict[int, float]:
-        """Slot to its norm, for those with a gradient."""
+        """Slot to its norm, for those with a gradient, once the readout was received."""
         return dict(zip(self.present, readout.get(self.size), strict=True))
 
 
@@ -51,4 +43,30 @@ def read_gradients(
     slots = [slot for slot, t in tensors.items() if local(t).numel()]  # a rank may hold no row of a short tensor
     grads = {slot: g for slot in slots if (g := tensors[slot].grad) is not None}
     values = [local(g if not g.is_sparse else g.coalesce().values()) for g in grads.values()]
-    return GradientReading(slots=slots, present=list(grads), size=readout.add_norms(values, 2, scale))
+    groups = group(values)
+    present = list(grads)
+    return GradientReading(
+        slots=slots,
+        present=[present[i] for i in groups.order],
+        size=readout.add_row_norms(batches(values, groups.together), 2, scale),
+    )
+
+
+def gradient_fact(norm: float | None) -> GradientFact:
+    """The kind of a gradient.
+
+    Args:
+        norm: Its Euclidean norm; None where there is none.
+
+    Returns:
+        One of four objects, so that equal ones are compared quickly.
+    """
+    if norm is None:
+        return _NONE
+    return _SIGNAL if 0.0 < norm < math.inf else _ZERO if norm == 0.0 else _NOT_FINITE
+
+
+_NONE = GradientFact(present=False, zero=False, finite=True)
+_SIGNAL = GradientFact(present=True, zero=False, finite=True)
+_ZERO = GradientFact(present=True, zero=True, finite=True)
+_NOT_FINITE = GradientFact(present=True, zero=False, finite=False)

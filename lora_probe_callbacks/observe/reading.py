@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.base_sample import BaseSample
 from lora_probe_callbacks.observe.collection import no_collection
-from lora_probe_callbacks.observe.facts import SAMPLE, BaseDrift, GradientFact, Role, Sample, StepUpdate
-from lora_probe_callbacks.observe.gradients import GradientReading, read_gradients
+from lora_probe_callbacks.observe.facts import SAMPLE, BaseDrift, GradientFact, MoveFact, Role, Sample, StepUpdate
+from lora_probe_callbacks.observe.gradients import GradientReading, gradient_fact, read_gradients
 from lora_probe_callbacks.observe.optimizers import found_inf, grad_scale, tensors_of
 from lora_probe_callbacks.observe.ranks import sample
 from lora_probe_callbacks.observe.readout import Readout, local
 from lora_probe_callbacks.observe.scene import Scene
 from lora_probe_callbacks.observe.token_rows import TokenRows
-from lora_probe_callbacks.observe.updates import CopiesBefore, UpdateReading, copy_before, read_update
+from lora_probe_callbacks.observe.updates import CopiesBefore, UpdateReading, copy_before, move_fact, read_update
 
 __all__ = ["DeviceReader", "Readings"]
 
@@ -32,7 +32,9 @@ class Readings:
 
     Attributes:
         gradients: One entry a slot; None where nothing was read.
+        gradient_norms: Likewise; None also where there is no gradient.
         update: The last probed update, or None.
+        moves: What it did to each slot; empty without one.
         others_before: Fingerprints of the other adapters before that update.
         others_after: The same directly after it.
         drift: Of sampled base weights.
@@ -45,7 +47,9 @@ class Readings:
     """
 
     gradients: tuple[GradientFact | None, ...]
+    gradient_norms: tuple[float | None, ...]
     update: StepUpdate | None
+    moves: tuple[MoveFact | None, ...]
     others_before: list[float] | None
     others_after: list[float] | None
     drift: BaseDrift | None
@@ -207,27 +211,32 @@ class DeviceReader:
         readout.receive()
         for rows, came, sizes, step, framework_step in tickets.rows:
             rows.advance(readout.get(came), readout.get(sizes), step, framework_step)
-        found: dict[int, GradientFact] = {}
+        norms: dict[int, float] = {}
         for reading in tickets.gradients:
-            found.update(reading.facts(readout))
+            norms.update(reading.norms(readout))
         if final is not None:
-            self._final[final] = {i: g.norm for i, g in found.items() if g.present}
-        gradients = tuple(map(found.get, range(len(self._scene.slots))))
-        present = [g for g in gradients if g is not None and g.present]
+            self._final[final] = norms
+        slots = range(len(self._scene.slots))
+        read = {slot for reading in tickets.gradients for slot in reading.slots}
+        column = tuple(map(norms.get, slots))
+        gradients = tuple([gradient_fact(v) if i in read else None for i, v in enumerate(column)])
         hopeless = any(not math.isfinite(v) for ticket in tickets.arrived for v in readout.get(ticket))
         skipped = None if tickets.skipped is None else readout.get(tickets.skipped)[0] > 0
+        update = None if skipped else self._update(tickets)
         samples = [
             (0.0,) * SAMPLE if ticket is None else tuple(readout.get(ticket))
             for ticket in (tickets.tensor_sample, tickets.gradient_sample)
         ]
         return Readings(
             gradients=gradients,
-            update=None if skipped else self._update(tickets),
+            gradient_norms=column,
+            update=update,
+            moves=() if update is None else tuple(map(move_fact, update.norms, update.moved)),
             others_before=None if tickets.before is None else readout.get(tickets.before),
             others_after=None if tickets.after is None else readout.get(tickets.after),
             drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
             skipped_inside=skipped,
-            all_non_finite=hopeless or (bool(present) and not any(g.finite for g in present)),
+            all_non_finite=hopeless or (bool(norms) and not any(map(math.isfinite, norms.values()))),
             tensor_sample=samples[0],
             gradient_sample=samples[1],
             followers=None if tickets.followers is None else readout.get(tickets.followers),
@@ -237,16 +246,22 @@ class DeviceReader:
     def _update(self, tickets: _Tickets) -> StepUpdate | None:
         if not tickets.updates:
             return None
-        by_slot, norms = {}, {}
-        for update, received in zip(tickets.updates, tickets.received, strict=True):
-            by_slot.update(update.facts(tickets.readout))
-            norms.update(received if isinstance(received, dict) else received.norms(tickets.readout))
-        slots = range(len(self._scene.slots))
+        changes: dict[int, tuple[float, float, float, float]] = {}
+        received: dict[int, float] = {}
+        for update, norms in zip(tickets.updates, tickets.received, strict=True):
+            changes.update(update.changes(tickets.readout))
+            received.update(norms if isinstance(norms, dict) else norms.norms(tickets.readout))
+        nothing = (None, None, None, None)
+        rows = [changes.get(i, nothing) for i in range(len(self._scene.slots))]
+        starts, sizes, after, moved = zip(*rows, strict=True)
         return StepUpdate(
             step=tickets.updates[0].step,
             framework_step=tickets.updates[0].framework_step,
-            slots=tuple(map(by_slot.get, slots)),
-            gradient_norms=tuple(norms.get(i) if i in by_slot else None for i in slots),
+            starts=starts,
+            sizes=sizes,
+            norms=after,
+            moved=moved,
+            gradient_norms=tuple([received.get(i) if i in changes else None for i in range(len(rows))]),
         )
 
 

@@ -25,7 +25,7 @@ class Readout:
     def __init__(self) -> None:
         self._vectors: list[tuple[Sequence[int], torch.Tensor]] = []  # places, values
         self._length = 0
-        self._sent: list[tuple[list[int], torch.Tensor]] = []
+        self._sent: list[tuple[list[Sequence[int]], torch.Tensor]] = []
         self._values: list[float] = []
 
     def add(self, values: torch.Tensor) -> range:
@@ -34,7 +34,7 @@ class Readout:
         self._vectors.append((ticket, values.detach()))
         return ticket
 
-    def add_norms(self, tensors: Sequence[torch.Tensor], order: float, scale: torch.Tensor | None = None) -> range:
+    def add_norms(self, tensors: Sequence[torch.Tensor], order: float) -> range:
         """Add the norms of many tensors, in few kernels.
 
         In float64 (but on MPS, which has none): there the square of every float32 is a number of its own, so that
@@ -43,7 +43,6 @@ class Readout:
         Args:
             tensors: Floating tensors of any shapes.
             order: 1 or 2.
-            scale: What to divide the norms by.
 
         Returns:
             Where the norms will be found, in the order of the tensors.
@@ -51,21 +50,22 @@ class Readout:
         groups = group(tensors)
         ticket = self._ticket(len(tensors))
         places = [ticket.start + i for i in groups.order]
-        self._add_rows(places, batches(tensors, groups.together), order, scale)
+        self._add_rows(places, batches(tensors, groups.together), order, None)
         return ticket
 
-    def add_row_norms(self, rows: Sequence[torch.Tensor], order: float) -> range:
+    def add_row_norms(self, rows: Sequence[torch.Tensor], order: float, scale: torch.Tensor | None = None) -> range:
         """Add the norms of what has been put together already, see :func:`batches`.
 
         Args:
             rows: Floating tensors, each row of which counts by itself.
             order: 1 or 2.
+            scale: What to divide the norms by.
 
         Returns:
             Where the norms will be found, one for each row.
         """
         ticket = self._ticket(sum(map(len, rows)))
-        self._add_rows(ticket, rows, order, None)
+        self._add_rows(ticket, rows, order, scale)
         return ticket
 
     def _add_rows(
@@ -94,16 +94,20 @@ class Readout:
         parts: dict[torch.device, list[tuple[Sequence[int], torch.Tensor]]] = {}
         for places, vector in self._vectors:
             parts.setdefault(vector.device, []).append((places, vector.to(_wide(vector.device))))
-        self._sent = [
-            ([p for places, _ in some for p in places], torch.cat([v for _, v in some])) for some in parts.values()
-        ]
+        self._sent = [([places for places, _ in some], torch.cat([v for _, v in some])) for some in parts.values()]
 
     def receive(self) -> None:
         """Copy what was sent to the host: one transfer for each device, which waits until the device has come to it."""
         self._values = [0.0] * self._length
         for places, flat in self._sent:
-            for place, value in zip(places, flat.tolist(), strict=True):
-                self._values[place] = value
+            values, start = flat.tolist(), 0
+            for mine in places:
+                part, start = values[start : start + len(mine)], start + len(mine)
+                if isinstance(mine, range):  # most are
+                    self._values[mine.start : mine.stop] = part
+                else:
+                    for place, value in zip(mine, part, strict=True):
+                        self._values[place] = value
 
     def get(self, ticket: range) -> list[float]:
         """The values behind ``ticket``."""

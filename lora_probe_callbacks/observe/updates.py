@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_probe_callbacks.observe.facts import UpdateFact
+from lora_probe_callbacks.observe.facts import MoveFact
 from lora_probe_callbacks.observe.readout import Grouping, Readout, batches, group, kind, local
 
-__all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update"]
+__all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "move_fact", "read_update"]
 
 
 @dataclass(eq=False, slots=True)
@@ -39,14 +40,32 @@ class UpdateReading:
     size: range
     moved: range
 
-    def facts(self, readout: Readout) -> dict[int, UpdateFact]:
-        """Slot to its update, once the readout was received."""
-        values = zip(self.starts(), *map(readout.get, (self.norm, self.size, self.moved)), strict=True)
+    def changes(self, readout: Readout) -> dict[int, tuple[float, float, float, float]]:
+        """By slot: norm before, norm of the change, norm after, fraction moved; once the readout was received."""
+        numbers = zip(self.starts(), *map(readout.get, (self.size, self.norm, self.moved)), self.counts, strict=True)
         return {
-            slot: UpdateFact(start, moved / count, size, norm, math.isfinite(norm))
-            for slot, count, (start, norm, size, moved) in zip(self.slots, self.counts, values, strict=True)
+            slot: (start, size, norm, moved / count)
+            for slot, (start, size, norm, moved, count) in zip(self.slots, numbers, strict=True)
             if slot is not None
         }
+
+
+def move_fact(norm: float | None, moved: float | None) -> MoveFact | None:
+    """The kind of a change.
+
+    Args:
+        norm: Euclidean norm of the tensor after it; None where there was none.
+        moved: Elements whose bits changed, as a fraction of all.
+
+    Returns:
+        One of eight objects, so that equal ones are compared quickly; None likewise.
+    """
+    if norm is None or moved is None:
+        return None
+    return _MOVES[moved > 0, moved >= 0.5, norm < math.inf]
+
+
+_MOVES = {kind: MoveFact(*kind) for kind in itertools.product((False, True), repeat=3)}
 
 
 def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> CopiesBefore:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe_callbacks.checks.base import Check, Verdict
-from lora_probe_callbacks.observe.facts import Facts, GradientFact, UpdateFact
+from lora_probe_callbacks.observe.facts import Facts, GradientFact, MoveFact
 from lora_probe_callbacks.report.findings import Finding, ProbeReport
 
 __all__ = ["SCHEMA", "Record", "RecordError", "Row", "plain", "read_record"]
@@ -101,10 +101,10 @@ class Record:
             findings=[dataclasses.asdict(f) for f in changed],
             metrics=[{"framework_step": step, "values": dict(values)} for step, values in rows],
             **named,
-            gradients=[_gradient(g) for g in facts.gradients] if read else [],
+            gradients=list(map(_gradient, facts.gradients, facts.gradient_norms)) if read else [],
             update_step=None if update is None else update.step,
-            updates=[] if update is None else [_size(u) for u in update.slots],
-            moved=[] if update is None else [None if u is None else _short(u.moved) for u in update.slots],
+            updates=[] if update is None else list(map(_size, facts.moves, update.sizes)),
+            moved=[] if update is None else [None if v is None else _short(v) for v in update.moved],
             state=state,
         )
 
@@ -211,18 +211,16 @@ def _verdict(verdict: Verdict) -> dict[str, object]:
     return content
 
 
-def _gradient(gradient: GradientFact | None) -> float | str | None:
+def _gradient(gradient: GradientFact | None, norm: float | None) -> float | str | None:
     if gradient is None:
         return None  # not read at this decision
-    if not gradient.present:
-        return "none"
-    return _short(gradient.norm) if gradient.finite else "non-finite"
+    return "none" if norm is None else _short(norm)
 
 
-def _size(update: UpdateFact | None) -> float | str | None:
-    if update is None:
+def _size(move: MoveFact | None, size: float | None) -> float | str | None:
+    if move is None or size is None:
         return None
-    return _short(update.size) if update.finite else "non-finite"
+    return _short(size) if move.finite else "non-finite"
 
 
 def _short(value: float) -> float | str:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from facts import ALL, MOVED, STILL, ZERO, bad, expect, facts
+from facts import ALL, MOVED, STILL, ZERO, Change, bad, expect, facts
 
 from lora_probe_callbacks.checks.decay_alone import CHECK
 
@@ -67,9 +67,7 @@ def test_before_an_update_it_is_pending() -> None:
 
 
 def test_tensor_that_became_zero_has_no_relative_change() -> None:
-    from lora_probe_callbacks.observe.facts import UpdateFact
-
-    gone = UpdateFact(start=1.0, moved=1.0, size=1.0, norm=0.0, finite=True)
+    gone = Change(start=1.0, moved=1.0, size=1.0, norm=0.0)
     verdict = CHECK.judge(facts(**DECAYED, history=NEVER, updates=[gone] * 4))
     assert verdict.evidence["got"].startswith("relative change 0.00e+00 per step")
 

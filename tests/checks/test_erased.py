@@ -4,14 +4,11 @@ import dataclasses
 from typing import Any
 
 import pytest
-from facts import MOVED, STILL, bad, expect, facts
+from facts import MOVED, STILL, Change, bad, expect, facts
 
 from lora_probe_callbacks.checks.erased import CHECK, judge
-from lora_probe_callbacks.observe.facts import (
-    UpdateFact,
-)
 
-ERASED = UpdateFact(start=1.0, moved=1.0, size=1.0, norm=0.01, finite=True)
+ERASED = Change(start=1.0, moved=1.0, size=1.0, norm=0.01)
 
 
 def test_every_b_erased_fails() -> None:
@@ -39,7 +36,7 @@ def test_every_b_erased_fails() -> None:
         (ERASED._replace(norm=0.1), {}, "pass"),  # a tenth is left
         (ERASED._replace(norm=0.099), {}, "fail"),
         (ERASED._replace(start=2.0, norm=0.199), {}, "fail"),
-        (ERASED._replace(finite=False), {}, "pass"),  # LP501
+        (ERASED._replace(norm=float("nan")), {}, "pass"),  # LP501
         (ERASED._replace(start=0.0), {}, "pending"),  # there was nothing to erase
         (ERASED._replace(start=0.5), {}, "fail"),
         (ERASED, {"learning_rate": 0.02}, "pass"),  # 10 * 0.02 * sqrt(32) is above 1
@@ -53,12 +50,12 @@ def test_every_b_erased_fails() -> None:
         (ERASED, {"frozen_by_intent": True}, "pending"),
     ],
 )
-def test_change_that_something_explains_passes(update: UpdateFact, slot: dict[str, Any], status: str) -> None:
+def test_change_that_something_explains_passes(update: Change, slot: dict[str, Any], status: str) -> None:
     assert judge(facts(updates=[STILL, update] * 2, slot=slot)).status == status
 
 
 def test_tensor_without_weight_decay_is_not_decayed() -> None:
-    two = UpdateFact(start=2.0, moved=1.0, size=2.0, norm=0.001, finite=True)
+    two = Change(start=2.0, moved=1.0, size=2.0, norm=0.001)
     slot = {"learning_rate": 0.15, "weight_decay": None, "numel": 1}
     assert judge(facts(updates=[STILL, two] * 2, slot=slot)).status == "fail"
 
@@ -69,7 +66,7 @@ def test_first_two_names_are_given() -> None:
 
 
 def test_weight_decay_is_of_what_there_was() -> None:
-    half = UpdateFact(start=0.5, moved=1.0, size=0.5, norm=0.001, finite=True)
+    half = Change(start=0.5, moved=1.0, size=0.5, norm=0.001)
     slot = {"learning_rate": 0.01, "weight_decay": 50.0, "numel": 1}
     assert judge(facts(updates=[STILL, half] * 2, slot=slot)).status == "pass"
     slot["learning_rate"] = 0.001  # ten times 0.001 * 50 * 0.5 is below the change
@@ -108,5 +105,5 @@ def test_what_cannot_be_judged_says_why() -> None:
 
 
 def test_values_that_are_not_finite_are_left_to_their_own_check() -> None:
-    broken = ERASED._replace(finite=False, norm=float("nan"))
+    broken = ERASED._replace(norm=float("nan"))
     assert list(bad(facts(updates=[broken] * 4))) == ["LP501"]

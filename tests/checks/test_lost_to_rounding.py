@@ -3,15 +3,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from facts import ALL, MOVED, STILL, bad, expect, facts
+from facts import ALL, MOVED, STILL, Change, bad, expect, facts
 
 from lora_probe_callbacks.checks.lost_to_rounding import CHECK
-from lora_probe_callbacks.observe.facts import UpdateFact
 
 HALF = {"half": True}
 
 
-def moved(fraction: float) -> UpdateFact:
+def moved(fraction: float) -> Change:
     return MOVED._replace(moved=fraction)
 
 

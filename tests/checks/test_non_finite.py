@@ -6,9 +6,10 @@ import pytest
 from facts import GRADIENT, MOVED, bad, expect, facts
 
 from lora_probe_callbacks.checks.non_finite import CHECK
+from lora_probe_callbacks.observe.gradients import gradient_fact
 
-INFINITE = GRADIENT._replace(norm=float("inf"), finite=False)
-BROKEN = MOVED._replace(finite=False)
+INFINITE = gradient_fact(float("inf"))
+BROKEN = MOVED._replace(norm=float("nan"))
 SECOND = [GRADIENT, INFINITE, GRADIENT, GRADIENT]
 
 
@@ -51,7 +52,11 @@ def test_nothing_was_read(update: bool) -> None:
     if update:
         expect(CHECK.judge(what), "pass")
         return
-    expect(CHECK.judge(dataclasses.replace(what, update=None)), "pending", "no gradient was read at this decision")
+    expect(
+        CHECK.judge(dataclasses.replace(what, update=None, moves=())),
+        "pending",
+        "no gradient was read at this decision",
+    )
     expect(CHECK.judge(facts(update=None)), "pass")
 
 

@@ -11,7 +11,8 @@ from lora_probe_callbacks.observe.facts import Facts
 
 SECOND_MISSING = [GRADIENT, GRADIENT, NONE, NONE]
 SECOND_ZERO = [GRADIENT, GRADIENT, ZERO, ZERO]
-NEVER = {"read": 20, "missing": 20, "had_gradient": False, "had_signal": False}
+LONG = (20,) * 4
+NEVER = {"missing": 20, "had_gradient": False, "had_signal": False}
 
 
 def second(**changes: Any) -> Facts:
@@ -73,7 +74,7 @@ def test_graph_that_leads_to_the_adapter_shows_a_use() -> None:
 
 @pytest.mark.parametrize(("step", "read", "status"), [(99, 20, "pending"), (100, 15, "pending"), (100, 16, "warn")])
 def test_part_without_an_input_warns_after_a_hundred_steps(step: int, read: int, status: str) -> None:
-    verdict = judge(second(history={**NEVER, "read": read}, step=step))
+    verdict = judge(second(history=NEVER, reads=(read,) * 4, step=step))
     if status == "pending":
         expect(verdict, "pending", "1 adapted layers have not run yet (layer.1)")
         return
@@ -90,26 +91,26 @@ def test_part_without_an_input_warns_after_a_hundred_steps(step: int, read: int,
 
 
 def test_both_tensors_must_have_been_read_for_long() -> None:
-    assert judge(second(history=NEVER, at={3: {"read": 15}}, step=120)).status == "pending"
+    assert judge(second(history=NEVER, reads=(16, 16, 16, 15), step=120)).status == "pending"
 
 
 def test_part_that_learned_before_passes() -> None:
     expect(judge(second(step=120)), "pass")
-    assert judge(second(history=NEVER, at={3: {"had_signal": True}}, step=120)).status == "pass"
+    assert judge(second(history=NEVER, reads=LONG, at={3: {"had_signal": True}}, step=120)).status == "pass"
 
 
 def test_layer_with_a_gradient_passes_though_it_was_not_called() -> None:
-    expect(judge(facts(called=[True, False], history=NEVER, step=120)), "pass")
-    one = second(gradients=[GRADIENT, GRADIENT, GRADIENT, NONE], history=NEVER, step=120)
+    expect(judge(facts(called=[True, False], history=NEVER, reads=LONG, step=120)), "pass")
+    one = second(gradients=[GRADIENT, GRADIENT, GRADIENT, NONE], history=NEVER, reads=LONG, step=120)
     expect(judge(one), "pass")
 
 
 def test_gradients_that_were_not_read_prove_nothing() -> None:
-    expect(judge(dataclasses.replace(second(history=NEVER, step=120), gradients=(None,) * 4)), "pass")
+    expect(judge(dataclasses.replace(second(history=NEVER, reads=LONG, step=120), gradients=(None,) * 4)), "pass")
 
 
 def test_frozen_by_intent_passes() -> None:
-    expect(judge(second(history=NEVER, slot={"frozen_by_intent": True}, step=120)), "pass")
+    expect(judge(second(history=NEVER, reads=LONG, slot={"frozen_by_intent": True}, step=120)), "pass")
 
 
 def test_calls_that_cannot_be_seen_are_pending() -> None:

@@ -54,11 +54,11 @@ def test_whole_adapter_after_gradients_were_seen_warns_then_fails() -> None:
 
 
 def test_exception_is_judged_by_the_graph_alone() -> None:
-    what = dataclasses.replace(facts(history={"read": 0}, forward=NOWHERE), gradients=(), moment="exception")
+    what = dataclasses.replace(facts(reads=(0,) * 4, forward=NOWHERE), gradients=(), moment="exception")
     assert (CHECK.judge(what).status, CHECK.judge(what).slots) == ("fail", ALL)
     unread = dataclasses.replace(what, moment="step")
     expect(CHECK.judge(unread), "pass")
-    none_received = facts(history={"read": 0}, forward={**NOWHERE, "received": False})
+    none_received = facts(reads=(0,) * 4, forward={**NOWHERE, "received": False})
     verdict = CHECK.judge(dataclasses.replace(none_received, gradients=(None,) * 4, moment="exception"))
     assert "graph of its forward" in verdict.message
 
@@ -112,7 +112,7 @@ def test_part_that_learned_before_is_pending_at_first() -> None:
 
 
 def test_exception_tells_what_was_got_and_expected() -> None:
-    what = dataclasses.replace(facts(history={"read": 0}, forward=NOWHERE), gradients=(), moment="exception")
+    what = dataclasses.replace(facts(reads=(0,) * 4, forward=NOWHERE), gradients=(), moment="exception")
     expect(
         CHECK.judge(what), "fail", GRAPH, slots=ALL, got="0 of 4 adapter tensors in the graph", expected="all of them"
     )
