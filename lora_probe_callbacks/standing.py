@@ -6,6 +6,7 @@ check is asked once with facts that take note of what it reads, and asked again 
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,7 +27,7 @@ class _Noting(Facts):
         if name in _FIELDS:
             notes = object.__getattribute__(self, "__dict__").get("notes")
             if notes is not None:  # dataclasses.replace() has read all of them and made a new one
-                notes[name] = value
+                notes.add(name)
         return value
 
 
@@ -34,7 +35,8 @@ class _Noting(Facts):
 class _Known:
     """What is known of one check."""
 
-    standing: tuple[Verdict, dict[str, object]] | None = None  # its last verdict, and what that was judged on
+    standing: Verdict | None = None  # its last one
+    fields: AbstractSet[str] = frozenset()  # of the facts, that this was judged on
     directly: int = 0  # decisions at which it is still asked without notes, which take longer
     pause: int = 1  # how many these will be the next time
 
@@ -44,6 +46,7 @@ class Standing:
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
+        self._facts: Facts | None = None  # on which all that stands would be the same
 
     def judge(self, check: Check, facts: Facts) -> Verdict:
         """The verdict of a check.
@@ -55,18 +58,27 @@ class Standing:
         Returns:
             The very object of the last time, where nothing has changed that it was judged on.
         """
+        if facts is not self._facts:
+            self._turn_to(facts)
         known = self._known.setdefault(check.code, _Known())
         if known.standing is not None:
-            verdict, notes = known.standing
-            now = ((getattr(facts, name), then) for name, then in notes.items())
-            if all(value is then or value == then for value, then in now):
-                return verdict
-            known.standing, known.directly, known.pause = None, known.pause, min(2 * known.pause, _LONGEST)
+            return known.standing
         if known.directly:
             known.directly -= 1
             return check.judge(facts)
         noting = object.__new__(_Noting)
-        noting.__dict__.update({name: getattr(facts, name) for name in _FIELDS}, notes={})
-        verdict = check.judge(noting)
-        known.standing = verdict, noting.__dict__["notes"]
-        return verdict
+        noting.__dict__.update({name: getattr(facts, name) for name in _FIELDS}, notes=set())
+        known.standing = check.judge(noting)
+        known.fields = noting.__dict__["notes"]
+        return known.standing
+
+    def _turn_to(self, facts: Facts) -> None:
+        """Let the verdicts fall that were judged on something else."""
+        before, self._facts = self._facts, facts
+        if before is None:
+            return
+        then, now = vars(before), vars(facts)
+        changed = {name for name in _FIELDS if now[name] is not then[name] and now[name] != then[name]}
+        for known in self._known.values():
+            if known.standing is not None and not known.fields.isdisjoint(changed):
+                known.standing, known.directly, known.pause = None, known.pause, min(2 * known.pause, _LONGEST)
