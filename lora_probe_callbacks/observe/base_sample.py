@@ -34,8 +34,8 @@ class BaseSample:
 
     def __init__(self, layers: Sequence[AdaptedLayer], max_layers: int = 8, elements: int = 1024) -> None:
         usable = [layer for layer in layers if _at_hand(layer) is not None]
-        self._layers = usable[:: max(1, math.ceil(len(usable) / max_layers))][:max_layers]
         self._elements = elements
+        self._layers = usable[:: max(1, math.ceil(len(usable) / max_layers))][:max_layers]
         self._start = [self._take(layer).clone() for layer in self._layers]
         self._partner = [self._take_a(layer).clone() for layer in self._layers]
         self._known: dict[int, tuple[float, float]] = {}  # number of a layer to its last change, and what that meant
@@ -43,8 +43,8 @@ class BaseSample:
 
     def _group(self) -> None:
         """Samples of one kind are compared by one kernel."""
-        self._groups = group(self._start)
-        self._rows = batches(self._start, self._groups.together)
+        self._grouping = group(self._start)
+        self._rows = batches([self._start[i] for i in self._grouping.order], self._grouping)
 
     @torch.no_grad()
     def _take(self, layer: AdaptedLayer) -> torch.Tensor:
@@ -57,9 +57,11 @@ class BaseSample:
         return torch.empty(0) if a is None else self._few(a).float()
 
     def _few(self, tensor: torch.Tensor) -> torch.Tensor:
-        flat = local(tensor).reshape(-1)
-        stride = max(1, flat.numel() // self._elements)
-        return flat[: stride * self._elements : stride]
+        mine = local(tensor)
+        stride = max(1, mine.numel() // self._elements)
+        if mine.is_contiguous():  # as a rule; one view in place of two, at every step
+            return mine.as_strided((min(mine.numel(), self._elements),), (stride,))
+        return mine.reshape(-1)[: stride * self._elements : stride]
 
     def read(self, readout: Readout) -> range | None:
         """Put the norm of the change of every sampled weight into ``readout``."""
@@ -74,13 +76,14 @@ class BaseSample:
         for i, layer in enumerate(self._layers):
             if layer.merged:  # the adapter is in the weight at this moment: that is no drift
                 samples[i] = self._start[i]
-        pairs = zip(batches(samples, self._groups.together), self._rows, strict=True)
+        now = batches([samples[i] for i in self._grouping.order], self._grouping)
+        pairs = zip(now, self._rows, strict=True)
         changes = [now.float() - start.float() if _is_plain(start) else (now != start).float() for now, start in pairs]
         return readout.add_row_norms(changes, 2)
 
     def fact(self, values: list[float], merges: int) -> BaseDrift:
         """The largest drift among the sampled layers."""
-        drifts = {i: self._drift(i, change) for i, change in zip(self._groups.order, values, strict=True)}
+        drifts = {i: self._drift(i, change) for i, change in zip(self._grouping.order, values, strict=True)}
         worst = max(sorted(drifts), key=drifts.__getitem__)
         return BaseDrift(drifts[worst], self._layers[worst].name, merges, not _is_plain(self._start[worst]))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lora_probe_callbacks.observe.facts import GradientFact
-from lora_probe_callbacks.observe.readout import Readout, batches, group, local
+from lora_probe_callbacks.observe.held import Held
+from lora_probe_callbacks.observe.readout import Readout
 
 __all__ = ["GradientReading", "gradient_fact", "read_gradients"]
 
@@ -18,8 +19,8 @@ __all__ = ["GradientReading", "gradient_fact", "read_gradients"]
 class GradientReading:
     """Gradients on their way to the host."""
 
-    slots: list[int]  # slots asked for
-    present: list[int]  # those with a gradient, in the order of the ticket
+    slots: Sequence[int]  # slots asked for
+    present: Sequence[int]  # those with a gradient, in the order of the ticket
     size: range
 
     def norms(self, readout: Readout) -> dict[int, float]:
@@ -27,29 +28,19 @@ class GradientReading:
         return dict(zip(self.present, readout.get(self.size), strict=True))
 
 
-def read_gradients(
-    tensors: Mapping[int, torch.Tensor], readout: Readout, scale: torch.Tensor | None
-) -> GradientReading:
+def read_gradients(held: Held, readout: Readout, scale: torch.Tensor | None) -> GradientReading:
     """Put the norm of every gradient into ``readout``.
 
     Args:
-        tensors: Slot to its registered tensor.
+        held: The slots.
         readout: Where the values travel.
         scale: What the loss was multiplied with, where the optimizer itself undoes that.
 
     Returns:
-        A reading that yields facts after ``readout.receive()``.
+        A reading that yields norms after ``readout.receive()``.
     """
-    slots = [slot for slot, t in tensors.items() if local(t).numel()]  # a rank may hold no row of a short tensor
-    grads = {slot: g for slot in slots if (g := tensors[slot].grad) is not None}
-    values = [local(g if not g.is_sparse else g.coalesce().values()) for g in grads.values()]
-    groups = group(values)
-    present = list(grads)
-    return GradientReading(
-        slots=slots,
-        present=[present[i] for i in groups.order],
-        size=readout.add_row_norms(batches(values, groups.together), 2, scale),
-    )
+    present, rows = held.gradients()
+    return GradientReading(held.slots, present, readout.add_row_norms(rows, 2, scale))
 
 
 def gradient_fact(norm: float | None) -> GradientFact:

@@ -114,7 +114,7 @@ class DeviceReader:
     def copy(self, optimizer: int) -> None:
         """Copy what an optimizer is about to change; the copies live until its step has ended."""
         if optimizer not in self._copies:
-            self._copies[optimizer] = copy_before(self._scene.tensors(optimizer, unowned=False), self._tickets.readout)
+            self._copies[optimizer] = copy_before(self._scene.held(optimizer), self._tickets.readout)
 
     @torch.no_grad()
     def read_others_before(self) -> None:
@@ -125,17 +125,16 @@ class DeviceReader:
     @torch.no_grad()
     def read_gradients(self, optimizer: int, *, unowned: bool) -> None:
         """Read the gradients that an optimizer is about to apply."""
-        tensors = self._scene.tensors(optimizer, unowned=unowned)
+        held = self._scene.held(optimizer, unowned=unowned)
         scale = grad_scale(self._scene.optimizers[optimizer])
-        self._tickets.gradients.append(read_gradients(tensors, self._tickets.readout, scale))
+        self._tickets.gradients.append(read_gradients(held, self._tickets.readout, scale))
 
     @torch.no_grad()
     def read_scaled(self, optimizer: int) -> None:
         """Directly before the step of a fused optimizer under a scaler: its kernel writes over the gradients."""
         scale = grad_scale(self._scene.optimizers[optimizer])
         if scale is not None and optimizer not in self._final:
-            mine = self._scene.tensors(optimizer, unowned=False)
-            self._scaled[optimizer] = read_gradients(mine, self._tickets.readout, scale)
+            self._scaled[optimizer] = read_gradients(self._scene.held(optimizer), self._tickets.readout, scale)
 
     @torch.no_grad()
     def read_samples(self, optimizer: int | None) -> None:
@@ -162,11 +161,11 @@ class DeviceReader:
         if copies is None:
             return
         tickets, inner = self._tickets, self._scene.optimizers[optimizer]
-        mine = self._scene.tensors(optimizer, unowned=False)
+        mine = self._scene.tensors(optimizer)
         update = read_update(copies, mine, tickets.readout, step, framework_step)
         if update is not None:
             tickets.updates.append(update)
-            tickets.received.append(received or read_gradients(mine, tickets.readout, None))
+            tickets.received.append(received or read_gradients(self._scene.held(optimizer), tickets.readout, None))
         self._read_rows(inner, step, framework_step)
         tickets.skipped = _flag(inner, tickets.readout)
         tickets.after = self._scene.read_fingerprints(tickets.readout)
@@ -253,7 +252,7 @@ class DeviceReader:
             received.update(norms if isinstance(norms, dict) else norms.norms(tickets.readout))
         nothing = (None, None, None, None)
         rows = [changes.get(i, nothing) for i in range(len(self._scene.slots))]
-        starts, sizes, after, moved = zip(*rows, strict=True)
+        starts, sizes, after, moved = zip(*rows, strict=True) if rows else ((),) * 4
         return StepUpdate(
             step=tickets.updates[0].step,
             framework_step=tickets.updates[0].framework_step,

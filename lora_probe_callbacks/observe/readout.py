@@ -35,10 +35,7 @@ class Readout:
         return ticket
 
     def add_norms(self, tensors: Sequence[torch.Tensor], order: float) -> range:
-        """Add the norms of many tensors, in few kernels.
-
-        In float64 (but on MPS, which has none): there the square of every float32 is a number of its own, so that
-        a norm is 0 exactly where every element is, and finite exactly where every element is.
+        """Add the norms of many tensors, in few kernels; see :meth:`add_row_norms`.
 
         Args:
             tensors: Floating tensors of any shapes.
@@ -47,24 +44,27 @@ class Readout:
         Returns:
             Where the norms will be found, in the order of the tensors.
         """
-        groups = group(tensors)
+        grouping = group(tensors)
         ticket = self._ticket(len(tensors))
-        places = [ticket.start + i for i in groups.order]
-        self._add_rows(places, batches(tensors, groups.together), order, None)
+        places = [ticket.start + i for i in grouping.order]
+        self._add_rows(places, batches([tensors[i] for i in grouping.order], grouping), order, None)
         return ticket
 
     def add_row_norms(self, rows: Sequence[torch.Tensor], order: float, scale: torch.Tensor | None = None) -> range:
         """Add the norms of what has been put together already, see :func:`batches`.
 
+        In float64 (but on MPS, which has none): there the square of every float32 is a number of its own, so that
+        a norm is 0 exactly where every element is, and finite exactly where every element is.
+
         Args:
-            rows: Floating tensors, each row of which counts by itself.
-            order: 1 or 2.
+            rows: Floating tensors, each entry of whose first dimension counts by itself.
+            order: 0 (elements other than zero), 1 or 2.
             scale: What to divide the norms by.
 
         Returns:
-            Where the norms will be found, one for each row.
+            Where the norms will be found, in the order of the rows.
         """
-        ticket = self._ticket(sum(map(len, rows)))
+        ticket = self._ticket(sum(part.shape[0] for part in rows))
         self._add_rows(ticket, rows, order, scale)
         return ticket
 
@@ -74,15 +74,17 @@ class Readout:
         large: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
         found, start = [], 0
         for part in rows:
-            mine, start = places[start : start + len(part)], start + len(part)
-            if len(part) > 1:
-                found.append((mine, torch.linalg.vector_norm(part, order, dim=1, dtype=_wide(part.device))))
+            stop = start + part.shape[0]
+            mine, start = places[start:stop], stop
+            if len(mine) > 1:
+                inner = tuple(range(1, part.dim()))
+                found.append((mine, torch.linalg.vector_norm(part, order, dim=inner, dtype=_wide(part))))
             else:
                 known = large.setdefault((part.device, part.dtype), ([], []))
                 known[0].extend(mine)
                 known[1].append(part)
-        for (device, _), (mine, tensors) in large.items():  # without a copy of them in float64
-            found.append((mine, torch.stack(torch._foreach_norm(tensors, order, dtype=_wide(device)))))
+        for mine, tensors in large.values():  # without a copy of them in float64
+            found.append((mine, torch.stack(torch._foreach_norm(tensors, order, dtype=_wide(tensors[0])))))
         self._vectors += found if scale is None else [(mine, v / scale.to(v.device)) for mine, v in found]
 
     def _ticket(self, size: int) -> range:
@@ -93,7 +95,7 @@ class Readout:
         """Gather what was added, on its devices. Nothing waits for them here, nothing can be added any more."""
         parts: dict[torch.device, list[tuple[Sequence[int], torch.Tensor]]] = {}
         for places, vector in self._vectors:
-            parts.setdefault(vector.device, []).append((places, vector.to(_wide(vector.device))))
+            parts.setdefault(vector.device, []).append((places, vector.to(_wide(vector))))
         self._sent = [([places for places, _ in some], torch.cat([v for _, v in some])) for some in parts.values()]
 
     def receive(self) -> None:
@@ -118,17 +120,14 @@ class Grouping(NamedTuple):
     """Which tensors to copy into one, for one kernel in place of many: small ones of one shape.
 
     Attributes:
-        together: Indices of the tensors, each in one group; a large tensor is a group of its own. A **row** is the
-            place of a tensor when the groups stand one after another.
-        order: The tensor of each row.
-        rows: The rows of each group.
-        kinds: The kind of the tensor of each row.
+        order: Indices of the tensors, so that those of a group stand side by side.
+        kinds: The kinds of the tensors in that order.
+        groups: The parts of that order; a large tensor is a group of its own.
     """
 
-    together: Sequence[Sequence[int]]
     order: Sequence[int]
-    rows: Sequence[range]
     kinds: Sequence[Kind]
+    groups: Sequence[slice]
 
 
 def kind(tensor: torch.Tensor) -> Kind:
@@ -159,25 +158,25 @@ def _group(kinds: tuple[Kind, ...]) -> Grouping:
         together += [indices[i : i + size] for i in range(0, len(indices), size)]
     order = list(itertools.chain.from_iterable(together))
     bounds = itertools.pairwise(itertools.accumulate(map(len, together), initial=0))
-    return Grouping(together, order, [range(*pair) for pair in bounds], [kinds[i] for i in order])
+    return Grouping(order, [kinds[i] for i in order], [slice(*pair) for pair in bounds])
 
 
-def batches(tensors: Sequence[torch.Tensor], together: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def batches(tensors: list[torch.Tensor], grouping: Grouping) -> list[torch.Tensor]:
     """Put tensors together, each of them a row.
 
     Args:
-        tensors: Tensors of any kinds.
-        together: Indices of the tensors of each group, see :class:`Grouping`.
+        tensors: Tensors of the kinds that were grouped, in the order of the grouping.
+        grouping: Their groups.
 
     Returns:
-        One tensor a group: a copy of several, [n, elements of each], or a view of one, [1, ...].
+        One tensor a group: a copy of several, [n, ...], or a view of one, [1, ...].
     """
-    return [
-        torch.stack([tensors[i] for i in c]).view(len(c), tensors[c[0]].numel())
-        if len(c) > 1
-        else tensors[c[0]].unsqueeze(0)
-        for c in together
-    ]
+    return [_together(tensors[part]) for part in grouping.groups]
+
+
+def _together(tensors: list[torch.Tensor]) -> torch.Tensor:
+    rows = torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+    return rows if rows.dim() > 1 else rows.unsqueeze(1)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,5 +187,5 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if to_local is None else to_local()
 
 
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_mps else torch.float64

@@ -27,6 +27,7 @@ from lora_probe_callbacks.observe.facts import (
     UnitFact,
     Wrapping,
 )
+from lora_probe_callbacks.observe.held import Held, held
 from lora_probe_callbacks.observe.idle import idle_part
 from lora_probe_callbacks.observe.optimizers import Ownership, ownership, tensors_of
 from lora_probe_callbacks.observe.readout import Readout, local
@@ -207,12 +208,14 @@ class Scene:
         """See which tensors the slots hold now, and who owns them; what is asked until the next look is of these."""
         self._behind: dict[int, Ownership] = {}  # slot to the owner of its copy
         self._of: dict[tuple[int, bool], dict[int, torch.Tensor]] = {}  # see tensors()
+        self._held: dict[tuple[int, bool], Held] = {}
         self._owners = ownership(self.optimizers)
         tensors = [slot.tensor for slot in self.slots]
         if self.inside_forward and len(tensors) == len(self._outside):
             tensors = [self._behind_stand_in(now, before) for now, before in zip(tensors, self._outside, strict=True)]
         self._tensors = self._outside = tensors
         self._owned = [self._owners.get(id(tensor)) for tensor in self._tensors]
+        self._some_unowned = None in self._owned
         if self.copies is not None:
             holders = self.copies.holders
             self._behind = {i: own for i, t in holders.items() if (own := self._owners.get(id(t))) is not None}
@@ -280,8 +283,9 @@ class Scene:
         """Some tensor of an optimizer has a gradient."""
         return any(t.grad is not None for t in tensors_of([self.optimizers[optimizer]]))
 
-    def tensors(self, optimizer: int, *, unowned: bool) -> Mapping[int, torch.Tensor]:
+    def tensors(self, optimizer: int, *, unowned: bool = False) -> Mapping[int, torch.Tensor]:
         """Slots whose tensors an optimizer owns, and on request those that nobody owns."""
+        unowned = unowned and self._some_unowned
         found = self._of.get((optimizer, unowned))
         if found is None:
             found = self._of[optimizer, unowned] = {
@@ -289,6 +293,14 @@ class Scene:
                 for index, (tensor, own) in enumerate(zip(self._tensors, self._owned, strict=True))
                 if tensor is not None and (own.optimizer == optimizer if own is not None else unowned)
             }
+        return found
+
+    def held(self, optimizer: int, *, unowned: bool = False) -> Held:
+        """The same, grouped for reading. For use under ``no_grad``."""
+        unowned = unowned and self._some_unowned
+        found = self._held.get((optimizer, unowned))
+        if found is None:
+            found = self._held[optimizer, unowned] = held(self.tensors(optimizer, unowned=unowned))
         return found
 
     def whole(self) -> dict[int, torch.Tensor]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lora_probe_callbacks.observe.facts import MoveFact
-from lora_probe_callbacks.observe.readout import Grouping, Readout, batches, group, kind, local
+from lora_probe_callbacks.observe.held import Held
+from lora_probe_callbacks.observe.readout import Readout, batches, kind, local
 
 __all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "move_fact", "read_update"]
 
@@ -20,8 +20,7 @@ __all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_b
 class CopiesBefore:
     """What an optimizer is about to change, as it is before its step: small tensors of one shape in one."""
 
-    slots: list[int]
-    groups: Grouping  # the slots stand in the order of its rows
+    held: Held
     rows: list[torch.Tensor]  # one tensor a group
     readout: Readout
     norms: range  # of the slots, in ``readout``, which may travel before that of the update
@@ -68,27 +67,18 @@ def move_fact(norm: float | None, moved: float | None) -> MoveFact | None:
 _MOVES = {kind: MoveFact(*kind) for kind in itertools.product((False, True), repeat=3)}
 
 
-def copy_before(tensors: Mapping[int, torch.Tensor], readout: Readout) -> CopiesBefore:
+def copy_before(held: Held, readout: Readout) -> CopiesBefore:
     """One copy of the adapter, taken before the step; it lives until the step has ended.
 
     Args:
-        tensors: Slot to its registered tensor.
+        held: The slots.
         readout: Where the norms of the copies travel.
 
     Returns:
         The copies.
     """
-    now = {slot: t for slot, tensor in tensors.items() if (t := local(tensor)).numel()}
-    slots, values = list(now), list(now.values())
-    groups = group(values)
-    rows = [part if len(part) > 1 else part.clone() for part in batches(values, groups.together)]
-    return CopiesBefore(
-        slots=[slots[i] for i in groups.order],
-        groups=groups,
-        rows=rows,
-        readout=readout,
-        norms=readout.add_row_norms(rows, 2),
-    )
+    rows = [part if part.shape[0] > 1 else part.clone() for part in held.rows()]
+    return CopiesBefore(held, rows, readout, readout.add_row_norms(rows, 2))
 
 
 def read_update(
@@ -106,28 +96,26 @@ def read_update(
     Returns:
         A reading that yields facts after ``readout.receive()``, or None if there is nothing to compare.
     """
-    now = {s: local(t) for s, t in tensors.items()}
-    kinds = before.groups.kinds
-    found = [kind(t) if (t := now.get(s)) is not None else None for s in before.slots]
-    there = list(map(operator.eq, found, kinds))
+    held = before.held
+    kinds = held.grouping.kinds
+    now = [None if (tensor := tensors.get(slot)) is None else local(tensor) for slot in held.slots]
+    there = [t is not None and kind(t) == then for t, then in zip(now, kinds, strict=True)]
     if not any(there):
         return None
     if not all(there):
         copies = [copy for part in before.rows for copy in part.unbind()]
-        now |= {s: c.view(k[-1]) for s, c, k, t in zip(before.slots, copies, kinds, there, strict=True) if not t}
-    rows = batches([now[s] for s in before.slots], before.groups.rows)
+        now = [t if same else c.view(k[-1]) for t, same, c, k in zip(now, there, copies, kinds, strict=True)]
+    rows = batches(now, held.grouping)  # type: ignore[arg-type]
     norm = readout.add_row_norms(rows, 2)
     torch._foreach_sub_(before.rows, rows)
     size = readout.add_row_norms(before.rows, 2)
-    # The signs of the change, summed up without their signs, count the elements that moved: a
-    # difference is zero exactly where the bits agree, so no second copy is needed to count.
-    torch._foreach_sign_(before.rows)
-    moved = readout.add_row_norms(before.rows, 1)
+    # The norm of order 0 counts the elements that moved: a difference is zero exactly where the bits agree.
+    moved = readout.add_row_norms(before.rows, 0)
     ahead, ticket = before.readout, before.norms
     return UpdateReading(
         step=step,
         framework_step=framework_step,
-        slots=[s if t else None for s, t in zip(before.slots, there, strict=True)],
+        slots=[s if t else None for s, t in zip(held.slots, there, strict=True)],
         counts=[shape.numel() for _, _, shape in kinds],
         starts=lambda: ahead.get(ticket),
         norm=norm,
