@@ -122,9 +122,10 @@ def test_probed_step_reads_every_tensor_in_few_operations():
     loop = Loop()
     shapes = {p.shape for group in loop.optimizer.param_groups for p in group["params"]}
     extra = loop.extra()
-    # Norms: of the gradients; of the tensors before and after the update, of the change and of its signs, once for each
-    # shape; and of the changes of the sampled base weights, of two shapes.
-    assert extra["linalg_vector_norm"] + extra["_foreach_norm"] == 5 * len(shapes) + 2
+    # Norms: of the gradients; of the tensors before and after the update and of the change, once for each shape; and of
+    # the changes of the sampled base weights, of two shapes.
+    assert extra["linalg_vector_norm"] + extra["_foreach_norm"] == 4 * len(shapes) + 2
+    assert extra["ne_"] == extra["sum"] == len(shapes)  # elements that moved
     assert Loop(layers=4).extra()["linalg_vector_norm"] == extra["linalg_vector_norm"]
     assert extra["_foreach_sub_"] == 1
     assert not extra["_local_scalar_dense"], "a value was fetched by itself"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_probe_callbacks.observe.readout import Grouping, batches, group, local
+from lora_probe_callbacks.observe.readout import Grouping, batches, group, kind, local
 
 __all__ = ["Held", "held"]
 
@@ -20,15 +20,21 @@ class Held:
         slots: The slots of which it holds an element.
         tensors: Their registered tensors.
         grouping: Of what it holds of them; slots and tensors stand in its order.
+        empty: Tensors of which it holds no element.
     """
 
     slots: Sequence[int]
     tensors: Sequence[torch.Tensor]
     grouping: Grouping
+    empty: Sequence[torch.Tensor] = ()
 
     def values(self) -> list[torch.Tensor]:
         """What this rank holds of each. For use under ``no_grad``."""
         return list(map(local, self.tensors))
+
+    def fits(self) -> bool:
+        """The tensors are of the kinds that were grouped: an assignment to ``.data`` may have changed them."""
+        return list(map(kind, self.values())) == self.grouping.kinds and not any(local(t).numel() for t in self.empty)
 
     def rows(self) -> list[torch.Tensor]:
         """The values put together."""
@@ -59,7 +65,12 @@ def held(tensors: Mapping[int, torch.Tensor]) -> Held:
     there = [(slot, tensor, mine) for slot, tensor in tensors.items() if (mine := local(tensor)).numel()]
     grouping = group([mine for _, _, mine in there])
     ordered = [there[i] for i in grouping.order]
-    return Held([slot for slot, _, _ in ordered], [tensor for _, tensor, _ in ordered], grouping)
+    return Held(
+        slots=[slot for slot, _, _ in ordered],
+        tensors=[tensor for _, tensor, _ in ordered],
+        grouping=grouping,
+        empty=[tensor for tensor in tensors.values() if not local(tensor).numel()],
+    )
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ class Readout:
 
         Args:
             rows: Floating tensors, each entry of whose first dimension counts by itself.
-            order: 0 (elements other than zero), 1 or 2.
+            order: 1 or 2.
             scale: What to divide the norms by.
 
         Returns:
@@ -66,6 +66,25 @@ class Readout:
         """
         ticket = self._ticket(sum(part.shape[0] for part in rows))
         self._add_rows(ticket, rows, order, scale)
+        return ticket
+
+    def add_row_counts(self, rows: Sequence[torch.Tensor]) -> range:
+        """Add how many elements of each row are not zero; a nan is not.
+
+        Args:
+            rows: Tensors as for :meth:`add_row_norms`; they are overwritten.
+
+        Returns:
+            Where the counts will be found, in the order of the rows.
+        """
+        ticket = self._ticket(sum(part.shape[0] for part in rows))
+        start = ticket.start
+        for part in rows:
+            stop = start + part.shape[0]
+            exact = part[0].numel() < 2**24  # in float32, which CPUs add up in half of the time
+            counts = part.ne_(0).sum(tuple(range(1, part.dim())), dtype=torch.float32 if exact else _wide(part))
+            self._vectors.append((range(start, stop), counts))
+            start = stop
         return ticket
 
     def _add_rows(
@@ -95,7 +114,9 @@ class Readout:
         """Gather what was added, on its devices. Nothing waits for them here, nothing can be added any more."""
         parts: dict[torch.device, list[tuple[Sequence[int], torch.Tensor]]] = {}
         for places, vector in self._vectors:
-            parts.setdefault(vector.device, []).append((places, vector.to(_wide(vector))))
+            wide = _wide(vector)
+            vector = vector if vector.dtype is wide else vector.to(wide)
+            parts.setdefault(vector.device, []).append((places, vector))
         self._sent = [([places for places, _ in some], torch.cat([v for _, v in some])) for some in parts.values()]
 
     def receive(self) -> None:

@@ -96,6 +96,7 @@ class Scene:
         self._find_shards()
         self.inside_forward = False  # a module has been called: its tensors may be stand-ins
         self._outside: list[torch.Tensor | None] = []  # the tensors of the last look
+        self._looked: tuple[object, ...] | None = None  # what it saw
         self.copies: Copies | None = None
         self._looked_for_copies = False
         self.expect(self.active_names())
@@ -161,7 +162,7 @@ class Scene:
         Args:
             names: Their adapters.
         """
-        self.expected, self._outside = names, []
+        self.expected, self._outside, self._looked = names, [], None
         self.units: list[Unit] = self._choose([u for u in self.inventory.units if u.adapter in names])
         self.slots: list[Slot] = [slot for unit in self.units for slot in unit.slots]
         self._unit_of_slot = [number for number, unit in enumerate(self.units) for _ in unit.slots]
@@ -206,14 +207,19 @@ class Scene:
 
     def look(self) -> None:
         """See which tensors the slots hold now, and who owns them; what is asked until the next look is of these."""
-        self._behind: dict[int, Ownership] = {}  # slot to the owner of its copy
-        self._of: dict[tuple[int, bool], dict[int, torch.Tensor]] = {}  # see tensors()
-        self._held: dict[tuple[int, bool], Held] = {}
         self._owners = ownership(self.optimizers)
         tensors = [slot.tensor for slot in self.slots]
         if self.inside_forward and len(tensors) == len(self._outside):
             tensors = [self._behind_stand_in(now, before) for now, before in zip(tensors, self._outside, strict=True)]
         self._tensors = self._outside = tensors
+        self._kinds_known: set[tuple[int, bool]] = set()  # see held()
+        seen = self._owners, list(map(id, tensors)), self.copies
+        if seen == self._looked:  # the tensors of the last look are still held, so that an id stands for one of them
+            return
+        self._looked = seen
+        self._behind: dict[int, Ownership] = {}  # slot to the owner of its copy
+        self._of: dict[tuple[int, bool], dict[int, torch.Tensor]] = {}  # see tensors()
+        self._held: dict[tuple[int, bool], Held] = {}
         self._owned = [self._owners.get(id(tensor)) for tensor in self._tensors]
         self._some_unowned = None in self._owned
         if self.copies is not None:
@@ -297,10 +303,11 @@ class Scene:
 
     def held(self, optimizer: int, *, unowned: bool = False) -> Held:
         """The same, grouped for reading. For use under ``no_grad``."""
-        unowned = unowned and self._some_unowned
-        found = self._held.get((optimizer, unowned))
-        if found is None:
-            found = self._held[optimizer, unowned] = held(self.tensors(optimizer, unowned=unowned))
+        which = (optimizer, unowned and self._some_unowned)
+        found = self._held.get(which)
+        if found is None or (which not in self._kinds_known and not found.fits()):
+            found = self._held[which] = held(self.tensors(optimizer, unowned=unowned))
+        self._kinds_known.add(which)
         return found
 
     def whole(self) -> dict[int, torch.Tensor]:

@@ -109,8 +109,7 @@ def read_update(
     norm = readout.add_row_norms(rows, 2)
     torch._foreach_sub_(before.rows, rows)
     size = readout.add_row_norms(before.rows, 2)
-    # The norm of order 0 counts the elements that moved: a difference is zero exactly where the bits agree.
-    moved = readout.add_row_norms(before.rows, 0)
+    moved = readout.add_row_counts(before.rows)  # a difference is zero exactly where the bits agree
     ahead, ticket = before.readout, before.norms
     return UpdateReading(
         step=step,
