@@ -32,6 +32,7 @@ class BaseSample:
         elements: How many elements of each, at most.
     """
 
+    @torch.no_grad()
     def __init__(self, layers: Sequence[AdaptedLayer], max_layers: int = 8, elements: int = 1024) -> None:
         usable = [layer for layer in layers if _at_hand(layer) is not None]
         self._elements = elements
@@ -46,12 +47,10 @@ class BaseSample:
         self._grouping = group(self._start)
         self._rows = batches([self._start[i] for i in self._grouping.order], self._grouping)
 
-    @torch.no_grad()
     def _take(self, layer: AdaptedLayer) -> torch.Tensor:
         weight = _at_hand(layer)
         return torch.empty(0) if weight is None else self._few(weight)
 
-    @torch.no_grad()
     def _take_a(self, layer: AdaptedLayer) -> torch.Tensor:
         a = next(iter(layer.module.lora_A.parameters()), None)  # type: ignore[union-attr]
         return torch.empty(0) if a is None else self._few(a).float()
@@ -64,7 +63,7 @@ class BaseSample:
         return mine.reshape(-1)[: stride * self._elements : stride]
 
     def read(self, readout: Readout) -> range | None:
-        """Put the norm of the change of every sampled weight into ``readout``."""
+        """Put the norm of the change of every sampled weight into ``readout``. For use under ``no_grad``."""
         if not self._layers:
             return None
         samples = list(map(self._take, self._layers))
