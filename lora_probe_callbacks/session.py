@@ -778,6 +778,7 @@ class ProbeSession:
             "expected": scene.expected,
             "declared": scene.declared is not None,
             "slots": scene.slot_facts(),
+            "rates": scene.rates(),
             "modes": modes,
             "active": active,
             "forwards": forwards,
@@ -811,7 +812,9 @@ class ProbeSession:
         self, seen: dict[str, Any], units: tuple[Sequence[Part] | None, Sequence[float | None]], readings: Readings
     ) -> Facts:
         scene, observer = self._scene, self._observer
-        self._history.advance(seen["slots"], readings.gradients, readings.moves, readings.update, self.step)
+        self._history.advance(
+            seen["slots"], seen["rates"], readings.gradients, readings.moves, readings.update, self.step
+        )
         if readings.followers is not None:
             scene.followers.advance(readings.followers, self.step, moved=_moved(readings))
         if readings.copies is not None and scene.copies is not None:

@@ -75,7 +75,7 @@ def facts(
     """A healthy fifth step of an adapter with A and B in each of two layers; arguments change it.
 
     ``modes`` and ``called`` have an entry a unit; ``gradients`` and ``updates`` one a slot (A, B, A, B).
-    ``history``, ``slot`` and ``unit`` hold for all; ``at`` changes the slot fact or the history of single slots,
+    ``history``, ``slot`` (and its ``learning_rate``) and ``unit`` hold for all; ``at`` changes them for single slots,
     ``forward`` the one forward.
     """
     modes = tuple(modes) or ("active",) * units
@@ -89,12 +89,11 @@ def facts(
                 "unit": u,
                 "requires_grad": True,
                 "owner": 0,
-                "learning_rate": 1e-3,
                 "weight_decay": 0.0,
                 "frozen_by_intent": False,
                 "half": False,
                 "numel": 32,
-                **(slot or {}),
+                **{key: value for key, value in (slot or {}).items() if key != "learning_rate"},
             }
         )
         for u in range(units)
@@ -135,6 +134,7 @@ def facts(
         "history": (past,) * len(slots),
         "forwards": (dataclasses.replace(seen, **(forward or {})),),
         "reads": (5,) * len(slots),
+        "rates": ((slot or {}).get("learning_rate", 1e-3),) * len(slots),
         "gradients": gradients,
         "gradient_norms": norms,
         "gradients_final": True,
@@ -147,6 +147,9 @@ def facts(
         for key, parts in (("slots", values["slots"]), ("history", values["history"])):
             mine = parts[index]._replace(**{k: v for k, v in own.items() if k in parts[index]._fields})
             values[key] = (*parts[:index], mine, *parts[index + 1 :])
+        if "learning_rate" in own:
+            rates = values["rates"]
+            values["rates"] = (*rates[:index], own["learning_rate"], *rates[index + 1 :])
     if "update" in changes and changes["update"] is None:
         values["moves"] = ()
     return Facts(**{**values, **changes})

@@ -10,27 +10,27 @@ def judge(facts: Facts) -> Verdict:
     """Look for tensors that move while their gradients are exactly zero."""
     if not facts.moves:
         return pending("no update was seen yet")
+    silent = {i for i in facts.intended if facts.history[i].zero and not facts.history[i].had_signal}
+    if not silent:
+        return ok()
     moved = [
         i
         for i in sorted(facts.intended)
-        if (move := facts.moves[i]) is not None
-        and move.moved
-        and facts.slots[i].weight_decay
-        and facts.slots[i].learning_rate
+        if (move := facts.moves[i]) is not None and move.moved and facts.slots[i].weight_decay and facts.rates[i]
     ]
     # B alone tells: while B is zero, A has no gradient in a healthy run and is decayed all the same.
     judged = [i for i in moved if facts.slots[i].role != "A"]
-    decayed = [i for i in judged if facts.history[i].zero and not facts.history[i].had_signal]
+    decayed = [i for i in judged if i in silent]
     if not decayed or len(decayed) < len(judged):
         return ok()
     row = min(facts.history[i].zero for i in decayed)
     if row < PERSISTENT:
         return pending(f"the adapter moves and its gradients are exactly zero in {row} probed step(s)")
-    slot, shrink = facts.slots[decayed[0]], _relative_size(facts, decayed[0])
+    first, shrink = decayed[0], _relative_size(facts, decayed[0])
     return fail(
         f"the adapter moves by weight decay alone: its gradients are exactly zero since the first step, {row} probed steps now",
         moved + [i for i in facts.intended if facts.history[i].zero],
-        got=f"relative change {shrink:.2e} per step; learning rate times weight decay is {(slot.learning_rate or 0) * (slot.weight_decay or 0):.2e}",
+        got=f"relative change {shrink:.2e} per step; learning rate times weight decay is {(facts.rates[first] or 0) * (facts.slots[first].weight_decay or 0):.2e}",
         expected="a change that follows a gradient",
     )
 

@@ -27,7 +27,7 @@ def judge(facts: Facts) -> Verdict:
         f"{some([facts.slots[i].name for i in b], 2)}",
         b,
         of_update=True,
-        got=f"a change of {starts:.3g} at a learning rate of {facts.slots[b[0]].learning_rate:g}",
+        got=f"a change of {starts:.3g} at a learning rate of {facts.rates[b[0]]:g}",
         expected="a change of the size of rate and gradient",
     )
 
@@ -35,7 +35,7 @@ def judge(facts: Facts) -> Verdict:
 def _erased(facts: Facts, update: StepUpdate, slot: int) -> bool:
     """Next to nothing is left, and the change is larger than rate, gradient and weight decay account for."""
     start, size, norm = update.starts[slot], update.sizes[slot], update.norms[slot]
-    rate = facts.slots[slot].learning_rate
+    rate = facts.rates[slot]
     if start is None or size is None or norm is None or rate is None or not norm < LEFT * start:
         return False
     gradient = update.gradient_norms[slot] if update.gradient_norms else None

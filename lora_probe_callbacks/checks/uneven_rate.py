@@ -8,8 +8,8 @@ from lora_probe_callbacks.observe.facts import Facts
 
 def judge(facts: Facts) -> Verdict:
     """Look for B that a rule for groups has passed over."""
-    known = [i for i in sorted(facts.intended) if (rate := facts.slots[i].learning_rate) is not None and rate > 0]
-    if len({facts.slots[i].learning_rate for i in known}) == 1 and {"A", "B"} <= {facts.slots[i].role for i in known}:
+    known = [i for i in sorted(facts.intended) if (rate := facts.rates[i]) is not None and rate > 0]
+    if len({facts.rates[i] for i in known}) == 1 and {"A", "B"} <= {facts.slots[i].role for i in known}:
         return ok()
     first = {facts.slots[i].unit: i for i in known if facts.slots[i].role == "A"}
     pairs = [
@@ -17,7 +17,7 @@ def judge(facts: Facts) -> Verdict:
     ]
     if not pairs:
         return pending("no pair of A and B has a learning rate above 0")
-    rates = {a: (facts.slots[a].learning_rate or 0.0, facts.slots[b].learning_rate or 0.0) for a, b in pairs}
+    rates = {a: (facts.rates[a] or 0.0, facts.rates[b] or 0.0) for a, b in pairs}
     apart = {pair for pair in rates.values() if pair[0] != pair[1]}
     passed_over = [b for a, b in pairs if rates[a][0] == rates[a][1] and rates[a][0] in {pair[0] for pair in apart}]
     kinds = {facts.slots[b].part for b in passed_over}

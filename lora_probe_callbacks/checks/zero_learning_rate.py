@@ -8,7 +8,7 @@ from lora_probe_callbacks.observe.facts import Facts
 
 def judge(facts: Facts) -> Verdict:
     """Look for adapter tensors whose learning rate is 0 in every probed step."""
-    owned = [i for i in sorted(facts.intended) if facts.slots[i].learning_rate is not None]
+    owned = [i for i in sorted(facts.intended) if facts.slots[i].owner is not None]
     if not owned:
         return pending("no optimizer owns the adapter")
     zero = [i for i in owned if facts.history[i].rate_zero]

@@ -36,7 +36,6 @@ class SlotFact(NamedTuple):
         unit: Index of the unit that owns the slot.
         requires_grad: Of the registered tensor, outside a forward.
         owner: Index of the optimizer that owns the registered tensor object, or a copy of it (``CopiesFact``); or None.
-        learning_rate: Of its parameter group, or None without an owner.
         weight_decay: Of its parameter group, or None without an owner.
         frozen_by_intent: Named by ``frozen=`` or by PEFT as not meant to train.
         half: The tensor is stored in 16 bits.
@@ -49,7 +48,6 @@ class SlotFact(NamedTuple):
     unit: int
     requires_grad: bool
     owner: int | None
-    learning_rate: float | None
     weight_decay: float | None
     frozen_by_intent: bool
     half: bool
@@ -796,6 +794,7 @@ class Facts:
     active: tuple[str, ...]  # active adapters now
     history: tuple[SlotHistory, ...]
     reads: tuple[int, ...] = ()  # how often the gradient of each slot was looked at
+    rates: tuple[float | None, ...] = ()  # learning rates by slot, which schedules change; None without an owner
     forwards: tuple[ForwardFact, ...] = ()
     forwards_without_grad: int = 0
     unobservable: str | None = None  # why forwards cannot be seen at all

@@ -16,7 +16,7 @@ class _Seen(NamedTuple):
 
     gradients: Sequence[GradientFact | None]
     moves: Sequence[MoveFact | None]
-    rates: Sequence[float | None]
+    stopped: Sequence[bool | None]  # the learning rate is exactly zero; None without one
     half: Sequence[bool]
     rising: frozenset[int]  # slots whose learning rate is above the one before
     again: frozenset[int]  # slots whose step began with the norm with which the one before began, which changed it
@@ -32,9 +32,9 @@ class History:
     def __init__(self, slots: int) -> None:
         self.rows: tuple[SlotHistory, ...] = (SlotHistory(),) * slots
         self.reads: tuple[int, ...] = (0,) * slots
-        self._slots: Sequence[SlotFact] = ()  # as they were at the last decision; their rates, and which are in 16 bits
-        self._of_slots: tuple[Sequence[float | None], Sequence[bool]] = (), ()
-        self._rates: list[float | None] = [None] * slots  # the last that were read
+        self._slots: Sequence[SlotFact] = ()  # as they were at the last decision, and which of them are in 16 bits
+        self._half: Sequence[bool] = ()
+        self._rates: tuple[float | None, ...] = (None,) * slots  # the last that were read
         self._starts: list[float | None] = [None] * slots  # Euclidean norms around the last update of each slot
         self._ends: list[float | None] = [None] * slots
         self._settled: _Seen | None = None  # what was seen when all rows stayed as they were
@@ -45,6 +45,7 @@ class History:
     def advance(
         self,
         slots: Sequence[SlotFact],
+        rates: Sequence[float | None],
         gradients: Sequence[GradientFact | None],
         moves: Sequence[MoveFact | None],
         update: StepUpdate | None,
@@ -54,22 +55,21 @@ class History:
 
         Args:
             slots: The slots as they are now.
+            rates: Their learning rates.
             gradients: What was read of them at this decision.
             moves: What the update before it did; empty if there was none.
             update: The same in numbers.
             step: The step being decided.
         """
         if slots is not self._slots:
-            self._slots, self._of_slots = slots, ([s.learning_rate for s in slots], [s.half for s in slots])
-        rates, half = self._of_slots
+            self._slots, self._half = slots, [s.half for s in slots]
         rising = frozenset[int]() if rates == self._rates else self._rising(rates)
         again = frozenset[int]() if update is None else self._again(update)
-        seen = _Seen(gradients, moves or (None,) * len(slots), rates, half, rising, again)
+        stopped = [None if rate is None else rate == 0.0 for rate in rates]
+        seen = _Seen(gradients, moves or (None,) * len(slots), stopped, self._half, rising, again)
         self.reads = tuple([n if g is None else n + 1 for n, g in zip(self.reads, gradients, strict=True)])
-        self._rates = [
-            old if gradient is None or rate is None else rate
-            for old, rate, gradient in zip(self._rates, rates, gradients, strict=True)
-        ]
+        known = zip(self._rates, rates, gradients, strict=True)
+        self._rates = tuple([old if gradient is None or rate is None else rate for old, rate, gradient in known])
         if seen == self._settled:
             return
         rows = tuple(_next(old, i, seen, step) for i, old in enumerate(self.rows))
@@ -109,16 +109,16 @@ def _next(old: SlotHistory, index: int, seen: _Seen, step: int) -> SlotHistory:
         put_back = put_back + 1 if could_move and index in seen.again else 0
         had_move = had_move or change.moved
     if gradient is not None:
-        now = seen.rates[index]
+        stopped = seen.stopped[index]
         missing = 0 if gradient.present else missing + 1
         zero_since = (zero_since if zero else step) if gradient.zero else 0
         zero = zero + 1 if gradient.zero else 0
         had_gradient = had_gradient or gradient.present
         had_signal = had_signal or (gradient.present and not gradient.zero)
         rising = index in seen.rising
-        if now is not None:
-            rate_zero = rate_zero + 1 if now == 0.0 else 0
-        had_rate = had_rate or bool(now)
+        if stopped is not None:
+            rate_zero = rate_zero + 1 if stopped else 0
+            had_rate = had_rate or not stopped
     # Every field by its place: dataclasses.replace takes five times as long, and there are hundreds.
     return SlotHistory(
         missing, zero, zero_since, rate_zero, rising, unmoved, lost, put_back,

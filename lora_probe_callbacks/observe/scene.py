@@ -212,23 +212,24 @@ class Scene:
         if self.inside_forward and len(tensors) == len(self._outside):
             tensors = [self._behind_stand_in(now, before) for now, before in zip(tensors, self._outside, strict=True)]
         self._tensors = self._outside = tensors
-        self._kinds_known: set[tuple[int, bool]] = set()  # see held()
-        seen = self._owners, list(map(id, tensors)), self.copies
-        if seen == self._looked:  # the tensors of the last look are still held, so that an id stands for one of them
-            return
-        self._looked = seen
-        self._behind: dict[int, Ownership] = {}  # slot to the owner of its copy
-        self._of: dict[tuple[int, bool], dict[int, torch.Tensor]] = {}  # see tensors()
-        self._held: dict[tuple[int, bool], Held] = {}
         self._owned = [self._owners.get(id(tensor)) for tensor in self._tensors]
-        self._some_unowned = None in self._owned
+        self._sizes = self._group_sizes()
+        self._behind: dict[int, Ownership] = {}  # slot to the owner of its copy
         if self.copies is not None:
             holders = self.copies.holders
             self._behind = {i: own for i, t in holders.items() if (own := self._owners.get(id(t))) is not None}
+        self._kinds_known: set[tuple[int, bool]] = set()  # see held()
+        owners = [None if own is None else own.optimizer for own in self._owned]  # rates may change at every step
+        seen = list(map(id, tensors)), owners, {i: own.optimizer for i, own in self._behind.items()}
+        if seen == self._looked:  # the tensors of the last look were held up to now: an id stands for one of them
+            return
+        self._looked = seen
+        self._of: dict[tuple[int, bool], dict[int, torch.Tensor]] = {}  # see tensors()
+        self._held: dict[tuple[int, bool], Held] = {}
+        self._some_unowned = None in self._owned
         self._owning = {own.optimizer for own in (*self._owned, *self._behind.values()) if own is not None} or set(
             range(len(self.optimizers))
         )
-        self._sizes = self._group_sizes()
 
     def _behind_stand_in(self, now: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
         """torch.func.functional_call puts others in the place of what an optimizer owns, for one forward."""
@@ -377,13 +378,20 @@ class Scene:
         """Every expected slot as it is now; the same tuple again while nothing of it changes."""
         seen = (
             [None if t is None else (t.requires_grad, t.dtype, local(t).numel()) for t in self._tensors],
-            [own or self._behind.get(i) for i, own in enumerate(self._owned)],
+            [None if own is None else (own.optimizer, own.weight_decay) for own in self._owners_of_slots()],
         )
         if seen != self._slots_seen:
-            self._slots_seen, self._slot_facts = seen, tuple(itertools.starmap(self._slot_fact, enumerate(seen[1])))
+            self._slots_seen, self._slot_facts = seen, tuple(map(self._slot_fact, range(len(self.slots)), seen[1]))
         return self._slot_facts
 
-    def _slot_fact(self, index: int, own: Ownership | None) -> SlotFact:
+    def _owners_of_slots(self) -> list[Ownership | None]:
+        return [own or self._behind.get(i) for i, own in enumerate(self._owned)]
+
+    def rates(self) -> tuple[float | None, ...]:
+        """The learning rate of every slot as of the last look: apart from the slots, since schedules change it."""
+        return tuple([None if own is None else own.learning_rate for own in self._owners_of_slots()])
+
+    def _slot_fact(self, index: int, own: tuple[int, float] | None) -> SlotFact:
         slot, tensor = self.slots[index], self._tensors[index]
         return SlotFact(
             name=slot.name,
@@ -391,9 +399,8 @@ class Scene:
             role=slot.role,
             unit=self._unit_of_slot[index],
             requires_grad=tensor is not None and tensor.requires_grad,
-            owner=None if own is None else own.optimizer,
-            learning_rate=None if own is None else own.learning_rate,
-            weight_decay=None if own is None else own.weight_decay,
+            owner=None if own is None else own[0],
+            weight_decay=None if own is None else own[1],
             frozen_by_intent=self._kept[index],
             half=tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16),
             numel=0 if tensor is None else local(tensor).numel(),

@@ -14,11 +14,11 @@ from lora_probe_callbacks.observe.facts import (
 def rates(*units: tuple[str, float | None, float | None]) -> Facts:
     """Part of B, rate of A, rate of B, of each unit."""
     what = facts(units=len(units))
-    slots = []
-    for slot in what.slots:
-        part, a, b = units[slot.unit]
-        slots.append(slot._replace(learning_rate=a if slot.role == "A" else b, part=part))
-    return dataclasses.replace(what, slots=tuple(slots))
+    return dataclasses.replace(
+        what,
+        slots=tuple(slot._replace(part=units[slot.unit][0]) for slot in what.slots),
+        rates=tuple(rate for _, a, b in units for rate in (a, b)),
+    )
 
 
 LINEAR = ("lora_B", 1e-4, 1e-3)

@@ -58,7 +58,7 @@ def test_longest_row_is_told_while_pending() -> None:
 
 
 def test_nobody_owns_the_adapter() -> None:
-    expect(CHECK.judge(facts(slot={"learning_rate": None})), "pending", "no optimizer owns the adapter")
+    expect(CHECK.judge(facts(slot={"owner": None, "learning_rate": None})), "pending", "no optimizer owns the adapter")
 
 
 def test_before_the_first_step() -> None:
@@ -67,7 +67,7 @@ def test_before_the_first_step() -> None:
 
 
 def test_tensors_without_an_owner_do_not_soften_the_verdict() -> None:
-    what = facts(history=never(4), slot=ZERO_RATE, at={0: {"learning_rate": None}})
+    what = facts(history=never(4), slot=ZERO_RATE, at={0: {"owner": None, "learning_rate": None}})
     assert (CHECK.judge(what).status, CHECK.judge(what).slots) == ("fail", {1, 2, 3})
 
 
