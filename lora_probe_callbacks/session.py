@@ -894,12 +894,15 @@ class ProbeSession:
     def _judge(self, facts: Facts, *, between: bool = False, only: Iterable[str] = ()) -> dict[str, Verdict]:
         """The verdicts on one set of facts; those ``between`` ranks need what the other ranks have sent."""
         verdicts: dict[str, Verdict] = {}
+        apart = between or bool(only)  # facts of their own, in which almost all differs: nothing falls for that
         for check in list(self._checks):
             if (between and not check.code.startswith("LP7")) or (only and check.code not in only):
                 continue
             try:
-                hidden = facts.why_not_owned and check.code in OF_OWNED_TENSORS
-                verdicts[check.code] = skipped(facts.why_not_owned) if hidden else self._standing.judge(check, facts)
+                if facts.why_not_owned and check.code in OF_OWNED_TENSORS:
+                    verdicts[check.code] = skipped(facts.why_not_owned)
+                else:
+                    verdicts[check.code] = check.judge(facts) if apart else self._standing.judge(check, facts)
             except Exception as error:
                 self._internal(error)
                 self._checks.remove(check)

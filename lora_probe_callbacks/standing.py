@@ -74,11 +74,9 @@ class Standing:
 
     def _turn_to(self, facts: Facts) -> None:
         """Let the verdicts fall that were judged on something else."""
-        before, self._facts = self._facts, facts
-        if before is None:
-            return
-        then, now = vars(before), vars(facts)
+        then, now = vars(self._facts or facts), vars(facts)
         changed = {name for name in _FIELDS if now[name] is not then[name] and now[name] != then[name]}
         for known in self._known.values():
             if known.standing is not None and not known.fields.isdisjoint(changed):
                 known.standing, known.directly, known.pause = None, known.pause, min(2 * known.pause, _LONGEST)
+        self._facts = facts

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from facts import GRADIENT, facts
 from recipes import RECIPES, Recipe, parameters
-from training import watch
+from training import adamw, batches, lora, next_token_loss, watch
 
+from lora_probe_callbacks import LoraProbeMonitor
 from lora_probe_callbacks.checks.base import Check, Verdict, fail, ok
 from lora_probe_callbacks.checks.catalogue import all_checks
 from lora_probe_callbacks.observe.facts import Facts
@@ -68,6 +70,31 @@ def test_is_asked_directly_for_longer_and_longer_when_its_verdicts_keep_falling(
         standing.judge(counted.check, changed(nested=("layer",), optimizers=number))
     assert counted.asked == 40
     assert [i for i, noted in enumerate(noting) if noted] == [0, 2, 5, 10, 19, 36]
+
+
+def test_saved_file_that_is_looked_at_lets_nothing_fall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has facts of its own, in which all else is empty."""
+    fell, turn_to = [], Standing._turn_to
+
+    def counted(self: Standing, given: Facts) -> None:
+        before = {code for code, known in self._known.items() if known.standing is not None}
+        turn_to(self, given)
+        fell.append(len(before) - len([c for c in before if self._known[c].standing is not None]))
+
+    monkeypatch.setattr(Standing, "_turn_to", counted)
+    model = lora()
+    optimizer = adamw(model)
+    with LoraProbeMonitor(model, optimizer, every_n_steps=1, ignore=("LP307", "LP405"), verbose=False) as probe:
+        for number, batch in enumerate(batches(12)):
+            next_token_loss(model, batch, number).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number == 9:
+                model.save_pretrained(tmp_path)
+                fell.clear()
+                assert probe.check_saved(tmp_path).healthy
+    assert len(fell) == 3  # two decisions, and the one at the end
+    assert max(fell[:2]) < 10  # those that judge files
 
 
 @pytest.mark.parametrize("check", all_checks(), ids=lambda check: check.code)

@@ -9,7 +9,7 @@ import torch
 
 from lora_probe_callbacks.observe.adapters import AdaptedLayer
 from lora_probe_callbacks.observe.facts import BaseDrift
-from lora_probe_callbacks.observe.readout import Readout, batches, group, kind, local
+from lora_probe_callbacks.observe.readout import PLAIN, Readout, batches, group, kind, local
 
 __all__ = ["BaseSample"]
 
@@ -58,7 +58,7 @@ class BaseSample:
     def _few(self, tensor: torch.Tensor) -> torch.Tensor:
         mine = local(tensor)
         stride = max(1, mine.numel() // self._elements)
-        if mine.is_contiguous():  # as a rule; one view in place of two, at every step
+        if type(mine) in PLAIN and mine.is_contiguous():  # one view in place of two, at every step
             return mine.as_strided((min(mine.numel(), self._elements),), (stride,))
         return mine.reshape(-1)[: stride * self._elements : stride]
 

@@ -141,7 +141,7 @@ class MoveFact(NamedTuple):
     """The kind of change that one step made to one slot; how much stands in ``StepUpdate``.
 
     Attributes:
-        moved: The bits of some element changed.
+        moved: The bits of some element changed, or it is not finite.
         mostly: Those of at least half of its elements did.
         finite: Every element was finite after the step.
     """

@@ -184,7 +184,6 @@ class ForwardObserver:
         self._switches: Sequence[tuple[object, ...]] | None = None
         self._state: tuple[tuple[Mode, ...], tuple[str, ...]] = ((), ())
         starts = itertools.accumulate((len(unit.slots) for unit in units), initial=0)
-        self._shown: list[torch.Tensor] = []  # what the slots held when the plan of a backward was last asked for
         self._first_slot = list(starts)[: len(units)]
         names = [unit.layer.name for unit in units]
         self._above_expected = {
@@ -463,19 +462,11 @@ class ForwardObserver:
             self._on_error(error)
 
     def _see_plan(self, candidate: Candidate) -> None:
-        # Those of the last time first: of a tensor that has left since then, the engine knows nothing.
-        if self._reaches_all(candidate):
-            return
-        self._shown = [t for unit in self.units for slot in unit.slots if (t := slot.shown) is not None]
-        if not self._reaches_all(candidate):
+        leaves = [t for unit in self.units for slot in unit.slots if (t := slot.shown) is not None and t.requires_grad]
+        if runs_to_all(leaves):
+            candidate.leaves = set(map(id, leaves))
+        else:
             candidate.reaches(walk_from_here())
-
-    def _reaches_all(self, candidate: Candidate) -> bool:
-        leaves = [t for t in self._shown if t.requires_grad]
-        if not leaves or not runs_to_all(leaves):
-            return False
-        candidate.leaves = set(map(id, leaves))
-        return True
 
     # --- facts ------------------------------------------------------------------------------
 

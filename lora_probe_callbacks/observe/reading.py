@@ -157,6 +157,7 @@ class DeviceReader:
     def read_after(self, optimizer: int, step: int, framework_step: int) -> None:
         """Directly after a step: what did it change, and what were the gradients that it got?"""
         copies = self._copies.pop(optimizer, None)
+        self._scene.forget_kinds()
         received = self._final.pop(optimizer, None) or self._scaled.pop(optimizer, None)
         if copies is None:
             return
@@ -210,15 +211,15 @@ class DeviceReader:
         readout.receive()
         for rows, came, sizes, step, framework_step in tickets.rows:
             rows.advance(readout.get(came), readout.get(sizes), step, framework_step)
-        norms: dict[int, float] = {}
-        for reading in tickets.gradients:
-            norms.update(reading.norms(readout))
+        read: dict[int, float | None] = {}
+        for reading in tickets.gradients:  # the last word counts: what had a gradient may have none by now
+            read.update(dict.fromkeys(reading.slots) | reading.norms(readout))
+        norms = {slot: norm for slot, norm in read.items() if norm is not None}
         if final is not None:
             self._final[final] = norms
         slots = range(len(self._scene.slots))
-        read = {slot for reading in tickets.gradients for slot in reading.slots}
         column = tuple(map(norms.get, slots))
-        gradients = tuple([gradient_fact(v) if i in read else None for i, v in enumerate(column)])
+        gradients = tuple([gradient_fact(norm) if slot in read else None for slot, norm in enumerate(column)])
         hopeless = any(not math.isfinite(v) for ticket in tickets.arrived for v in readout.get(ticket))
         skipped = None if tickets.skipped is None else readout.get(tickets.skipped)[0] > 0
         update = None if skipped else self._update(tickets)

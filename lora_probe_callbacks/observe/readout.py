@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Grouping", "Readout", "batches", "group", "kind", "local"]
+__all__ = ["PLAIN", "Grouping", "Readout", "batches", "group", "kind", "local"]
 
 _CHUNK = 2**21  # elements: 8 MiB of float32, and as many in float64 for the moment of a norm
 Kind = tuple[torch.device, torch.dtype, torch.Size]
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Readout:
@@ -202,7 +202,7 @@ def _together(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this rank holds (all of it, unless it is a DTensor). For use under ``no_grad``."""
-    if type(tensor) in _PLAIN:  # asked of every tensor again and again
+    if type(tensor) in PLAIN:  # asked of every tensor again and again
         return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

@@ -311,6 +311,10 @@ class Scene:
         self._kinds_known.add(which)
         return found
 
+    def forget_kinds(self) -> None:
+        """A step was made, and user code runs until the next one: what is held may be of other kinds by then."""
+        self._kinds_known.clear()
+
     def whole(self) -> dict[int, torch.Tensor]:
         """Slots that are meant to train and of which this rank holds all."""
         return {

@@ -109,7 +109,8 @@ def read_update(
     norm = readout.add_row_norms(rows, 2)
     torch._foreach_sub_(before.rows, rows)
     size = readout.add_row_norms(before.rows, 2)
-    moved = readout.add_row_counts(before.rows)  # a difference is zero exactly where the bits agree
+    # A difference is zero exactly where the bits agree, but for what is not finite: inf - inf is nan.
+    moved = readout.add_row_counts(before.rows)
     ahead, ticket = before.readout, before.norms
     return UpdateReading(
         step=step,

@@ -74,6 +74,14 @@ def test_tensor_declared_frozen_that_stands_still_passes(update: object) -> None
     expect(CHECK.judge(facts(at={2: {"frozen_by_intent": True}}, update=None)), "pass")
 
 
+def test_values_that_are_not_finite_are_left_to_their_own_check() -> None:
+    """inf - inf is nan: whether it has moved cannot be told."""
+    broken = MOVED._replace(norm=float("nan"))
+    what = facts(at={2: {"frozen_by_intent": True}}, updates=[MOVED, MOVED, broken, MOVED])
+    expect(CHECK.judge(what), "pass")
+    assert list(bad(what)) == ["LP501"]
+
+
 @pytest.mark.parametrize(
     ("relative", "quantised", "status", "below"),
     [

@@ -629,3 +629,52 @@ def test_report_taken_before_training_follows_the_run() -> None:
         train()
     assert [f.code for f in reports[0].failures] == ["LP103"]
     assert reports[0].findings == probe.report.findings
+
+
+# --- two optimizers, each with a layer of its own -------------------------------------------------
+
+
+def two_optimizers(model: nn.Module) -> list[Optimizer]:
+    tensors = trainable(model)
+    return [AdamW(tensors[:4], lr=1e-3), AdamW(tensors[4:], lr=1e-3)]
+
+
+def test_gradient_that_is_gone_by_the_next_reading_is_missing() -> None:
+    """The second optimizer is read after the decision of one step, and decides the next one."""
+    model = lora()
+    optimizers = two_optimizers(model)
+    with monitor(model, optimizers, on_failure="stop") as probe:
+        for number, batch in enumerate(batches(10)):
+            next_token_loss(model, batch, number).backward()
+            if number % 2:
+                optimizers.reverse()
+                for tensor in trainable(model)[4:6]:
+                    tensor.grad = None
+            for optimizer in optimizers:
+                optimizer.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            optimizers.sort(key=lambda o: o.param_groups[0]["params"][0] is not trainable(model)[0])
+    fractions = [row["lora_probe/reachability/loss_fraction"] for row in probe.report.history.rows.values()]
+    assert fractions[:4] == [1.0, 0.5, 1.0, 0.5]
+    assert [f.code for f in probe.report.failures] == ["LP302"]
+
+
+def test_tensor_that_changes_its_shape_between_two_updates_of_one_step() -> None:
+    model = lora()
+    first, second = two_optimizers(model)
+    tensor = trainable(model)[0]
+    with monitor(model, [first, second]) as probe:
+        for number, batch in enumerate(batches(8)):
+            next_token_loss(model, batch, number).backward()
+            first.step()
+            if number == 5:
+                shape, tensor.grad = tensor.shape, None
+                tensor.data = tensor.data.flatten()
+                first.step()
+                tensor.data = tensor.data.view(shape)
+            second.step()
+            first.zero_grad()
+            second.zero_grad()
+    assert not probe.report.internal_errors, probe.report.internal_errors
+    assert probe.report.healthy is True, str(probe.report)
