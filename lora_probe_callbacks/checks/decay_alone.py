@@ -13,11 +13,14 @@ def judge(facts: Facts) -> Verdict:
     silent = {i for i in facts.intended if facts.history[i].zero and not facts.history[i].had_signal}
     if not silent:
         return ok()
-    moved = [
-        i
+    moved = {
+        i: rate * decay
         for i in sorted(facts.intended)
-        if (move := facts.moves[i]) is not None and move.moved and facts.slots[i].weight_decay and facts.rates[i]
-    ]
+        if (move := facts.moves[i]) is not None
+        and move.moved
+        and (decay := facts.slots[i].weight_decay)
+        and (rate := facts.rates[i])
+    }
     # B alone tells: while B is zero, A has no gradient in a healthy run and is decayed all the same.
     judged = [i for i in moved if facts.slots[i].role != "A"]
     decayed = [i for i in judged if i in silent]
@@ -26,18 +29,15 @@ def judge(facts: Facts) -> Verdict:
     row = min(facts.history[i].zero for i in decayed)
     if row < PERSISTENT:
         return pending(f"the adapter moves and its gradients are exactly zero in {row} probed step(s)")
-    first, shrink = decayed[0], _relative_size(facts, decayed[0])
+    first = decayed[0]
+    size, norm = facts.update.sizes[first], facts.update.norms[first]  # type: ignore[union-attr]  # moves are its kinds
+    shrink = size / norm if norm else 0.0  # type: ignore[operator]
     return fail(
         f"the adapter moves by weight decay alone: its gradients are exactly zero since the first step, {row} probed steps now",
-        moved + [i for i in facts.intended if facts.history[i].zero],
-        got=f"relative change {shrink:.2e} per step; learning rate times weight decay is {(facts.rates[first] or 0) * (facts.slots[first].weight_decay or 0):.2e}",
+        [*moved, *(i for i in facts.intended if facts.history[i].zero)],
+        got=f"relative change {shrink:.2e} per step; learning rate times weight decay is {moved[first]:.2e}",
         expected="a change that follows a gradient",
     )
-
-
-def _relative_size(facts: Facts, slot: int) -> float:
-    size, norm = (facts.update.sizes[slot], facts.update.norms[slot]) if facts.update is not None else (None, None)
-    return size / norm if size and norm else 0.0
 
 
 CHECK = Check(

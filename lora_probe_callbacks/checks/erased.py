@@ -21,7 +21,7 @@ def judge(facts: Facts) -> Verdict:
         return pending("no B has a value that a step could erase")
     if not all(_erased(facts, update, i) for i in b):
         return ok()
-    starts, ends = (math.hypot(*(column[i] or 0.0 for i in b)) for column in (update.starts, update.norms))
+    starts, ends = (math.hypot(*map(column.__getitem__, b)) for column in (update.starts, update.norms))  # type: ignore[arg-type]
     return fail(
         f"one step erased the adapter: the norm of B fell from {starts:.3g} to {ends:.3g} in all {len(b)} adapted layers, "
         f"{some([facts.slots[i].name for i in b], 2)}",
@@ -34,14 +34,13 @@ def judge(facts: Facts) -> Verdict:
 
 def _erased(facts: Facts, update: StepUpdate, slot: int) -> bool:
     """Next to nothing is left, and the change is larger than rate, gradient and weight decay account for."""
-    start, size, norm = update.starts[slot], update.sizes[slot], update.norms[slot]
-    rate = facts.rates[slot]
-    if start is None or size is None or norm is None or rate is None or not norm < LEFT * start:
+    start, size, norm, rate = update.starts[slot], update.sizes[slot], update.norms[slot], facts.rates[slot]
+    if rate is None or not norm < LEFT * start:  # type: ignore[operator]  # what has a start has been stepped
         return False
     gradient = update.gradient_norms[slot] if update.gradient_norms else None
-    decay = (facts.slots[slot].weight_decay or 0.0) * start
+    decay = (facts.slots[slot].weight_decay or 0.0) * start  # type: ignore[operator]
     # A rate that is NaN explains everything: nothing is above it.
-    return size > FACTOR * rate * max(math.sqrt(facts.slots[slot].numel), gradient or 0.0, decay)
+    return size > FACTOR * rate * max(math.sqrt(facts.slots[slot].numel), gradient or 0.0, decay)  # type: ignore[operator]
 
 
 CHECK = Check(

@@ -34,9 +34,12 @@ def judge(facts: Facts) -> Verdict:
                 expected="0",
                 fix="give the optimizer only what trains, or call zero_grad(set_to_none=True), so that tensors without a gradient are passed over",
             )
-    moves = zip(facts.slots, facts.moves, strict=False)
     # What is not finite counts as moved though it may be as it was; LP501 speaks of that.
-    moved = [i for i, (slot, move) in enumerate(moves) if slot.frozen_by_intent and move and move.moved and move.finite]
+    moved = [
+        i
+        for i, move in enumerate(facts.moves)
+        if facts.slots[i].frozen_by_intent and move is not None and move.moved and move.finite
+    ]
     if moved:
         return fail(
             f"{len(moved)} adapter tensors that were declared frozen moved: {some([facts.slots[i].name for i in moved])}",

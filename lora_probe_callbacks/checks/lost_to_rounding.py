@@ -25,8 +25,8 @@ def judge(facts: Facts) -> Verdict:
         elements = sum(facts.slots[i].numel for i in slots)
         if not lost or not elements:
             continue
-        fractions = ((i, facts.update.moved[i]) for i in slots) if facts.update is not None else ()
-        moved = sum(facts.slots[i].numel * (fraction or 0.0) for i, fraction in fractions) / elements
+        fractions = facts.update.moved  # type: ignore[union-attr]  # moves are its kinds
+        moved = sum(facts.slots[i].numel * fractions[i] for i in slots) / elements  # type: ignore[operator, misc]
         if moved >= least:
             continue
         if min(facts.history[i].lost for i in lost) < STEPS or any(facts.history[i].rate_rising for i in lost):
