@@ -41,10 +41,10 @@ from lora_probe_callbacks import LoraProbeError, LoraProbeMonitor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from doors import autocast, fit_plain, new_scaler
-from matrix import CASES, Case
-from recipes import RECIPES, Recipe
-from training import Training, batches
+from support.doors import autocast, fit_plain, new_scaler
+from support.matrix import CASES, Case
+from support.recipes import RECIPES, Recipe
+from support.training import Training, batches
 
 STEPS = 8
 

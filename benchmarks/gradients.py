@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from lora_probe_callbacks import LoraProbeMonitor
-from lora_probe_callbacks.observe.repeat import KeptForward
+from lora_probe_callbacks.observe.forward.replay import KeptForward
 
 STEPS, SEEDS = 5, 6
 PRECISIONS = ("float32", "bf16 autocast", "bf16", "fp16 scaled")

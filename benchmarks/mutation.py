@@ -41,7 +41,7 @@ class Mutant:
 
     Attributes:
         name: As mutmut calls it.
-        file: Name of the file of checks.
+        file: The module, below the package of the checks.
         function: Name of the function.
         before: Source of the function.
         after: Source of the mutant.
@@ -80,7 +80,7 @@ def write_mutants(folder: Path, only: str) -> list[Mutant]:
 
     shutil.copytree(ROOT / "lora_probe_callbacks", folder / "lora_probe_callbacks")
     mutants = []
-    for path in sorted((folder / CHECKS).glob(f"*{only}*.py" if only else "*.py")):
+    for path in sorted((folder / CHECKS).rglob(f"*{only}*.py" if only else "*.py")):
         made = mutate_file_contents(str(path), path.read_text())
         path.write_text(made.code)
         lines = made.code.splitlines(keepends=True)  # once: ast.get_source_segment would split them for each function
@@ -95,7 +95,8 @@ def write_mutants(folder: Path, only: str) -> list[Mutant]:
             before, after = (
                 functions[key].replace(key, "function", 1) for key in (f"{original}__mutmut_orig", mangled)
             )
-            mutants.append(Mutant(f"{path.stem}.{original[2:]} {number}", path.stem, mangled, before, after))
+            module = ".".join(path.relative_to(folder / CHECKS).with_suffix("").parts)
+            mutants.append(Mutant(f"{path.stem}.{original[2:]} {number}", module, mangled, before, after))
     return mutants
 
 
@@ -117,7 +118,7 @@ class Runner:
             raise SystemExit(f"{failed} fails without a mutant")
         for number, mutant in enumerate(self.mutants):
             os.environ["MUTANT_UNDER_TEST"] = f"lora_probe_callbacks.checks.{mutant.file}.{mutant.function}"
-            own = f"test_{mutant.file}.py"
+            own = f"test_{mutant.file.rpartition('.')[2]}.py"
             if self._first_failure(sorted(session.items, key=lambda item: item.path.name != own)) is None:
                 self.survivors.append(mutant)
             if number % 100 == 99:
@@ -127,8 +128,8 @@ class Runner:
         return True
 
     def _remove_each(self, items: list[pytest.Item]) -> None:
-        from lora_probe_callbacks.checks.base import ok
-        from lora_probe_callbacks.checks.catalogue import all_checks
+        from lora_probe_callbacks.checks._base import ok
+        from lora_probe_callbacks.checks._catalogue import all_checks
 
         prefix = "lora_probe_callbacks.checks."
         modules = [
@@ -138,7 +139,7 @@ class Runner:
         for check in all_checks():
             judge = check.judge
             object.__setattr__(check, "judge", lambda facts: ok())
-            own = f"test_{judge_file[check.code]}.py"
+            own = f"test_{judge_file[check.code].rpartition('.')[2]}.py"
             if self._first_failure(sorted(items, key=lambda item: item.path.name != own)) is None:
                 self.removed_unnoticed.append(check.code)
             object.__setattr__(check, "judge", judge)

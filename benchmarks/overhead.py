@@ -30,13 +30,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lora_probe_callbacks import LoraProbeMonitor
-from lora_probe_callbacks.observe import forwards
-from lora_probe_callbacks.observe.ranks import Ranks
-from lora_probe_callbacks.observe.reading import DeviceReader
-from lora_probe_callbacks.observe.readout import Readout
-from lora_probe_callbacks.observe.repeat import ForwardRepeat
-from lora_probe_callbacks.observe.response import ResponseObserver
-from lora_probe_callbacks.session import ProbeSession
+from lora_probe_callbacks.distributed.transport import Ranks
+from lora_probe_callbacks.engine.session import ProbeSession
+from lora_probe_callbacks.observe.device.step_reader import DeviceReader
+from lora_probe_callbacks.observe.device.transfer import Readout
+from lora_probe_callbacks.observe.forward import hooks as forwards
+from lora_probe_callbacks.observe.forward.finite_difference import ResponseObserver
+from lora_probe_callbacks.observe.forward.replay import ForwardRepeat
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS = ("LP405", "LP307")  # what runs the forward again: rare, named, and measured apart

@@ -37,9 +37,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_probe_callbacks import LoraProbeMonitor
+from lora_probe_callbacks.distributed import transport as exchange
+from lora_probe_callbacks.distributed.transport import SIZE, Ranks
 from lora_probe_callbacks.estimators import VarianceProbe
-from lora_probe_callbacks.observe import ranks as exchange
-from lora_probe_callbacks.observe.ranks import SIZE, Ranks
 
 SIZES = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 STEPS = 6

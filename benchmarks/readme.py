@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_probe_callbacks.checks.catalogue import all_checks
+from lora_probe_callbacks.checks._catalogue import all_checks
 
 SETTING = ("shape", "base", "attention", "checkpointing", "prompts", "responses", "tokens")
 

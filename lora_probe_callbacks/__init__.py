@@ -18,7 +18,7 @@ _PUBLIC: dict[str, str] = {
     "LoraProbeMonitor": "lora_probe_callbacks.monitor",
     "LoraProbeTrainerCallback": "lora_probe_callbacks.trainer",
     "VarianceProbe": "lora_probe_callbacks.estimators.probe",
-    "preflight": "lora_probe_callbacks.rehearsal",
+    "preflight": "lora_probe_callbacks._preflight",
     "Finding": "lora_probe_callbacks.report.findings",
     "LoraProbeError": "lora_probe_callbacks.report.findings",
     "LoraProbeWarning": "lora_probe_callbacks.report.findings",

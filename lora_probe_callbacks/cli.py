@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lora_probe_callbacks.checks.base import Check
-from lora_probe_callbacks.checks.catalogue import all_checks
+from lora_probe_callbacks.checks._base import Check
+from lora_probe_callbacks.checks._catalogue import all_checks
 
 if TYPE_CHECKING:
     from lora_probe_callbacks.report.findings import ProbeReport
@@ -69,9 +69,9 @@ def debug(
 ) -> None:
     """Look at an adapter alone, on synthetic tokens: is the fault in it, or in the code around it?"""
     with _reported(show_traceback):
-        from lora_probe_callbacks.debugger import Tokens, run
-        from lora_probe_callbacks.loading import Source
-        from lora_probe_callbacks.report import diagnosis as written
+        from lora_probe_callbacks.debug import diagnosis as written
+        from lora_probe_callbacks.debug.debugger import Tokens, run
+        from lora_probe_callbacks.debug.loading import Source
 
         source = Source(
             base=base,
@@ -105,7 +105,7 @@ def preflight(
     loss_fn and adapter.
     """
     with _reported(show_traceback):
-        from lora_probe_callbacks.rehearsal import preflight as rehearse
+        from lora_probe_callbacks._preflight import preflight as rehearse
 
         with _stdout_kept(as_json):
             found = rehearse(**_arguments(config))
@@ -172,7 +172,7 @@ def selftest(as_json: Json = False, show_traceback: Debug = False) -> None:
     rows, missed = [], []
     with _reported(show_traceback):
         from lora_probe_callbacks.faults import FAULTS
-        from lora_probe_callbacks.selftest import selftest as run_all
+        from lora_probe_callbacks.faults.selftest import selftest as run_all
 
         with _stdout_kept(as_json), _progress(shown=not as_json, total=len(FAULTS)) as tell:
             for outcome in run_all():

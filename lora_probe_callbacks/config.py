@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lora_probe_callbacks.checks.catalogue import selected
+from lora_probe_callbacks.checks._catalogue import selected
 
 if TYPE_CHECKING:
     from lora_probe_callbacks.estimators.probe import VarianceProbe

@@ -18,10 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lora_probe_callbacks.door import Door
+from lora_probe_callbacks._callback import Door
+from lora_probe_callbacks.engine.session import ProbeConfig, ProbeSession
 from lora_probe_callbacks.estimators.probe import DirectionName, VarianceProbe
 from lora_probe_callbacks.estimators.projections import Backend
-from lora_probe_callbacks.session import ProbeConfig, ProbeSession
 
 __all__ = [
     "AdapterActivationCallback",
@@ -37,7 +37,7 @@ class LoraProbe(Door, Callback):
 
     Args:
         **intent: What is meant and when to look, see
-            :class:`~lora_probe_callbacks.session.ProbeConfig`. Nothing is needed: what can be read
+            :class:`~lora_probe_callbacks.engine.session.ProbeConfig`. Nothing is needed: what can be read
             off the model, PEFT's config and the optimizer is not asked for.
 
     Raises:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lora_probe_callbacks.config import ProbeConfig
+from lora_probe_callbacks.engine.session import ProbeSession
 from lora_probe_callbacks.report.findings import ProbeReport
-from lora_probe_callbacks.session import ProbeSession
 
 __all__ = ["LoraProbeMonitor"]
 

@@ -20,9 +20,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
+from lora_probe_callbacks._callback import Door
 from lora_probe_callbacks.config import ProbeConfig
-from lora_probe_callbacks.door import Door
-from lora_probe_callbacks.session import ProbeSession
+from lora_probe_callbacks.engine.session import ProbeSession
 
 __all__ = ["LoraProbeTrainerCallback"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import Task, fit, language_loss, llama, lora, peft_llama, token_batches
+from support.tiny import Task, fit, language_loss, llama, lora, peft_llama, token_batches
 from torch import nn
 
 from lora_probe_callbacks import (

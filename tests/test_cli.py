@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from lora_probe_callbacks import LoraProbeError, LoraProbeMonitor
-from lora_probe_callbacks.checks.catalogue import all_checks
+from lora_probe_callbacks.checks._catalogue import all_checks
 from lora_probe_callbacks.cli import app
 from lora_probe_callbacks.faults import FAULTS
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama, peft_llama
+from support.tiny import llama, peft_llama
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_probe_callbacks import LoraProbeMonitor
-from lora_probe_callbacks.observe.forwards import ForwardObserver
-from lora_probe_callbacks.observe.readout import Readout
-from lora_probe_callbacks.observe.repeat import KeptForward
+from lora_probe_callbacks.observe.device.transfer import Readout
+from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
+from lora_probe_callbacks.observe.forward.replay import KeptForward
 
 REPEATS = ("LP405", "LP307")
 

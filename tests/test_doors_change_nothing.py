@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from doors import fit_plain, fit_trainer, new_scaler
 from peft import get_peft_model
-from recipes import from_step
-from tiny import lora as tiny_lora
-from tiny import quantised_llama
+from support.doors import fit_plain, fit_trainer, new_scaler
+from support.recipes import from_step
+from support.tiny import lora as tiny_lora
+from support.tiny import quantised_llama
+from support.training import Training, adamw, adapter_tensors, lora, next_token_loss, trainable
 from torch import Tensor, nn
 from torch.optim import AdamW
-from training import Training, adamw, adapter_tensors, lora, next_token_loss, trainable
 
 from lora_probe_callbacks import LoraProbeMonitor, LoraProbeTrainerCallback, faults
 

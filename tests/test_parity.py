@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doors import DOORS, watch_through
 from peft import PromptTuningConfig, get_peft_model
-from recipes import RECIPES, Recipe, parameters
+from support.doors import DOORS, watch_through
+from support.recipes import RECIPES, Recipe, parameters
+from support.training import Training, config, llama, lora, next_token_loss
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from training import Training, config, llama, lora, next_token_loss
 
 from lora_probe_callbacks import LoraProbeError, faults
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from recipes import RECIPES, Recipe, parameters
+from support.recipes import RECIPES, Recipe, parameters
+from support.training import Training, adamw, batches, config, llama, lora, next_token_loss, trainable
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
-from training import Training, adamw, batches, config, llama, lora, next_token_loss, trainable
 
 from lora_probe_callbacks import faults, preflight
 

@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from recipes import Recipe, parameters
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from training import (
+from support.recipes import Recipe, parameters
+from support.training import (
     Loop,
     Training,
     adamw,
@@ -22,8 +20,10 @@ from training import (
     next_token_loss,
     watch,
 )
-from unlisted import UNLISTED
-from unlisted_declared import DECLARED
+from support.unlisted import UNLISTED
+from support.unlisted_declared import DECLARED
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from lora_probe_callbacks import LoraProbeError
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_probe_callbacks.estimators._backward import backward
 from lora_probe_callbacks.estimators._owners import Tree
-from lora_probe_callbacks.estimators._untouched import only_trainable, own_gradients
+from lora_probe_callbacks.restore.model import only_trainable, own_gradients
 
 LossFunction = Callable[[nn.Module], torch.Tensor]
 

@@ -15,7 +15,7 @@ from lora_probe_callbacks.estimators.batches import PromptBatch
 from lora_probe_callbacks.estimators.directions import UpdateDirection
 from lora_probe_callbacks.estimators.projections import Backend, project_batches
 from lora_probe_callbacks.estimators.variance import conditional_variance, first_order_change
-from lora_probe_callbacks.state import random_state_restored
+from lora_probe_callbacks.restore.random import random_state_restored
 
 __all__ = ["DirectionName", "Estimate", "VarianceProbe"]
 

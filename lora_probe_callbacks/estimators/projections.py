@@ -17,9 +17,9 @@ from lora_probe_callbacks.estimators import _self_check
 from lora_probe_callbacks.estimators._backends import LossFunction, alpha, loop
 from lora_probe_callbacks.estimators._doubled_rank import doubled_rank
 from lora_probe_callbacks.estimators._owners import Tree, described, tree, unwrapped, wrappers
-from lora_probe_callbacks.estimators._untouched import eager, untouched
 from lora_probe_callbacks.estimators.directions import UpdateDirection, refuse_unfit
-from lora_probe_callbacks.state import random_state_restored
+from lora_probe_callbacks.restore.model import eager, untouched
+from lora_probe_callbacks.restore.random import random_state_restored
 
 Direction = UpdateDirection | Mapping[str, torch.Tensor]
 Backend = Literal["doubled_rank", "loop", "alpha"]

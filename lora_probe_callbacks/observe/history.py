@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from operator import eq
 from typing import NamedTuple
 
-from lora_probe_callbacks.observe.facts import GradientFact, MoveFact, SlotFact, SlotHistory, StepUpdate
+from lora_probe_callbacks.facts import GradientFact, MoveFact, SlotFact, SlotHistory, StepUpdate
 
 __all__ = ["History"]
 

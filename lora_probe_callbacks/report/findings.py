@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_probe_callbacks.checks.base import Status
+from lora_probe_callbacks.checks._base import Status
 from lora_probe_callbacks.report.history import History
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora_probe_callbacks.observe.facts import Facts, Role, StepResponse
+from lora_probe_callbacks.facts import Facts, Role, StepResponse
 
 __all__ = ["metrics_of_estimators", "metrics_of_response", "metrics_of_step", "metrics_of_update"]
 

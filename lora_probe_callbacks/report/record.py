@@ -20,8 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora_probe_callbacks.checks.base import Check, Verdict
-from lora_probe_callbacks.observe.facts import Facts, GradientFact, MoveFact
+from lora_probe_callbacks.checks._base import Check, Verdict
+from lora_probe_callbacks.facts import Facts, GradientFact, MoveFact
 from lora_probe_callbacks.report.findings import Finding, ProbeReport
 
 __all__ = ["SCHEMA", "Record", "RecordError", "Row", "plain", "read_record"]

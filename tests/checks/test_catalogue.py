@@ -6,17 +6,20 @@ import importlib
 from pathlib import Path
 
 import pytest
-from facts import bad, facts
+from support.facts import bad, facts
 
 from lora_probe_callbacks import checks
-from lora_probe_callbacks.checks.base import PERSISTENT, Check, Verdict, fail, some, warn
-from lora_probe_callbacks.checks.catalogue import all_checks, explain, selected
+from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, fail, some, warn
+from lora_probe_callbacks.checks._catalogue import all_checks, explain, selected
 
 CHECKS = all_checks()
 FILES = {
     path.stem: module.CHECK
-    for path in Path(checks.__path__[0]).glob("*.py")
-    if isinstance(getattr(module := importlib.import_module(f"{checks.__name__}.{path.stem}"), "CHECK", None), Check)
+    for path in Path(checks.__path__[0]).glob("*/*.py")
+    if isinstance(
+        getattr(module := importlib.import_module(f"{checks.__name__}.{path.parent.name}.{path.stem}"), "CHECK", None),
+        Check,
+    )
 }
 
 
@@ -30,8 +33,6 @@ TESTS = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("*.
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.code)
 def test_every_check_is_expected_by_name_in_some_test(check: Check) -> None:
-    if check.family == "checkpoints" and not Path(__file__).parents[1].joinpath("checkpoints").exists():
-        pytest.skip("tests/checkpoints is not in this checkout")
     assert check.code in TESTS
 
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from tests.estimators.projection_cases import Case, language_case, language_loss, relative_error, tokens
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lora_probe_callbacks.estimators import UpdateDirection, per_prompt_projection
-from tests.estimators.projection_cases import Case, language_case, language_loss, relative_error, tokens
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd_momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),

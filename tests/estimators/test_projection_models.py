@@ -10,10 +10,6 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-from lora_probe_callbacks.estimators import per_prompt_projection
 from tests.estimators.projection_cases import (
     ATTENTION_AND_MLP,
     VOCABULARY,
@@ -29,6 +25,10 @@ from tests.estimators.projection_cases import (
     relative_error,
     tokens,
 )
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_probe_callbacks.estimators import per_prompt_projection
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 

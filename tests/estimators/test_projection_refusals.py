@@ -9,11 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-
-from lora_probe_callbacks.estimators import UpdateDirection, per_prompt_projection
 from tests.estimators.projection_cases import (
     VOCABULARY,
     Case,
@@ -24,6 +19,11 @@ from tests.estimators.projection_cases import (
     random_direction,
     tokens,
 )
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lora_probe_callbacks.estimators import UpdateDirection, per_prompt_projection
 
 
 def project(case: Case, **options: Any) -> torch.Tensor:

@@ -11,6 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.estimators.projection_cases import (
+    conv_case,
+    language_case,
+    language_loss,
+    random_direction,
+    relative_error,
+    tokens,
+)
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,14 +27,6 @@ from lora_probe_callbacks.estimators import (
     per_prompt_projection,
     project_batches,
     verify_projection,
-)
-from tests.estimators.projection_cases import (
-    conv_case,
-    language_case,
-    language_loss,
-    random_direction,
-    relative_error,
-    tokens,
 )
 
 bounded = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))

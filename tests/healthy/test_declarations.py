@@ -20,9 +20,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.optimizers import create_loraplus_optimizer
-from torch import Tensor, nn
-from torch.optim import SGD, AdamW
-from training import (
+from support.training import (
     VOCABULARY,
     Training,
     Watched,
@@ -38,8 +36,7 @@ from training import (
     trained,
     watch,
 )
-from transformers import BertConfig, BertForSequenceClassification, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from unlisted_declared import (
+from support.unlisted_declared import (
     EMBEDDED,
     Masters,
     Mixture,
@@ -52,6 +49,9 @@ from unlisted_declared import (
     with_new_tokens,
     with_tokens,
 )
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from transformers import BertConfig, BertForSequenceClassification, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lora_probe_callbacks import LoraProbe
 

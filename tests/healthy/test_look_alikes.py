@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from peft import get_peft_model
-from tiny import (
+from support.tiny import (
     VOCABULARY,
     Batches,
     Task,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix import CASES, ESSENTIAL, Case
+from support.matrix import CASES, ESSENTIAL, Case
 
 from lora_probe_callbacks import LoraProbeMonitor
 

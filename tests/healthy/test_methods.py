@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from peft import get_peft_model
-from tiny import (
+from support.tiny import (
     QUIET,
     Batches,
     Task,

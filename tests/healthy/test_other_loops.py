@@ -13,11 +13,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from recipes import TwoTowers
-from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import DataLoader
-from training import (
+from support.recipes import TwoTowers
+from support.training import (
     Loop,
     Training,
     Watched,
@@ -34,6 +31,9 @@ from training import (
     trained,
     watch,
 )
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader
 
 from lora_probe_callbacks import LoraProbe, LoraProbeError, LoraProbeMonitor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import (
+from support.tiny import (
     VOCABULARY,
     Batches,
     Task,

@@ -15,7 +15,7 @@ import torch
 import torch._dynamo
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from peft import get_peft_model
-from tiny import (
+from support.tiny import (
     CORE,
     Batches,
     Task,
@@ -38,9 +38,9 @@ from lora_probe_callbacks import (
     LoraProbeWarning,
     WrapperIdentityCallback,
 )
-from lora_probe_callbacks.checks import catalogue
-from lora_probe_callbacks.checks.base import Check
-from lora_probe_callbacks.observe.facts import Facts
+from lora_probe_callbacks.checks import _catalogue as catalogue
+from lora_probe_callbacks.checks._base import Check
+from lora_probe_callbacks.facts import Facts
 from lora_probe_callbacks.report.record import read_record
 
 
@@ -651,7 +651,7 @@ def test_error_inside_a_check_is_kept_and_training_goes_on(tmp_path: Path, monke
 
 @pytest.mark.parametrize("method", ["_note_call", "_new_candidate", "_finish", "state", "facts"])
 def test_error_inside_an_observer_ends_the_probe_and_not_the_run(monkeypatch: pytest.MonkeyPatch, method):
-    from lora_probe_callbacks.observe.forwards import ForwardObserver
+    from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
 
     works, calls = getattr(ForwardObserver, method), []
 

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from peft import get_peft_model
-from tiny import Batches, Task, adamw, fit, language_loss, lora, peft_llama, quantised_llama, token_batches
+from support.tiny import Batches, Task, adamw, fit, language_loss, lora, peft_llama, quantised_llama, token_batches
 from torch import nn
 
 from lora_probe_callbacks import LoraProbe, LoraProbeWarning

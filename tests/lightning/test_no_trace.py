@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import Task, adamw, fit, language_loss, llama, peft_llama, token_batches
+from support.tiny import Task, adamw, fit, language_loss, llama, peft_llama, token_batches
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 

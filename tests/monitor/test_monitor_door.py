@@ -11,12 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker, on_main_process
-from doors import fit_plain
 from peft import PeftModel
-from recipes import from_step
-from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, AdamW, Optimizer
-from training import (
+from support.doors import fit_plain
+from support.recipes import from_step
+from support.training import (
     VOCABULARY,
     Training,
     adamw,
@@ -28,6 +26,8 @@ from training import (
     next_token_loss,
     trainable,
 )
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from lora_probe_callbacks import LoraProbeError, LoraProbeMonitor, LoraProbeWarning, ProbeReport, faults
 

@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from records import merged_from, trained
+from support.records import merged_from, trained
 
 from lora_probe_callbacks import ProbeReport
 from lora_probe_callbacks.report.history import MOST_ROWS, History

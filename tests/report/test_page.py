@@ -6,16 +6,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from records import merged_from, trained
+from support.records import merged_from, trained
 
 from lora_probe_callbacks.report.page import page
 from lora_probe_callbacks.report.runs import read_runs

@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-from records import merged_from, tiny, trained
+from support.records import merged_from, tiny, trained
 
 from lora_probe_callbacks.report.record import SCHEMA, Record, RecordError, read_record
 from lora_probe_callbacks.report.runs import read_runs
@@ -96,9 +94,9 @@ def test_killed_run_leaves_every_finished_line_and_its_findings(tmp_path: Path) 
     path = tmp_path / "run.jsonl"
     code = (
         "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from pathlib import Path\n"
-        "from records import trained\n"
+        "from support.records import trained\n"
         "def event(step, model):\n"
         "    if step == 3: model.merge_adapter()\n"
         "    if step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"

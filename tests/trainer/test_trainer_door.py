@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from doors import RunTrainer, fit_trainer
-from recipes import from_step
+from support.doors import RunTrainer, fit_trainer
+from support.recipes import from_step
+from support.training import Training, adapter_tensors, hooks_of_the_probe, llama, lora, next_token_loss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from training import Training, adapter_tensors, hooks_of_the_probe, llama, lora, next_token_loss
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_probe_callbacks import LoraProbeError, LoraProbeTrainerCallback, ProbeReport, faults

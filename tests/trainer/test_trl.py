@@ -10,8 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from support.training import hooks_of_the_probe, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from training import hooks_of_the_probe, llama
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 

@@ -1,0 +1,1 @@
+"""Is the adapter active in the forward that makes the loss?"""

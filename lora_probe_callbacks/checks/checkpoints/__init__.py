@@ -1,0 +1,1 @@
+"""Does the file hold what was trained?"""

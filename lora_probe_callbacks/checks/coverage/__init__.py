@@ -1,0 +1,1 @@
+"""Does the adapter cover what was meant?"""

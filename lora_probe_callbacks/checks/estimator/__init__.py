@@ -1,0 +1,1 @@
+"""Does the variance estimator see the adapter?"""

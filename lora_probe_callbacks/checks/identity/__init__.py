@@ -1,0 +1,1 @@
+"""Is it one object that the forward uses and the optimizer owns?"""

@@ -1,0 +1,1 @@
+"""Do all ranks hold and apply the same?"""

@@ -1,0 +1,1 @@
+"""Does the step change the adapter?"""

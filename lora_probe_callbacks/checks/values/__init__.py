@@ -1,0 +1,1 @@
+"""Are the values what they should be?"""

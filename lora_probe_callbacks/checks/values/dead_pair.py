@@ -1,0 +1,37 @@
+"""LP503: A and B of one layer are both zero."""
+
+from __future__ import annotations
+
+from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped, some
+from lora_probe_callbacks.facts import Facts
+
+
+def judge(facts: Facts) -> Verdict:
+    """Look for layers in which neither factor can give the other a gradient."""
+    if facts.start is None:
+        return pending("no training forward has begun")
+    known = [u for u, start in enumerate(facts.start.units) if start is not None]
+    if not known:
+        return skipped("no expected layer has a pair of A and B that can be read")
+    dead = [u for u in known if (s := facts.start.units[u]) is not None and s.a == 0 and s.b == 0]
+    if not dead:
+        return ok()
+    return fail(
+        f"A and B are both exactly zero in {len(dead)} of {len(known)} adapted layers, and will stay so: "
+        f"{some([facts.units[u].name for u in dead])}",
+        facts.slots_of_units(dead),
+        got="A = 0 and B = 0 when training began",
+        expected="one of them zero, the other not",
+    )
+
+
+CHECK = Check(
+    code="LP503",
+    name="dead-pair",
+    what="Both factors of an adapted layer are exactly zero when training begins.",
+    why="The gradient of A is made with B and that of B with A: both are zero for ever, without an error. It happens to adapters that are "
+    "made without memory (init_empty_weights, to_empty) and filled with zeros, and to checkpoints of which nothing was loaded.",
+    fix="Call reset_lora_parameters(adapter, True) on these layers, or load the adapter again.",
+    quiet="B = 0 beside a random A, A = 0 beside a random B (embeddings, MiCA); AdaLoRA, whose third factor is zero.",
+    judge=judge,
+)

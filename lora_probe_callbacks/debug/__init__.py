@@ -1,0 +1,1 @@
+"""The isolated debugger of a variance path."""

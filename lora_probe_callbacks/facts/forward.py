@@ -1,0 +1,88 @@
+"""What was seen of the forwards of one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_probe_callbacks.facts.words import Mode
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardFact:
+    """One candidate for a training forward: an outermost call with gradients enabled.
+
+    Attributes:
+        module: Name and class of the outermost module that was called.
+        received: A gradient arrived at its output.
+        modes: State of every unit when the call began.
+        active: Names of the active adapters when the call began.
+        modes_at_backward: The same when the gradient arrived, or None before that.
+        active_at_backward: The same for the active names.
+        calls: Calls of each unit's layer inside, as (with the adapter active, in any state, state
+            in the last call where it was not active), or None where layers cannot be observed.
+        reached: Slots that the graph of the output leads to, or None where that is unknown.
+        why_unknown: Why ``reached`` is None.
+    """
+
+    module: str
+    received: bool
+    modes: tuple[Mode, ...]
+    active: tuple[str, ...]
+    modes_at_backward: tuple[Mode, ...] | None
+    active_at_backward: tuple[str, ...] | None
+    calls: tuple[tuple[int, int, Mode | None], ...] | None
+    reached: frozenset[int] | None
+    why_unknown: str | None
+    with_grad: frozenset[int] | None = None  # units whose layer ran with gradients enabled
+    holds_expected: bool = True  # some expected unit lies below the called module
+    carries_graph: bool = True  # some output requires gradients
+    dropped: frozenset[int] = frozenset()  # slots behind an operation without a backward
+
+    def mode(self, unit: int) -> Mode:
+        """State of a unit in this forward: what its own calls saw, else the state at the beginning."""
+        if self.calls is not None:
+            good, total, bad = self.calls[unit]
+            if total:
+                return "active" if good or bad is None else bad
+        return self.modes[unit]
+
+    @property
+    def plainly_active(self) -> bool:
+        """Every unit was active from the beginning and in each of its calls."""
+        return set(self.modes) <= {"active"} and all(bad is None for _, _, bad in set(self.calls or ()))
+
+    def called(self, unit: int) -> bool | None:
+        """Whether the layer of a unit was called, None where that cannot be seen."""
+        return None if self.calls is None else self.calls[unit][1] > 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResponse:
+    """What the update of one step did to the loss, and what its gradient had said.
+
+    Attributes:
+        step: The step.
+        framework_step: Its number in the framework.
+        predicted: Sum of gradient times update.
+        measured: Change of the outputs by the update, times the gradient that had arrived at them.
+        central: A central difference along the gradient over what the gradient says: 1 if it is right.
+        sides: What the half ahead and the half behind say alone: a kink makes them differ.
+        own: The central difference for a gradient made anew from the outputs alone, a little aside and at half the
+            distance. This and what follows is measured only as long as nothing before it settles the question.
+        again: The same at twice the distance.
+        noise: What rounding makes of these, at least.
+        why_not: Why nothing was measured.
+        passing: That may be over in the next step.
+    """
+
+    step: int
+    framework_step: int
+    predicted: float | None = None
+    measured: float | None = None
+    central: float | None = None
+    sides: tuple[float, float] | None = None
+    own: float | None = None
+    again: float | None = None
+    noise: float = 0.0
+    why_not: str | None = None
+    passing: bool = False

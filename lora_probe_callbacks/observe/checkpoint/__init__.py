@@ -1,0 +1,1 @@
+"""What files on disk hold."""

@@ -1,0 +1,206 @@
+"""What a step did to the adapter tensors, and what it should not have touched."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_probe_callbacks.facts import MoveFact
+from lora_probe_callbacks.observe.device.batching import Held
+from lora_probe_callbacks.observe.device.transfer import Readout, batches, kind, local
+
+__all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "move_fact", "read_update"]
+
+
+@dataclass(eq=False, slots=True)
+class CopiesBefore:
+    """What an optimizer is about to change, as it is before its step: small tensors of one shape in one."""
+
+    held: Held
+    rows: list[torch.Tensor]  # one tensor a group
+    readout: Readout
+    norms: range  # of the slots, in ``readout``, which may travel before that of the update
+
+
+@dataclass(eq=False, slots=True)
+class UpdateReading:
+    """An update on its way to the host."""
+
+    step: int
+    framework_step: int
+    slots: list[int | None]  # None: its tensor has left, or has another shape
+    counts: list[int]
+    starts: Callable[[], list[float]]  # norms before the step
+    norm: range
+    size: range
+    moved: range
+
+    def changes(self, readout: Readout) -> dict[int, tuple[float, float, float, float]]:
+        """By slot: norm before, norm of the change, norm after, fraction moved; once the readout was received."""
+        numbers = zip(self.starts(), *map(readout.get, (self.size, self.norm, self.moved)), self.counts, strict=True)
+        return {
+            slot: (start, size, norm, moved / count)
+            for slot, (start, size, norm, moved, count) in zip(self.slots, numbers, strict=True)
+            if slot is not None
+        }
+
+
+def move_fact(norm: float | None, moved: float | None) -> MoveFact | None:
+    """The kind of a change.
+
+    Args:
+        norm: Euclidean norm of the tensor after it; None where there was none.
+        moved: Elements whose bits changed, as a fraction of all.
+
+    Returns:
+        One of eight objects, so that equal ones are compared quickly; None likewise.
+    """
+    if norm is None or moved is None:
+        return None
+    return _MOVES[moved > 0, moved >= 0.5, norm < math.inf]
+
+
+_MOVES = {kind: MoveFact(*kind) for kind in itertools.product((False, True), repeat=3)}
+
+
+def copy_before(held: Held, readout: Readout) -> CopiesBefore:
+    """One copy of the adapter, taken before the step; it lives until the step has ended.
+
+    Args:
+        held: The slots.
+        readout: Where the norms of the copies travel.
+
+    Returns:
+        The copies.
+    """
+    rows = [part if part.shape[0] > 1 else part.clone() for part in held.rows()]
+    return CopiesBefore(held, rows, readout, readout.add_row_norms(rows, 2))
+
+
+def read_update(
+    before: CopiesBefore, tensors: Mapping[int, torch.Tensor], readout: Readout, step: int, framework_step: int
+) -> UpdateReading | None:
+    """Compare the tensors with their copies, in place of the copies.
+
+    Args:
+        before: The copies; their values are overwritten.
+        tensors: Slot to the tensor after the step.
+        readout: Where the values travel.
+        step: The step that was made.
+        framework_step: Its number in the framework.
+
+    Returns:
+        A reading that yields facts after ``readout.receive()``, or None if there is nothing to compare.
+    """
+    held = before.held
+    kinds = held.grouping.kinds
+    now = [None if (tensor := tensors.get(slot)) is None else local(tensor) for slot in held.slots]
+    there = [t is not None and kind(t) == then for t, then in zip(now, kinds, strict=True)]
+    if not any(there):
+        return None
+    if not all(there):
+        copies = [copy for part in before.rows for copy in part.unbind()]
+        now = [t if same else c.view(k[-1]) for t, same, c, k in zip(now, there, copies, kinds, strict=True)]
+    rows = batches(now, held.grouping)  # type: ignore[arg-type]
+    norm = readout.add_row_norms(rows, 2)
+    torch._foreach_sub_(before.rows, rows)
+    size = readout.add_row_norms(before.rows, 2)
+    # A difference is zero exactly where the bits agree, but for what is not finite: inf - inf is nan.
+    moved = readout.add_row_counts(before.rows)
+    ahead, ticket = before.readout, before.norms
+    return UpdateReading(
+        step=step,
+        framework_step=framework_step,
+        slots=[s if t else None for s, t in zip(held.slots, there, strict=True)],
+        counts=[shape.numel() for _, _, shape in kinds],
+        starts=lambda: ahead.get(ticket),
+        norm=norm,
+        size=size,
+        moved=moved,
+    )
+
+
+class Fingerprints:
+    """Two norms of each tensor that must stay as it is; equal bits give equal norms."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._last: list[float] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many values a reading has."""
+        return 2 * sum(t.is_floating_point() for t in self._tensors.values())
+
+    def read(self, readout: Readout) -> range:
+        """Put the present norms into ``readout``."""
+        values = [local(t) for t in self._tensors.values() if t.is_floating_point()]
+        first, second = readout.add_norms(values, 1), readout.add_norms(values, 2)
+        return range(first.start, second.stop)
+
+    def changed(self, values: list[float]) -> tuple[str, ...]:
+        """Names of the tensors whose norms differ from the last reading."""
+        last, self._last = self._last, values
+        if last is None:
+            return ()
+        names = [name for name, t in self._tensors.items() if t.is_floating_point()]
+        half = len(names)
+        return tuple(name for i, name in enumerate(names) if last[i] != values[i] or last[i + half] != values[i + half])
+
+
+class Followers:
+    """Adapters that must follow the trained one: for how many steps has each been bit-equal?
+
+    Norms do not tell: the step of a slow average changes last digits alone. The bits are added up as integers.
+
+    Args:
+        adapters: Name to its tensors.
+    """
+
+    def __init__(self, adapters: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        self._adapters = {name: [t for t in tensors if t.is_floating_point()] for name, tensors in adapters.items()}
+        self._last: dict[str, tuple[float, int]] = {}  # of each: sum of bits, and how often autograd saw a write
+        self._counts: dict[str, dict[str, int]] = {}
+
+    def read(self, readout: Readout) -> range | None:
+        """Put a sum of the bits of each adapter into ``readout``."""
+        if not self._adapters:
+            return None
+        tickets = [readout.add(_sum_of_bits(tensors).reshape(1)) for tensors in self._adapters.values()]
+        return range(tickets[0].start, tickets[-1].stop)
+
+    def advance(self, sums: Sequence[float], step: int, *, moved: bool) -> None:
+        """Count one more look.
+
+        Args:
+            sums: What was read.
+            step: The step in which it was read.
+            moved: The trained adapter has moved since the last look.
+        """
+        for (name, tensors), bits in zip(self._adapters.items(), sums, strict=True):
+            version = sum(t._version for t in tensors)
+            before = self._last.get(name)
+            if before is None or before[0] != bits:
+                self._counts[name] = {"still": 0, "still_since": step, "written": 0}
+            elif moved:
+                count = self._counts[name]
+                count["still"] += 1
+                count["written"] += version > before[1]
+            self._last[name] = (bits, version)
+
+    def counts(self, name: str) -> dict[str, int]:
+        """Fields of the fact about one adapter."""
+        return self._counts.get(name, {})
+
+
+def _sum_of_bits(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.int64)
+    for tensor in tensors:
+        values = local(tensor)
+        bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+        total = total.to(bits.device) + bits.sum(dtype=torch.int64)
+    return total % 2**24  # float32 holds it exactly

@@ -1,0 +1,358 @@
+"""Run a training forward again and leave no trace.
+
+Two questions need it. *Does the forward see the parameters?* (here) One autocast block around several
+steps keeps its cache of cast weights, keyed by tensor and not by version, so the forward goes on with
+the weights of the first step; a repeat in a nested region without that cache tells
+(https://github.com/X-GenGroup/Flow-Factory/issues/186). *Is the gradient right?* (``response.py``)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from types import FunctionType, ModuleType, NoneType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._pytree import tree_map_only
+
+from lora_probe_callbacks.observe.forward.hooks import tensors_in
+from lora_probe_callbacks.observe.model.wrappers import data_parallel, is_compiled, tensor_parallel
+from lora_probe_callbacks.restore.random import Buffers, RandomState
+
+__all__ = [
+    "MOST_BYTES",
+    "ForwardRepeat",
+    "KeptForward",
+    "holding",
+    "module_state_restored",
+    "random_state",
+]
+
+MOST_BYTES = 256 * 2**20  # of outputs, and of buffers
+
+
+class ForwardRepeat:
+    """Runs the first candidate of one step a second time, without autocast's cache.
+
+    Args:
+        device: Where the adapter is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.stale: tuple[bool, str] | None = None
+        self.why_not: str | None = None
+
+    def after(self, kept: KeptForward, output: Any) -> None:
+        """Repeat the candidate and compare, once.
+
+        Args:
+            kept: The candidate.
+            output: What it returned.
+        """
+        if self.stale is not None or self.why_not is not None:
+            return
+        if not torch.is_autocast_enabled(self._device.type):
+            self.why_not = "the forward was called outside autocast, so no cast weight can be cached around it"
+        elif not torch.is_autocast_cache_enabled():
+            self.why_not = "autocast runs without its cache, so no cast weight can be stale"
+        else:
+            self.why_not = kept.why_not()
+        if self.why_not is None:
+            result: tuple[bool, str] | str
+            try:
+                result = _compare(kept, output)
+            except Exception as error:  # the user's own code: it may count its calls, or need more memory
+                result = f"run again, the forward raised {type(error).__name__}: {error}"
+            if isinstance(result, str):
+                self.why_not = result
+            else:
+                self.stale = result
+
+
+class KeptForward:
+    """A candidate for a training forward, and what it takes to run it again.
+
+    Args:
+        module: The outermost module that was called.
+        args: Its arguments; their tensors are kept without their graphs.
+        kwargs: Its keyword arguments.
+        before: The random state when it began.
+        device: Where its parameters are.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: RandomState,
+        device: torch.device,
+    ) -> None:
+        self.module = module
+        self._device = device
+        self._before = before
+        self._args, self._kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        self._inputs = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        self._autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        self._state: ModuleState | None = None
+
+    def why_not(self) -> str | None:
+        """Say why this forward must not be repeated, or None."""
+        module, modules = self.module, list(self.module.modules())
+        if any(is_compiled(m) for m in modules):
+            return "a compiled module is not bit-equal to its eager repeat"
+        if data_parallel([module]) is not None or tensor_parallel([module]):
+            return "several ranks would have to repeat it together"
+        if any(type(m).__name__ == "Linear4bit" and not m.training for m in modules):
+            # bitsandbytes 0.50 repacks the weights for inference at a forward in eval mode without input
+            # gradients (CPUs with AVX512-BF16), and training forwards then go through a kernel without backward.
+            return "a 4-bit model in eval mode is changed by a forward without gradients"
+        foreign = next((h for m in modules for h in _hooks(m) if not _of_a_library(h)), None)
+        if foreign is not None:
+            return f"a forward hook ({getattr(foreign, '__qualname__', type(foreign).__name__)}) would be called twice"
+        for value in (*self._args, *self._kwargs.values()):
+            if hasattr(value, "get_seq_length") or (value is not None and "Cache" in type(value).__name__):
+                return "a cache among the arguments would be written twice"
+        if sum(b.numel() * b.element_size() for b in module.buffers()) > MOST_BYTES:
+            return "the buffers are too large to be saved and restored"
+        return self.changed()
+
+    def changed(self) -> str | None:
+        """Say what has been changed since it ran, or None."""
+        if any(tensor._version != version for tensor, version in self._inputs):
+            return "an argument of the forward was changed in place after it"
+        return None
+
+    @contextmanager
+    def several(self) -> Iterator[None]:
+        """Inside, it may be run many times: the state to come back to is kept once."""
+        self._state = ModuleState(self.module)
+        try:
+            yield
+        finally:
+            self._state = None
+
+    def run(self) -> list[torch.Tensor]:
+        """Run it again without gradients; returns its floating outputs."""
+        with self.again(), torch.no_grad():
+            return self.call()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, random numbers and precision are those of the forward; all state comes back on exit.
+
+        Without autocast's cache, which may hold the parameters of another time. What there is to warn of,
+        the forward itself has said.
+        """
+        enabled, dtype = self._autocast
+        state = self._state or ModuleState(self.module)
+        try:
+            self._before.put_back()
+            with (
+                torch.autocast(self._device.type, dtype, enabled=enabled, cache_enabled=False),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            state.put_back()
+
+    def call(self) -> list[torch.Tensor]:
+        """The call itself; returns its floating outputs."""
+        return [t for t in tensors_in(self.module(*self._args, **self._kwargs)) if t.is_floating_point()]
+
+
+@contextmanager
+def holding(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, parameters hold other values; on exit they hold their own again, bit by bit.
+
+    Their version counters stay as well, as the contents do: a graph that was built before stays valid.
+
+    Args:
+        tensors: Parameters.
+        values: What each of them holds inside.
+
+    Yields:
+        Nothing.
+    """
+    own = [tensor.detach().clone() for tensor in tensors]
+    with _unsafe_preserve_version_counter(tuple(tensors)):
+        try:
+            _write(tensors, values)
+            yield
+        finally:
+            _write(tensors, own)
+
+
+@torch.no_grad()
+def _write(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    if tensors:
+        torch._foreach_copy_(list(tensors), list(values))
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
+
+
+def _of_a_library(hook: object) -> bool:
+    """Hooks of these keep nothing; one of the user's may collect what it sees."""
+    where = getattr(hook, "__module__", None) or type(hook).__module__
+    return where.split(".")[0] in (
+        "lora_probe_callbacks",
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "torch",
+    )
+
+
+def _compare(kept: KeptForward, output: Any) -> tuple[bool, str] | str:
+    """Repeat a forward without autocast's cache and compare the outputs bit by bit.
+
+    Args:
+        kept: The training forward.
+        output: What it returned.
+
+    Returns:
+        (stale, what was compared), or the reason why nothing can be said.
+    """
+    expected = [t.detach() for t in tensors_in(output) if t.is_floating_point()]
+    if not expected:
+        return "the forward returned no floating tensor"
+    if sum(t.numel() * t.element_size() for t in expected) > MOST_BYTES:
+        return "the outputs are larger than 256 MiB"
+    first = kept.run()
+    if _equal(first, expected):
+        return False, f"{len(expected)} outputs bit-equal"
+    if not _equal(first, kept.run()):
+        return "two repeats of the forward differ from each other: the model is not deterministic"
+    largest = max(
+        (float((a - b).abs().max()) for a, b in zip(first, expected, strict=False) if a.shape == b.shape), default=0.0
+    )
+    return True, f"outputs differ by up to {largest:.2e}"
+
+
+def _equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(
+        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+# --- state --------------------------------------------------------------------------------------
+
+
+def random_state(module: nn.Module) -> RandomState:
+    """The random state of this moment, that of the generators included which modules keep in their attributes."""
+    return RandomState({v for m in module.modules() for v in _unusual(m.__dict__) if isinstance(v, torch.Generator)})
+
+
+class ModuleState:
+    """All state that a forward may leave: random numbers, buffers, and what modules keep in their attributes.
+
+    The last are a router's auxiliary loss, a counter, a list of features, or an object with such things.
+
+    Args:
+        module: What may be run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._random = random_state(module)
+        self._buffers = Buffers(module.modules())
+        holders = [m.__dict__ for m in module.modules()]
+        kept = {id(v): v.__dict__ for held in holders for v in _unusual(held) if _is_an_object(v)}
+        self._attributes = [_Attributes(held) for held in (*holders, *kept.values())]
+
+    def put_back(self) -> None:
+        """Make it what it was."""
+        self._random.put_back()
+        for attributes in self._attributes:
+            attributes.put_back()
+        self._buffers.put_back()
+
+
+class _Attributes:
+    """The attributes of one object, and the contents of the containers among them. There are many thousands."""
+
+    __slots__ = ("_containers", "_former", "_present")
+
+    def __init__(self, present: dict[str, Any]) -> None:
+        self._present = present
+        self._former = dict(present)
+        self._containers = [
+            (value, contents)
+            for key, value in present.items()
+            if key not in _TORCHS and (contents := _contents(value)) is not None
+        ]
+
+    def put_back(self) -> None:
+        present, former = self._present, self._former
+        if len(present) != len(former) or not all(map(is_, present.values(), former.values())):
+            present.clear()
+            present.update(former)
+        for value, contents in self._containers:
+            _put_back(value, contents)
+
+
+@contextmanager
+def module_state_restored(module: nn.Module) -> Iterator[None]:
+    """End with all state that was there before.
+
+    Args:
+        module: What is run inside.
+
+    Yields:
+        Nothing.
+    """
+    state = ModuleState(module)
+    try:
+        yield
+    finally:
+        state.put_back()
+
+
+# What torch keeps in every module and a forward does not touch; parameters and buffers may be exchanged.
+_TORCHS = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers"}
+_USUAL = (bool, int, float, str, bytes, NoneType, tuple, list, dict, set, OrderedDict, type, FunctionType, nn.Parameter)
+
+
+def _unusual(attributes: dict[str, Any]) -> list[Any]:
+    """Values of other types than most: told by their very type, since asking torch's classes is slow."""
+    return [value for value in attributes.values() if type(value) not in _USUAL]
+
+
+def _is_an_object(value: object) -> bool:
+    """An instance of somebody's class, such as a buffer of samples with a place in it."""
+    kinds = type | ModuleType | FunctionType | torch.Tensor | nn.Module
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, kinds)
+
+
+def _contents(value: object) -> list[Any] | None:
+    kind = type(value)
+    if kind is dict or kind is OrderedDict:
+        return [*value, *value.values()]  # type: ignore[attr-defined, misc]
+    return list(value) if kind is list or kind is set else None  # type: ignore[call-overload]
+
+
+def _put_back(value: Any, contents: list[Any]) -> None:
+    """Compares by identity: comparing tensors by value would not give one answer."""
+    if not contents and not value:
+        return
+    now = _contents(value)
+    if now is None or (len(now) == len(contents) and all(map(is_, now, contents))):
+        return
+    value.clear()
+    if isinstance(value, dict):
+        half = len(contents) // 2
+        value.update(zip(contents[:half], contents[half:], strict=True))
+    else:
+        (value.extend if isinstance(value, list) else value.update)(contents)

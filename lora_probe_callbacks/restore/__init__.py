@@ -1,0 +1,1 @@
+"""Put back, bit by bit, what the probe itself has changed."""
