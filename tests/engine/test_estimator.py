@@ -15,6 +15,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from support.doors import DOORS, autocast, fit_plain, fit_trainer, new_scaler, watch_through
 from support.facts import bad, facts
+from support.facts import reached_estimator as fact
+from support.normalised import normalised, vectors
 from support.policies import INTENT, E, policy
 from support.training import (
     Training,
@@ -27,8 +29,6 @@ from support.training import (
     next_token_loss,
     trained,
 )
-from test_step_response import normalised, vectors
-from test_watch import fact
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from tests.estimators.projection_cases import Case, language_case, language_loss, relative_error, tokens
+from support.projection_cases import Case, language_case, language_loss, relative_error, tokens
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig
-from tests.estimators.projection_cases import (
+from support.projection_cases import (
     ATTENTION_AND_MLP,
     VOCABULARY,
     Case,

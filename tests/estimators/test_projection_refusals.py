@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from tests.estimators.projection_cases import (
+from support.projection_cases import (
     VOCABULARY,
     Case,
     conv_case,

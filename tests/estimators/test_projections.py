@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.estimators.projection_cases import (
+from support.projection_cases import (
     conv_case,
     language_case,
     language_loss,

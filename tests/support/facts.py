@@ -222,6 +222,23 @@ def resumed(**changes: Any) -> ResumedFact:
     return ResumedFact(**{**healthy, "base_layer": "layer.0", **changes})
 
 
+def reached_estimator(**changes: Any) -> EstimatorFact:
+    """A look at an estimator that reaches all tensors, and of whose gradients nothing is known."""
+    right: ForwardFact = facts().forwards[0]
+    healthy = {
+        "name": "S",
+        "step": 4,
+        "framework_step": 4,
+        "forwards": (right,),
+        "modes": ("active", "active"),
+        "active": ("default",),
+        "graph": True,
+        "reached": ALL,
+        "direction": ALL,
+    }
+    return EstimatorFact(**{**healthy, **changes})
+
+
 def expect(
     verdict: Verdict,
     status: str,

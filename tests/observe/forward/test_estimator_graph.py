@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from support.facts import bad, facts
+from support.facts import reached_estimator as fact
 from support.policies import INTENT, E, log_probs, policy
 from support.training import Loop, Training, adamw, batches, llama, next_token_loss, trainer
 from torch import Tensor, nn
 
 from lora_probe_callbacks import LoraProbe, LoraProbeError, LoraProbeMonitor
 from lora_probe_callbacks.estimators import UpdateDirection
-from lora_probe_callbacks.facts import EstimatorFact, ForwardFact
 
 
 class Wrapper(nn.Module):
@@ -373,22 +373,6 @@ def test_something_that_is_no_direction_becomes_could_not_judge() -> None:
 # --- verdicts -----------------------------------------------------------------------------------
 
 ALL = frozenset(range(4))
-
-
-def fact(**changes: Any) -> EstimatorFact:
-    right: ForwardFact = facts().forwards[0]
-    healthy = {
-        "name": "S",
-        "step": 4,
-        "framework_step": 4,
-        "forwards": (right,),
-        "modes": ("active", "active"),
-        "active": ("default",),
-        "graph": True,
-        "reached": ALL,
-        "direction": ALL,
-    }
-    return EstimatorFact(**{**healthy, **changes})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from peft import LoHaConfig, get_peft_model
 from support.doors import autocast, fit_plain, new_scaler
 from support.facts import NONE, bad, facts
+from support.normalised import normalised, vectors
 from support.tiny import quantised_llama
 from support.training import (
     Training,
@@ -266,29 +267,6 @@ def test_one_autocast_block_around_all_steps_is_left_to_the_stale_forward() -> N
     """G07: the gradient is not judged by a forward that does not see the parameters."""
     run = Training(lora(), optimizer=lambda m: SGD(trainable(m), lr=50.0), around=lambda: autocast("bf16-mixed"))
     assert seen(run).found == [("LP405", "fail", 1)]
-
-
-class Normalised(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside, self.norm, self.out = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 1)
-        self.noise = torch.Generator().manual_seed(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(self.inside(x)).tanh()
-        return self.out(h + 0.1 * torch.randn(h.shape, generator=self.noise))
-
-
-def vectors(model: nn.Module, batch: Tensor, step: int) -> Tensor:
-    x = batch[:, :8].float() / 32 - 1
-    return (model(torch.cat([x, x.flip(0), x.square()])) - 1).square().mean()
-
-
-def normalised() -> nn.Module:
-    torch.manual_seed(0)
-    made = get_peft_model(Normalised(), config(target_modules=["inside"]))
-    trained(made)
-    return made
 
 
 def test_kink_is_no_wrong_gradient() -> None:
