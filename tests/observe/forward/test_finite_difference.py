@@ -14,7 +14,7 @@ import torch
 from peft import LoHaConfig, get_peft_model
 from support.doors import autocast, fit_plain, new_scaler
 from support.facts import NONE, bad, facts
-from support.normalised import normalised, vectors
+from support.normalised import Normalised, normalised, vectors
 from support.tiny import quantised_llama
 from support.training import (
     Training,
