@@ -178,7 +178,9 @@ def train(run: Run) -> Run:
         KeptForward.call = call  # type: ignore[method-assign]
     (finding,) = [f for f in probe.report.findings if f.code == "LP307"]
     run.status, run.message, run.forwards = finding.status, finding.message, len(calls)
-    run.ratios = [r.central if r.central is None else round(r.central, 3) for r in probe._session._responses]
+    run.ratios = [
+        r.central if r.central is None else round(r.central, 3) for r in probe._session._collector.looks.responses
+    ]
     if probe.report.internal_errors:
         raise SystemExit(f"{run}: {probe.report.internal_errors}")
     return run

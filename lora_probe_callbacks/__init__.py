@@ -19,10 +19,11 @@ _PUBLIC: dict[str, str] = {
     "LoraProbeTrainerCallback": "lora_probe_callbacks.trainer",
     "VarianceProbe": "lora_probe_callbacks.estimators.probe",
     "preflight": "lora_probe_callbacks._preflight",
+    "Proof": "lora_probe_callbacks.facts",
     "Finding": "lora_probe_callbacks.report.findings",
     "LoraProbeError": "lora_probe_callbacks.report.findings",
     "LoraProbeWarning": "lora_probe_callbacks.report.findings",
-    "ProbeReport": "lora_probe_callbacks.report.findings",
+    "ProbeReport": "lora_probe_callbacks.report.report",
 }
 
 __all__ = ["__version__", *_PUBLIC]

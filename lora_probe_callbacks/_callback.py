@@ -6,7 +6,7 @@ import os
 
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.engine.session import ProbeSession
-from lora_probe_callbacks.report.findings import ProbeReport
+from lora_probe_callbacks.report.report import ProbeReport
 
 __all__ = ["Door"]
 

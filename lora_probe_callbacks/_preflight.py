@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from torch.optim import Optimizer
 
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.engine.session import ProbeSession
-from lora_probe_callbacks.estimators._owners import tree
 from lora_probe_callbacks.observe.forward.hooks import tensors_in
 from lora_probe_callbacks.observe.model.ownership import tensors_of, unwrap_optimizer
-from lora_probe_callbacks.report.findings import ProbeReport
+from lora_probe_callbacks.report.report import ProbeReport
 from lora_probe_callbacks.restore.model import own_gradients, untouched
 from lora_probe_callbacks.restore.optimizer import needs_closure, trial_step
+from lora_probe_callbacks.restore.tree import tree
 
 __all__ = ["preflight"]
+
+_STEPS = 3
 
 
 def preflight(
@@ -30,11 +33,12 @@ def preflight(
     loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     **intent: Any,
 ) -> ProbeReport:
-    """Run every check that one step can answer, and restore everything bit by bit.
+    """Prove on one batch what a run can prove, and restore everything bit by bit.
 
-    Weights, gradients, optimizer state, buffers, random streams, train mode and active adapters are
-    afterwards what they were. A gradient that is zero, or a rate of 0, is judged over several steps
-    and therefore pending here.
+    The batch makes three steps, which are taken back: while B is zero the first can move B alone, the second moves A,
+    and the third forward sees both. Weights, gradients, optimizer state, buffers, random streams, train mode and
+    active adapters are afterwards what they were. A rate of 0 moves nothing, here as in the first steps of a warm-up:
+    the report is "unproven" then, and says so.
 
     Args:
         model: Whatever is trained.
@@ -47,7 +51,7 @@ def preflight(
             raised, whatever is found.
 
     Returns:
-        The report; ``report.exit_code`` is 0 healthy, 1 unhealthy, 2 could not judge.
+        The report; ``report.exit_code`` is 0 healthy, 1 unhealthy, 2 unproven.
 
     Raises:
         ValueError: If the model holds no adapter, or no loss can be made from its output. What the
@@ -55,15 +59,18 @@ def preflight(
     """
     optimizers = [unwrap_optimizer(o) for o in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
     session = ProbeSession(ProbeConfig(**{"verbose": False, **intent, "on_failure": "raise"}))
-    with _restored(model, optimizers):
+    with _restored(model, optimizers), ExitStack() as steps:
         session.start([("", model)], optimizers)
         try:
             if not model.training:
                 model.train()  # as every loop does; dropout and checkpointing depend on it
-            with torch.enable_grad():
-                loss = _default_loss(model, batch) if loss_fn is None else _scalar(loss_fn(model, batch))
-                loss.backward()  # type: ignore[no-untyped-call]
-            session.rehearse(_stepped)
+            for _ in range(_STEPS):
+                for tensor in _all_tensors(model, optimizers):
+                    tensor.grad = None
+                with torch.enable_grad():
+                    loss = _default_loss(model, batch) if loss_fn is None else _scalar(loss_fn(model, batch))
+                    loss.backward()  # type: ignore[no-untyped-call]
+                session.rehearse(partial(_stepped, steps))
             session.end()
         except Exception as error:
             session.abort(error)  # the first decision that fails ends a run, as it would end the training
@@ -71,6 +78,8 @@ def preflight(
                 raise
         finally:
             session.close()
+    for name in sorted({type(o).__name__ for o in optimizers if needs_closure(o)}):
+        session.add_open_question(f"{name} steps by a closure, which is not rehearsed")
     return session.report
 
 
@@ -101,15 +110,17 @@ def _scalar(loss: object) -> torch.Tensor:
 @contextmanager
 def _restored(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[None]:
     """Put back all that a forward and a backward change; the step itself is rehearsed elsewhere."""
-    tensors = {id(t): t for t in (*model.parameters(), *tensors_of(optimizers))}
-    with untouched(tree(model)), own_gradients(list(tensors.values())):
+    with untouched(tree(model)), own_gradients(_all_tensors(model, optimizers)):
         yield
 
 
-@contextmanager
-def _stepped(optimizer: Optimizer) -> Iterator[None]:
+def _all_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[torch.Tensor]:
+    return list({id(t): t for t in (*model.parameters(), *tensors_of(optimizers))}.values())
+
+
+def _stepped(steps: ExitStack, optimizer: Optimizer) -> bool:
+    """Let an optimizer step; ``steps`` takes it back in the end."""
     if needs_closure(optimizer):  # LBFGS: no step from the gradients at hand, and none is judged
-        yield
-    else:
-        with trial_step(optimizer):
-            yield
+        return False
+    steps.enter_context(trial_step(optimizer))
+    return True

@@ -27,7 +27,7 @@ from lora_probe_callbacks.checks._base import Check
 from lora_probe_callbacks.checks._catalogue import all_checks
 
 if TYPE_CHECKING:
-    from lora_probe_callbacks.report.findings import ProbeReport
+    from lora_probe_callbacks.report.report import ProbeReport
 
 __all__ = ["app", "main"]
 

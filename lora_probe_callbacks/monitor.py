@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.engine.session import ProbeSession
-from lora_probe_callbacks.report.findings import ProbeReport
+from lora_probe_callbacks.report.report import ProbeReport
 
 __all__ = ["LoraProbeMonitor"]
 

@@ -256,7 +256,8 @@ def test_report_of_a_run_that_was_not_judged_exits_with_2(record: Path, folder: 
     path.write_text(record.read_text().splitlines()[0] + "\n")
     result = lora_probe("report", path)
     assert result.exit_code == 2
-    assert "could not judge" in result.stdout
+    assert "UNPROVEN" in result.stdout
+    assert "the record ends in the middle of a run" in result.stdout
 
 
 def test_checks_lists_every_check() -> None:

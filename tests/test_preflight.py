@@ -104,9 +104,10 @@ def test_healthy_run_passes_and_everything_is_restored(kind: str, begun: bool) -
     before = everything(model, optimizer)
     report = preflight(model, optimizer, batch())
     assert_unchanged(before, everything(model, optimizer))
-    assert report.exit_code == 0, str(report)
+    assert report.exit_code == (2 if kind == "lbfgs" else 0), str(report)
     assert not report.with_status("warn"), str(report)
     assert not report.internal_errors
+    assert ("LBFGS steps by a closure" in str(report)) == (kind == "lbfgs")
     passed = {f.code for f in report.with_status("pass")}
     assert {"LP101", "LP103", "LP104", "LP201", "LP203", "LP301", "LP302", "LP501"} <= passed
     assert ("LP401" in passed) == (kind != "lbfgs"), "a step is judged where it can be taken back"
@@ -174,7 +175,8 @@ def test_gradient_that_is_not_finite_is_found() -> None:
 def test_what_takes_several_steps_is_pending() -> None:
     model = lora()
     report = preflight(model, adamw(model, lr=0.0), batch())
-    assert report.exit_code == 0
+    assert report.exit_code == 2
+    assert "learning rate of 0" in report.proofs["moved"].why
     assert {f.code: f.status for f in report.findings}["LP208"] == "pending"
 
 

@@ -118,7 +118,7 @@ def test_other_optimizer_stepped_and_all_gradients_cleared() -> None:
 def test_other_optimizer_stepped_and_the_adapters_gradients_left() -> None:
     """Indistinguishable from an accumulation that has not ended, until the run has."""
     watched = watch(Manual(stepped=1, clear_all=False), steps=24, every_n_steps=1)
-    assert_found(watched, "LP401", 1, "no optimizer that owns the adapter has stepped")
+    assert_found(watched, "LP401", 0, "no optimizer that owns the adapter has stepped")
 
 
 class Swallowing(Loop):

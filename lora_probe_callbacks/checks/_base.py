@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Bools, Facts, indices
 
 __all__ = [
-    "OF_OWNED_TENSORS",
     "PERSISTENT",
     "Check",
+    "Need",
     "Status",
     "Verdict",
     "fail",
@@ -43,8 +43,18 @@ FAMILIES = {
 }
 
 
-# What is judged by the tensors that the optimizer owns, their gradients and their updates.
-OF_OWNED_TENSORS = ("LP201", "LP202", "LP208", "LP302", "LP303", "LP307", "LP401", "LP402", "LP403", "LP406", "LP501")
+# What a check cannot do without. Where the run cannot have it, the check is skipped with the reason; what only such
+# checks need is not observed when none of them was asked for.
+Need = Literal[
+    "owned",  # the tensors that the optimizer owns, their gradients and their updates
+    "initial state",  # the values in which training starts
+    "coverage",  # what PEFT's configuration asks for, and what it has made
+    "replay",  # the training forward, run again
+    "finite difference",  # the loss at slightly other weights
+    "files",  # a saved file
+    "resume",  # a saved state that this run goes on from
+    "ranks",  # what the other ranks have sent
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,8 @@ class Check:
         threads: Public reports of the fault.
         explained_by: Codes of nearer causes: where one of them reports the same slots, this is silent.
         judge: The verdict on a set of facts.
+        needs: What it cannot do without.
+        sets_ranks_apart: A mere warning of it on one rank explains that the ranks differ.
     """
 
     code: str
@@ -100,6 +112,8 @@ class Check:
     judge: Callable[[Facts], Verdict]
     threads: tuple[str, ...] = ()
     explained_by: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
+    sets_ranks_apart: bool = False
 
     @property
     def family(self) -> str:
@@ -130,7 +144,7 @@ def skipped(reason: str) -> Verdict:
 
 def fail(
     message: str,
-    slots: Iterable[int] = (),
+    slots: Bools | Iterable[int] = (),
     *,
     got: str,
     expected: str,
@@ -139,12 +153,14 @@ def fail(
     of_update: bool = False,
 ) -> Verdict:
     """Certainly wrong."""
-    return Verdict("fail", message, {"got": got, "expected": expected}, frozenset(slots), cause, fix, of_update)
+    return Verdict(
+        "fail", message, {"got": got, "expected": expected}, frozenset(indices(slots)), cause, fix, of_update
+    )
 
 
 def warn(
     message: str,
-    slots: Iterable[int] = (),
+    slots: Bools | Iterable[int] = (),
     *,
     got: str,
     expected: str,
@@ -153,7 +169,9 @@ def warn(
     of_update: bool = False,
 ) -> Verdict:
     """Probably wrong; the fix says what would settle it."""
-    return Verdict("warn", message, {"got": got, "expected": expected}, frozenset(slots), cause, fix, of_update)
+    return Verdict(
+        "warn", message, {"got": got, "expected": expected}, frozenset(indices(slots)), cause, fix, of_update
+    )
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -15,14 +15,16 @@ from typing import Literal
 
 from torch import nn
 
-from lora_probe_callbacks.checks._base import Verdict, some
+from lora_probe_callbacks.checks._base import Need, Verdict, some
 from lora_probe_callbacks.checks._catalogue import all_checks, explain
 from lora_probe_callbacks.distributed.transport import AgreementLostError, Ranks
 from lora_probe_callbacks.distributed.wire import decode, encode
-from lora_probe_callbacks.facts import Facts, RankReport, RanksFact
+from lora_probe_callbacks.facts import Facts, RankFacts, RankReport, RanksFact
 from lora_probe_callbacks.observe.device.step_reader import Readings
-from lora_probe_callbacks.observe.model.targets import Scene
+from lora_probe_callbacks.observe.model.owners import Owners
+from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.observe.model.wrappers import DataParallel, data_parallel
+from lora_probe_callbacks.observe.model.wrapping import wrapping
 
 __all__ = ["Agreement", "agreed"]
 
@@ -76,27 +78,24 @@ class Agreement:
         if self._parallel is not None:
             self._synced = self._parallel.syncs
 
-    def add_wrapping(self, facts: Facts, scene: Scene, called: set[int], readings: Readings) -> Facts:
-        """Complete the facts of this rank by what the others should know.
+    def facts(self, targets: Targets, owners: Owners, called: set[int], readings: Readings) -> RankFacts:
+        """What the others should know of this rank.
 
         Args:
-            facts: What is known at a decision.
-            scene: What is expected to train.
+            targets: What is expected to train.
+            owners: Who owns it.
             called: Ids of the modules that ran in training forwards.
             readings: What came to the host.
 
         Returns:
-            The facts, as they were if there is one process.
+            The facts, which are empty if there is one process. The sums over shards need all other facts.
         """
         if self._ranks.world < 2:
-            return facts
-        shards = scene.shards()
+            return RankFacts()
         uneven = "the inputs of the ranks are uneven (Join): every rank decides by itself"
-        return dataclasses.replace(
-            facts,
-            wrapping=scene.wrapping(self._parallel, called, synced=self._synced),
-            shards=shards,
-            shard_sums=facts.sums_over(shards, others=0.0),
+        return RankFacts(
+            wrapping=wrapping(targets, owners, self._parallel, called, synced=self._synced),
+            shards=owners.shards(),
             tensor_sample=readings.tensor_sample,
             gradient_sample=readings.gradient_sample,
             why_alone=uneven if self._joining else self._ranks.why_alone,
@@ -126,6 +125,7 @@ class Agreement:
             return facts, {code: v for code, v in verdicts.items() if code not in self._held}
         mine, self._held = explain({**verdicts, **self._held}), {}
         ranks = self._ranks
+        facts = dataclasses.replace(facts, shard_sums=facts.sums_over(facts.shards, others=0.0))
         message = encode(facts, mine, broken=broken)
         in_need = any(v.status == "fail" for v in mine.values())
         if in_need:
@@ -139,7 +139,7 @@ class Agreement:
                 facts = self._with_ranks(facts, reports)
                 if not broken:
                     mine |= judge(facts)
-                    self._causes |= {code for code in ("LP701", "LP702", "LP703") if _bad(mine, code)}
+                    self._causes |= {code for code in _codes("ranks") if _bad(mine, code)}
                 if facts.moment != "end" and any(r.moment == "end" for r in reports.values()):
                     ranks.leave("a rank has ended its run before the others")
             except AgreementLostError as lost:
@@ -169,18 +169,23 @@ class Agreement:
             reports[posted[0]] = decode(posted[1])
 
     def _with_ranks(self, facts: Facts, reports: Mapping[int, RankReport]) -> Facts:
-        ranks = RanksFact(tuple(reports[r] for r in range(self._ranks.world)), self._ranks.rank)
-        if self._equal_at_start is None:
-            self._equal_at_start = ranks.tensors_differ is None
-        ranks = dataclasses.replace(
-            ranks,
-            equal_at_start=self._equal_at_start,
+        told = tuple(reports[r] for r in range(self._ranks.world))
+        failed = {c for r in told for c, status in r.bad if status == "fail"} - _codes("ranks")
+        warned = {c for r in told for c, _ in r.bad if c in {k.code for k in all_checks() if k.sets_ranks_apart}}
+        ranks = RanksFact(
+            told,
+            self._ranks.rank,
             differed_before=self._differed,
             causes=tuple(sorted(self._causes)),
+            failed=tuple(sorted(failed)),
+            found=tuple(sorted(failed | warned)),
         )
+        if self._equal_at_start is None:
+            self._equal_at_start = ranks.tensors_differ is None
+        ranks = dataclasses.replace(ranks, equal_at_start=self._equal_at_start)
         if ranks.stepping:
             self._differed = ranks.gradients_differ is not None
-        self._causes |= set(ranks.failed)
+        self._causes |= failed
         if ranks.tensors_differ is not None or ranks.gradients_differ is not None:
             self._causes |= set(ranks.found)
         mine = ranks.reports[ranks.rank]
@@ -189,6 +194,11 @@ class Agreement:
             if report.first == mine.first:
                 sums += report.shards
         return dataclasses.replace(facts, ranks=ranks, sums=sums)
+
+
+def _codes(need: Need) -> set[str]:
+    """The checks that cannot do without something."""
+    return {check.code for check in all_checks() if need in check.needs}
 
 
 def _bad(verdicts: Mapping[str, Verdict], code: str) -> bool:

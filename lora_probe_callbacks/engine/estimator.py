@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import traceback
@@ -14,6 +15,9 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from lora_probe_callbacks.checks.estimator.no_signal import LOOKS
+from lora_probe_callbacks.engine.collector import Collector
+from lora_probe_callbacks.engine.run_state import RunState
+from lora_probe_callbacks.engine.telling import Teller
 from lora_probe_callbacks.estimators._owners import parameters, unwrapped
 from lora_probe_callbacks.estimators._self_check import UntrustedProjectionError
 from lora_probe_callbacks.estimators.directions import UpdateDirection
@@ -21,11 +25,12 @@ from lora_probe_callbacks.estimators.probe import Estimate, VarianceProbe
 from lora_probe_callbacks.facts import EstimatorFact
 from lora_probe_callbacks.observe.forward.estimator_graph import direction_fact, gradient_fact, graph_fact
 from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
-from lora_probe_callbacks.observe.forward.replay import holding, module_state_restored
-from lora_probe_callbacks.observe.model.targets import Scene
+from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.observe.model.wrappers import tensor_parallel
+from lora_probe_callbacks.restore.model import holding
+from lora_probe_callbacks.restore.module_state import module_state_restored
 
-__all__ = ["Estimation", "look"]
+__all__ = ["Estimates", "Estimation", "look"]
 
 _SHARDED = (
     "could not judge: the model is in shards over several ranks, which would all have to run each of its forwards "
@@ -36,7 +41,7 @@ _SHARDED = (
 def look(
     value: object,
     direction: object,
-    scene: Scene,
+    targets: Targets,
     observer: ForwardObserver,
     *,
     name: str,
@@ -48,7 +53,7 @@ def look(
     Args:
         value: A tensor with a graph, or gradients of the estimator's loss by parameter, id or name.
         direction: mu_Y, or None.
-        scene: What is expected to train.
+        targets: What is expected to train.
         observer: Who watched the forwards of this step.
         name: What messages call it.
         step: The present step.
@@ -59,11 +64,11 @@ def look(
     """
     fields: dict[str, Any] = {"forwards": ()}
     if isinstance(value, torch.Tensor):
-        fields |= graph_fact(value, scene, observer)
+        fields |= graph_fact(value, targets, observer)
     elif isinstance(value, Mapping):
-        fields |= gradient_fact(value, scene)
+        fields |= gradient_fact(value, targets)
     if direction is not None:
-        fields |= direction_fact(direction, scene)
+        fields |= direction_fact(direction, targets)
     modes, active = observer.state()
     return EstimatorFact(name=name, step=step, framework_step=framework_step, modes=modes, active=active, **fields)
 
@@ -73,12 +78,12 @@ class Estimation:
 
     Args:
         probe: What to compute.
-        scene: What is expected to train.
+        targets: What is expected to train.
     """
 
-    def __init__(self, probe: VarianceProbe, scene: Scene) -> None:
+    def __init__(self, probe: VarianceProbe, targets: Targets) -> None:
         self._probe = probe
-        self._scene = scene
+        self._targets = targets
         self._before: dict[str, torch.Tensor] = {}
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         # A direction that waits for the next training batch, and the parameters to take it at.
@@ -156,15 +161,15 @@ class Estimation:
     @property
     def _model(self) -> nn.Module:
         """The module that holds the adapter, as the front door was given it."""
-        mine = {id(t) for slot in self._scene.slots if (t := slot.tensor) is not None}
-        roots = [root for _, root in self._scene.roots]
+        mine = {id(t) for slot in self._targets.slots if (t := slot.tensor) is not None}
+        roots = [root for _, root in self._targets.roots]
         return next((r for r in roots if any(id(p) in mine for p in r.parameters())), roots[0])
 
     def _direction(self, before: Mapping[str, torch.Tensor]) -> UpdateDirection:
-        return self._probe.direction_of(self._model, self._scene.optimizers, before)
+        return self._probe.direction_of(self._model, self._targets.optimizers, before)
 
     def _batch(self, step: int) -> Any:
-        return self._probe.next_batch(step, self._scene.device)
+        return self._probe.next_batch(step, self._targets.device)
 
     def _share(self, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Any:
         if inputs is None:
@@ -194,9 +199,9 @@ class Estimation:
         framework_step: int,
     ) -> tuple[EstimatorFact, dict[str, float]]:
         """Compute one estimate under the eyes of an observer of its own."""
-        scene, model = self._scene, self._model
+        targets, model = self._targets, self._model
         observer = ForwardObserver(before=lambda module: None, after=None, on_error=_pass_on)
-        observer.watch(scene.inventory, scene.units)
+        observer.watch(targets.inventory, targets.units)
         seen: dict[str, Any] = {}
         made_on: dict[str, Any] = {}
 
@@ -204,7 +209,7 @@ class Estimation:
         def loss(module: nn.Module, batch: Any) -> torch.Tensor:
             L = self._probe.loss(module, batch)
             if not seen and isinstance(L, torch.Tensor):
-                seen.update(graph_fact(L, scene, observer, own=True))
+                seen.update(graph_fact(L, targets, observer, own=True))
                 seen["without_grad"], seen["inference"] = observer.without_grad, L.is_inference()
                 # Now: afterwards the estimators put back whatever the loss has switched.
                 seen["modes"], seen["active"] = observer.state()
@@ -217,7 +222,7 @@ class Estimation:
                 undo.enter_context(module_state_restored(model))
                 undo.enter_context(self._precision())
                 direction, batch = prepare()
-                made_on |= direction_fact(direction, scene)
+                made_on |= direction_fact(direction, targets)
                 owned = parameters(unwrapped(model))
                 undo.enter_context(holding([owned[n] for n in at], list(at.values())))
                 observer.arm()
@@ -226,26 +231,26 @@ class Estimation:
                 row = _row(estimate)
                 self._recent = (*self._recent, (estimate.delta_1, estimate.standard_error))[-LOOKS:]
                 seen |= {"count": estimate.count, "recent": self._recent}
-                got = gradient_fact({owned[n]: g for n, g in mu_X.tensors.items()}, scene)
+                got = gradient_fact({owned[n]: g for n, g in mu_X.tensors.items()}, targets)
                 seen |= {"missing": got["missing"], "zero": got["zero"]}
         except Exception as error:
             if isinstance(error, UntrustedProjectionError):
                 seen["untrusted"] = str(error)
             why_not = _reason(error)
         # The forwards after all that happened in them, the backward included.
-        slot_of = scene.slot_of()
+        slot_of = targets.slot_of()
         seen["forwards"] = tuple(c.fact(slot_of) for c in observer.candidates)
         fact = self._fact(step, framework_step, why_not=why_not, **{**made_on, **seen})
         return fact, row
 
     def _precision(self) -> Any:
         """That of the training forward, without a cache that may hold the parameters of another time."""
-        kind = self._scene.device.type
+        kind = self._targets.device.type
         enabled, dtype = self._autocast or (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
 
     def _fact(self, step: int, framework_step: int, **fields: Any) -> EstimatorFact:
-        units = self._scene.units
+        units = self._targets.units
         return EstimatorFact(
             name=self._probe.name,
             step=step,
@@ -253,7 +258,7 @@ class Estimation:
             **{
                 "forwards": (),
                 "modes": tuple(unit.layer.mode(unit.adapter) for unit in units),
-                "active": self._scene.inventory.active,
+                "active": self._targets.inventory.active,
                 **fields,
             },
         )
@@ -276,3 +281,95 @@ def _reason(error: Exception) -> str:
 
 def _pass_on(error: BaseException) -> None:
     raise error
+
+
+class Estimates:
+    """What was looked at of estimators, the user's own and that of a probe, and what waits to be judged.
+
+    Args:
+        estimation: Computes the one that was configured; None if there is none.
+        state: Where the run is.
+        targets: What is expected to train.
+        hooks: Who watches the forwards; sees nothing of what is run here.
+        collector: Is given what was seen.
+        teller: Is told metrics and reasons.
+    """
+
+    def __init__(
+        self,
+        estimation: Estimation | None,
+        state: RunState,
+        targets: Targets,
+        hooks: ForwardObserver,
+        collector: Collector,
+        teller: Teller,
+    ) -> None:
+        self._estimation = estimation
+        self._state = state
+        self._targets = targets
+        self._hooks = hooks
+        self._waiting = collector.looks.estimates
+        self._teller = teller
+        self._zero: dict[str, int] = {}  # looks in a row at which all gradients of one were exactly zero
+        self._told: set[str] = set()
+        self.broken: dict[str, str] = {}  # estimator to why it could not be computed the last time
+
+    def due(self, step: int) -> bool:
+        """An estimate is made after this step."""
+        return self._estimation is not None and self._estimation.due(step)
+
+    def borrows(self, step: int) -> bool:
+        """An estimate may wait for the inputs of this step's forward."""
+        return self._estimation is not None and self._estimation.borrows(step)
+
+    def forward_begins(self) -> None:
+        """A training forward begins."""
+        if self._estimation is not None:
+            self._estimation.forward_begins(self._targets.device)
+
+    def forward_ends(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A training forward has ended."""
+        if self._estimation is not None:
+            self._estimation.forward_ends(args, kwargs)
+
+    def stepping(self) -> None:
+        """The update is about to come."""
+        if self._estimation is not None:
+            self._estimation.stepping(self._state.step)
+
+    def run(self) -> None:
+        """Directly after a step: the estimator, where it is due."""
+        if self._estimation is None:
+            return
+        with self._hooks.aside():
+            done = self._estimation.stepped(self._state.step, self._state.framework_step())
+        for fact, row in done:
+            self._keep(fact)
+            if row:
+                self._teller.row(row, fact.framework_step)
+
+    def watch(self, value: object, direction: object, name: str) -> None:
+        """Look at an estimator of the user's own."""
+        step, framework_step = self._state.step, self._state.framework_step()
+        self._keep(
+            look(value, direction, self._targets, self._hooks, name=name, step=step, framework_step=framework_step)
+        )
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
+        if self._estimation is not None:
+            self._estimation.forget()
+
+    def _keep(self, fact: EstimatorFact) -> None:
+        if fact.missing is not None:
+            row = self._zero.get(fact.name, 0) + 1 if fact.zero else 0
+            self._zero[fact.name] = row
+            fact = dataclasses.replace(fact, zero=row)
+        self._waiting.append(fact)
+        self.broken.pop(fact.name, None)
+        if fact.why_not is None:
+            return
+        self.broken[fact.name] = fact.why_not
+        if fact.why_not not in self._told:
+            self._told.add(fact.why_not)
+            self._teller.once(f"estimator {fact.name!r}: {fact.why_not}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_probe_callbacks.checks._base import Check, Verdict
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count
 from lora_probe_callbacks.report.findings import Finding
 
 __all__ = ["Ledger", "state_in_words"]
@@ -164,17 +164,17 @@ def state_in_words(facts: Facts) -> dict[str, Any]:
     """
     forward = facts.training_forwards[0] if facts.training_forwards else None
     modes = forward.modes if forward is not None else facts.modes
-    count = {mode: modes.count(mode) for mode in ("active", "inactive", "disabled", "merged")}
-    read = [g for g in facts.gradients if g is not None]
+    number = {mode: modes.count(mode) for mode in ("active", "inactive", "disabled", "merged")}
+    read = facts.gradients.read
     return {
         "step": facts.step,
         "framework_step": facts.framework_step,
         "active_adapters": list(forward.active if forward is not None else facts.active),
-        "adapted layers": {mode: n for mode, n in count.items() if n},
-        "trainable tensors": sum(s.requires_grad for s in facts.slots),
-        "tensors in the optimizer": sum(s.owner is not None for s in facts.slots),
+        "adapted layers": {mode: n for mode, n in number.items() if n},
+        "trainable tensors": count(facts.slots.requires_grad),
+        "tensors in the optimizer": count(facts.slots.owned),
         "called module": forward.module if forward is not None else None,
-        "gradients None": sum(not g.present for g in read) if read else None,
+        "gradients None": count(facts.gradients.missing) if read.any() else None,
     }
 
 

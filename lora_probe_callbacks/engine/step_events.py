@@ -1,74 +1,391 @@
-"""What a step is.
+"""What happens in a run, as torch tells it: forwards begin and end, optimizers are about to step and have stepped.
 
-From the end of the last one until every optimizer that owns adapter tensors has stepped, or its
-gradients were thrown away. Pure bookkeeping over the numbers of the optimizers; it knows no torch.
+A step lasts from the end of the last one until every optimizer that owns intended tensors has stepped, or its gradients
+were thrown away. At its first optimizer event the one decision of the step is made. Nothing is judged here.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["StepTracker"]
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-# An optimizer may step several times while another one accumulates; a step does not wait for ever.
-_PATIENCE = 16
+from lora_probe_callbacks._gc import no_collection
+from lora_probe_callbacks.distributed.consensus import Agreement
+from lora_probe_callbacks.engine.cadence import Cadence
+from lora_probe_callbacks.engine.collector import Collector, Observers
+from lora_probe_callbacks.engine.decision import Decisions
+from lora_probe_callbacks.engine.errors import Errors
+from lora_probe_callbacks.engine.estimator import Estimates
+from lora_probe_callbacks.engine.rerun import Reruns
+from lora_probe_callbacks.engine.run_state import RunState
+from lora_probe_callbacks.engine.step_tracker import StepTracker
+from lora_probe_callbacks.facts import Moment
+from lora_probe_callbacks.observe.forward.graph import capturing
+from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
+from lora_probe_callbacks.observe.forward.weight_usage import WeightWitness
+from lora_probe_callbacks.observe.model.ownership import found_inf, unwrap_optimizer
+
+__all__ = ["StepEvents"]
+
+_PASSES = 16  # backward passes without a single step after which a run is decided all the same
 
 
-@dataclass(slots=True)
-class StepTracker:
-    """Which optimizers did what in the present step.
+class StepEvents:
+    """Follows the steps of one run.
 
-    Attributes:
-        decided: The decision of this step was made.
-        ready: Optimizers whose gradients were announced.
-        inside: Optimizers inside their ``step()``.
-        stepped: Optimizers that have stepped.
-        discarded: Optimizers whose gradients were thrown away.
-        left_to_it: A fused optimizer decides by itself, on its device, whether to skip this step.
+    Args:
+        state: Where the run is.
+        cadence: Which steps are probed.
+        observers: What looks at tensors.
+        hooks: Who watches the forwards.
+        collector: Makes the facts.
+        decisions: Decides.
+        estimates: The estimators.
+        reruns: What runs a forward again.
+        agreement: The other ranks.
+        errors: Errors of our own.
+        scaler: A gradient scaler, if the loop has one.
+        settle: Called at the first training forward: what is expected may have changed since the session began.
     """
 
-    decided: bool = False
-    ready: set[int] = field(default_factory=set)
-    inside: set[int] = field(default_factory=set)
-    stepped: set[int] = field(default_factory=set)
-    discarded: set[int] = field(default_factory=set)
-    left_to_it: bool = False
-    _times: dict[int, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        *,
+        state: RunState,
+        cadence: Cadence,
+        observers: Observers,
+        hooks: ForwardObserver,
+        collector: Collector,
+        decisions: Decisions,
+        estimates: Estimates,
+        reruns: Reruns,
+        agreement: Agreement,
+        errors: Errors,
+        scaler: torch.amp.GradScaler | None,
+        settle: Callable[[], None],
+    ) -> None:
+        self._state = state
+        self._cadence = cadence
+        self._observers = observers
+        self._hooks = hooks
+        self._collector = collector
+        self._decisions = decisions
+        self._estimates = estimates
+        self._reruns = reruns
+        self._agreement = agreement
+        self._errors = errors
+        self._scaler = scaler
+        self._scaler_round = None if scaler is None else scaler._per_optimizer_states
+        self._settle = settle
+        self._decided_start = False
+        self._last_probed = False
+        self._next_look = max(_PASSES, 2 * (state.accumulation or 0))  # at so many passes without a step
+        self._handles: list[RemovableHandle] = []
+        self._now = StepTracker()
 
-    def done(self, owners: set[int]) -> bool:
-        """Every owner has stepped or has nothing left to step."""
-        return owners <= self.stepped | self.discarded
+    def install(self) -> None:
+        """Hang hooks on the optimizers."""
+        for index, optimizer in enumerate(self._observers.targets.optimizers):
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step(index)))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step(index)))
+        self._state.steps_of = [0] * len(self._observers.targets.optimizers)
 
-    def has_stepped(self, optimizer: int, *, left_to_it: bool = False) -> None:
-        """An optimizer has returned from ``step()``."""
-        self.left_to_it |= left_to_it
-        self.inside.discard(optimizer)
-        self.stepped.add(optimizer)
-        self._times[optimizer] = self._times.get(optimizer, 0) + 1
+    def remove(self) -> None:
+        """Take them away again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
-    def begins_again(self, optimizer: int, owners: set[int], has_gradients: Callable[[int], bool]) -> None:
-        """An optimizer that has stepped begins anew: what the others hold tells whether to wait for them."""
-        for other in owners - self.stepped:
-            if not has_gradients(other) or self._times.get(optimizer, 0) >= _PATIENCE:
-                self.discarded.add(other)
+    # --- steps ------------------------------------------------------------------------------
 
-    def announced_twice(self, optimizer: int) -> bool:
-        """Announced before in this step, and not stepped since: that first time was skipped."""
-        return optimizer in self.ready and optimizer not in self.inside | self.stepped
+    @property
+    def _probed(self) -> bool:
+        return self._cadence.probed(self._state.step)
 
-    def next_forward(self, backward_seen: bool, owners: set[int], has_gradients: Callable[[int], bool]) -> None:
-        """A training forward begins: what was announced and never stepped was skipped.
+    def step_of(self, moment: Moment) -> int:
+        """At the end, the step that would come next has not begun unless a forward was seen."""
+        step = self._state.step
+        over = moment == "end" and step and not self._hooks.candidates
+        return step - 1 if over else step
+
+    def begin_step(self) -> None:
+        """A new step: arm what is due in it."""
+        state = self._state
+        self._now = StepTracker()
+        self._reruns.forget()
+        self._hooks.reset()
+        if not self._probed or (state.broken and not self._agreement.several):
+            self._hooks.disarm()
+            return
+        if not state.broken:
+            self._prepare()
+        self._hooks.arm()
+
+    def _prepare(self) -> None:
+        layers, state = self._observers.layers, self._state
+        self._hooks.closely = self._cadence.closely(state.step) or layers.packed()[0] > 0
+        suspected = layers.suspected_weights()
+        if suspected and not self._observers.targets.inventory.compiled:
+            self._hooks.witness = WeightWitness(suspected)
+        if self._cadence.repeats(state.step):
+            self._reruns.prepare(first=state.step == 0)
+
+    def _end_step(self) -> None:
+        state, hooks = self._state, self._hooks
+        self._reruns.forget()
+        if not self._now.stepped & self._observers.owners.owning():
+            state.skipped_in_a_row += 1
+            state.cleared += bool(self._now.discarded - state.given_up)
+            state.passes += sum(c.received for c in hooks.candidates)
+        elif not self._now.left_to_it:  # else the next decision reads what it did
+            self._has_stepped()
+        state.was_active |= hooks.active_seen
+        state.merges += hooks.merged_seen
+        self._last_probed = self._probed or self._estimates.due(state.step)
+        state.step += 1
+        self.begin_step()
+
+    def _has_stepped(self) -> None:
+        self._state.has_stepped()
+        self._next_look = max(_PASSES, 2 * (self._state.accumulation or 0))
+
+    @property
+    def _waited_for(self) -> set[int]:
+        return self._observers.owners.owning() - self._state.given_up
+
+    def _end_step_if_done(self) -> None:
+        if self._now.done(self._waited_for):
+            self._end_step()
+
+    def _begins_again(self, index: int) -> None:
+        self._state.given_up |= self._now.begins_again(index, self._waited_for, self._observers.owners.has_gradients)
+        self._end_step_if_done()
+
+    # --- optimizers -------------------------------------------------------------------------
+
+    def gradients_ready(self, optimizer: object) -> None:
+        """The gradients of this step are complete, and an optimizer is about to step.
 
         Args:
-            backward_seen: A gradient arrived at an output in this step.
-            owners: Optimizers that own adapter tensors.
-            has_gradients: Whether an optimizer still holds gradients.
+            optimizer: The optimizer, or a wrapper around it.
         """
-        if self.inside:
-            return  # a closure that is evaluated several times, as LBFGS does
-        self.discarded |= self.ready - self.stepped
-        if not self.ready & owners and backward_seen:
-            # Gradients were made, no owner came, and they are gone: skipped by a scaler, thrown away, or cleared
-            # with those of an optimizer that does step. As long as they are there, the loop accumulates.
-            self.discarded |= {o for o in owners if not has_gradients(o)}
+        inner = unwrap_optimizer(optimizer)
+        for index, known in enumerate(self._observers.targets.optimizers):
+            if known is inner:
+                self._optimizer_event(index, final=False)
+
+    def _before_step(self, index: int) -> Callable[..., None]:
+        def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._state.running or capturing():
+                return
+            closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+            reader = self._observers.reader
+            if closure is None:
+                self._optimizer_event(index, final=True)
+                if self._probed and not self._state.broken:
+                    with self._errors.contain():
+                        reader.read_scaled(index)
+            else:  # the gradients of this step are made inside: only the tensors can be looked at
+                if index in self._now.stepped:
+                    self._begins_again(index)
+                if self._probed:
+                    with self._errors.contain():
+                        self._observers.owners.look()
+                        reader.copy(index)
+                self._before_update(inside=True)
+            self._now.inside.add(index)
+
+        return hook
+
+    def _after_step(self, index: int) -> Callable[..., None]:
+        def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state = self._state
+            if not state.running or capturing():
+                return
+            if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
+                self._optimizer_event(index, final=False)
+            if self._collector.checkpoints is not None:
+                self._collector.checkpoints.stepped_at = time.time()
+            self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
+            state.steps_of[index] += 1
+            state.given_up.discard(index)
+            self._read_after(index)
+            if self._now.done(self._waited_for):
+                self._measure()
+                self._end_step()
+
+        return hook
+
+    def _read_after(self, index: int) -> None:
+        state, copies = self._state, self._observers.owners.copies
+        if state.broken:
+            return
+        with self._errors.contain():
+            if copies is not None:
+                copies.stepped(state.step, state.framework_step())
+            if self._probed:
+                with no_collection():
+                    self._observers.reader.read_after(index, state.step, state.framework_step())
+
+    def _measure(self) -> None:
+        """Directly after the last update of a step, never inside a closure or a forward."""
+        if not self._state.broken:
+            with self._errors.contain():
+                self._reruns.measure()
+            with self._errors.contain():
+                self._estimates.run()
+
+    def _optimizer_event(self, index: int, *, final: bool) -> None:
+        self._hooks.close_witness()
+        if index in self._now.stepped:
+            self._begins_again(index)
+        elif not final and self._now.announced_twice(index):
+            self._now.discarded.add(index)
+            self._end_step_if_done()
+        first = index not in self._now.ready
+        self._now.ready.add(index)
+        self._decisions.raise_again()
+        state, reader = self._state, self._observers.reader
+        if not self._now.decided:
+            self._now.decided = True
+            self._decide_step(index, final=final)
+        elif first and self._probed:  # a further optimizer of a step that is decided already
+            with self._errors.contain():
+                self._observers.owners.look()
+                reader.read_gradients(index, unowned=False)
+        self._before_update()
+        if self._probed and not state.broken:
+            with self._errors.contain():
+                reader.copy(index)
+                reader.read_others_before()
+
+    def _decide_step(self, index: int, *, final: bool) -> None:
+        checkpoints, together = self._collector.checkpoints, self._agreement.several
+        # Whether something waits may differ between ranks, of which one may have skipped its last step.
+        waiting = self._last_probed if together else self._waits
+        if self._probed or waiting:
+            self._decide("step", index, final=final)
+        elif checkpoints is not None and not self._state.broken and not together:
+            with self._errors.contain("files"):
+                found = checkpoints.take()
+            if self._collector.checkpoints is not None:
+                self._decisions.decide_on_files(found)
+
+    def _decide(self, moment: Moment, optimizer: int | None, *, final: bool = False) -> None:
+        probed = self._probed
+        self._decisions.decide(moment, optimizer, self.step_of(moment), probed=probed, final=final)
+        self._cadence.probed_steps += probed and moment in ("step", "skipped")
+
+    def _before_update(self, *, inside: bool = False) -> None:
+        """What the estimator and the step response start from; a closure makes its gradients ``inside`` the step."""
+        if not self._state.broken:
+            with self._errors.contain():
+                self._estimates.stepping()
+                self._reruns.stepping(inside=inside)
+
+    @property
+    def _waits(self) -> bool:
+        """Something was observed that no decision has judged yet."""
+        checkpoints = self._collector.checkpoints
+        restored = checkpoints is not None and checkpoints.to_compare
+        return self._observers.reader.waiting or bool(self._collector.looks.estimates) or restored
+
+    # --- forwards ---------------------------------------------------------------------------
+
+    def before_forward(self, module: nn.Module) -> None:
+        """A candidate for a training forward is about to run.
+
+        Args:
+            module: The outermost module.
+        """
+        owners = self._observers.owners
+        owners.inside_forward = True
+        try:
+            self._forward_begins(module)
+        finally:
+            owners.inside_forward = False
+
+    def _forward_begins(self, module: nn.Module) -> None:
+        state = self._state
+        if not self._decided_start:
+            self._decided_start = True
+            if not state.broken:
+                with self._errors.contain():
+                    self._settle()
+            self._decide("start", None)
+        self._look_back()
+        self._decisions.raise_again()
+        self._agreement.forward_begins()
+        if state.broken:
+            return
+        self._estimates.forward_begins()
+        self._reruns.forward_begins(module)
+
+    def _look_back(self) -> None:
+        """Was the step that went before this forward skipped? Or are there passes and passes, and never a step?"""
+        owners = self._observers.owners
+        received = sum(c.received for c in self._hooks.candidates)
+        discarded = self._scaler_went_on()  # zeros in place of gradients do not tell
+        waited = self._waited_for
+        self._now.next_forward(received > 0, waited, lambda o: not discarded and owners.has_gradients(o))
+        if self._now.done(waited) and (waited or received):  # the update never came
+            if not self._now.decided:
+                self._now.decided = True
+                self._decide("skipped", None)
+            self._end_step()
+        elif self._state.passes + received >= self._next_look and not (
+            self._has_any_stepped or self._agreement.several
+        ):
+            self._next_look *= 2
+            self._decide("waiting", None)
+
+    @property
+    def _has_any_stepped(self) -> bool:
+        return any(self._state.steps_of[owner] for owner in self._observers.owners.owning())
+
+    def _scaler_went_on(self) -> bool:
+        """The scaler was updated since the last training forward: what it had to step is stepped or skipped."""
+        if self._scaler is None:
+            return False
+        # torch 2.13: update() begins a new table of what every optimizer has been through.
+        before, self._scaler_round = self._scaler_round, self._scaler._per_optimizer_states
+        return before is not self._scaler_round
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Directly after a candidate, before its backward: run it again where that is due.
+
+        Args:
+            module: The outermost module.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            output: What it returned.
+
+        Returns:
+            The output to hand on.
+        """
+        if not self._state.broken:
+            self._estimates.forward_ends(args, kwargs)
+        return self._reruns.after_forward(module, args, kwargs, output)
+
+    # --- a step that is taken back ----------------------------------------------------------
+
+    def rehearse(self, stepped: Callable[[Optimizer], bool]) -> None:
+        """Judge one step of every optimizer; see :meth:`ProbeSession.rehearse`.
+
+        Args:
+            stepped: Lets an optimizer step, with its hooks held back; whether it did.
+        """
+        for index, optimizer in enumerate(self._observers.targets.optimizers):
+            self._optimizer_event(index, final=True)
+            if stepped(optimizer):
+                self._now.has_stepped(index)
+                self._state.steps_of[index] += 1
+                self._read_after(index)
+        self._measure()
+        self._end_step()

@@ -12,8 +12,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-# What PEFT writes, and on which modules, when it switches adapters, besides requires_grad (peft 0.21).
-_SWITCHES = ("active_adapter", "_active_adapter", "_disable_adapters")
+from lora_probe_callbacks.restore.model import requires_grad_restored
+from lora_probe_callbacks.restore.module_state import ActiveAdapters
+
+# On which modules PEFT switches adapters (peft 0.21).
 _HOLDERS = (PeftModel, BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
@@ -78,20 +80,13 @@ def activated(policy: nn.Module, adapters: list[str]) -> Iterator[bool]:
         yield False
         return
     holders = [module for module in policy.modules() if isinstance(module, _HOLDERS)]
-    before = [{name: vars(module)[name] for name in _SWITCHES if name in vars(module)} for module in holders]
-    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    before = ActiveAdapters(holders)
     try:
-        try:
+        with requires_grad_restored(policy.parameters()):
             _activate(policy, adapters)
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
         yield True
     finally:
-        for module, switches in zip(holders, before, strict=True):
-            for name in _SWITCHES:
-                vars(module).pop(name, None)
-            vars(module).update(switches)
+        before.put_back()
 
 
 def is_active(policy: nn.Module, adapters: list[str]) -> bool:

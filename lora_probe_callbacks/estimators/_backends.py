@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lora_probe_callbacks.estimators._backward import backward
-from lora_probe_callbacks.estimators._owners import Tree
 from lora_probe_callbacks.restore.model import only_trainable, own_gradients
+from lora_probe_callbacks.restore.tree import Tree
 
 LossFunction = Callable[[nn.Module], torch.Tensor]
 

@@ -11,9 +11,9 @@ from torch import nn
 from lora_probe_callbacks.estimators._backends import LossFunction, losses, precision
 from lora_probe_callbacks.estimators._backward import backward
 from lora_probe_callbacks.estimators._layers import Change, applied, plan
-from lora_probe_callbacks.estimators._owners import Tree
 from lora_probe_callbacks.estimators._per_example import PerExample
 from lora_probe_callbacks.restore.model import only_trainable
+from lora_probe_callbacks.restore.tree import Tree
 
 
 def doubled_rank(

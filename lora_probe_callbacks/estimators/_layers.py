@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from lora_probe_callbacks.estimators._owners import Tree
 from lora_probe_callbacks.estimators._per_example import Affine, PerExample, along, narrow_to_wide, wide_to_narrow
+from lora_probe_callbacks.restore.tree import Tree
 
 Forward = Callable[..., Any]
 Tensors = Mapping[str, torch.Tensor]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_probe_callbacks.estimators._backends import LossFunction, weighted_sums
-from lora_probe_callbacks.estimators._owners import Tree
+from lora_probe_callbacks.restore.tree import Tree
 
 # Disagreement allowed, relative to sum |w_n s_n|, by the lowest precision in the forward. Measured
 # over 300 healthy pairs of model and batch: 1e-6 and 4e-2 at most; on the faults of

@@ -15,9 +15,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.estimators._backward import backward
-from lora_probe_callbacks.estimators._owners import Tree, described, local, parameters, tree, unwrapped, wrappers
+from lora_probe_callbacks.estimators._owners import described, local, parameters, unwrapped, wrappers
 from lora_probe_callbacks.restore.model import eager, own_gradients, untouched
 from lora_probe_callbacks.restore.optimizer import innermost, trial_step
+from lora_probe_callbacks.restore.tree import Tree, tree
 
 LossFunction = Callable[[nn.Module], torch.Tensor]
 

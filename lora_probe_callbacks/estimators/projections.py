@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -11,15 +12,15 @@ from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lora_probe_callbacks.estimators import _self_check
 from lora_probe_callbacks.estimators._backends import LossFunction, alpha, loop
 from lora_probe_callbacks.estimators._doubled_rank import doubled_rank
-from lora_probe_callbacks.estimators._owners import Tree, described, tree, unwrapped, wrappers
+from lora_probe_callbacks.estimators._owners import described, unwrapped, wrappers
 from lora_probe_callbacks.estimators.directions import UpdateDirection, refuse_unfit
-from lora_probe_callbacks.restore.model import eager, untouched
+from lora_probe_callbacks.restore.model import eager, holding, untouched
 from lora_probe_callbacks.restore.random import random_state_restored
+from lora_probe_callbacks.restore.tree import Tree, tree
 
 Direction = UpdateDirection | Mapping[str, torch.Tensor]
 Backend = Literal["doubled_rank", "loop", "alpha"]
@@ -210,20 +211,13 @@ def _moved_losses(
     step: float,
 ) -> torch.Tensor:
     """Return L(theta + step * mu) [B] in float64, and theta as it was."""
-    former = [parameter.detach().clone() for parameter in moving]
-    # The contents come back bit by bit, so graphs that were built before stay valid.
-    keep_versions = _unsafe_preserve_version_counter(tuple(moving))
-    with untouched(model), keep_versions, torch.no_grad():
-        try:
-            for parameter in moving:
-                parameter.add_(mu[id(parameter)].to(parameter), alpha=step)
-            torch.clear_autocast_cache()  # it holds casts of the tensors as they were
-            moved: torch.Tensor = loss_fn(model.root).double()
-            return moved
-        finally:
-            for parameter, contents in zip(moving, former, strict=True):
-                parameter.copy_(contents)
-            torch.clear_autocast_cache()
+    with untouched(model), torch.no_grad(), contextlib.ExitStack() as undo:
+        ahead = [torch.add(parameter, mu[id(parameter)].to(parameter), alpha=step) for parameter in moving]
+        undo.callback(torch.clear_autocast_cache)  # it holds casts of the tensors as they were
+        undo.enter_context(holding(moving, ahead))
+        torch.clear_autocast_cache()
+        moved: torch.Tensor = loss_fn(model.root).double()
+        return moved
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

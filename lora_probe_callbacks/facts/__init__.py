@@ -1,69 +1,96 @@
-"""The facts: what the observers hand to the checks.
+"""The language between the rooms: observers hand facts in, checks and proofs read them.
 
-Frozen dataclasses of numbers, strings and indices; what is made anew for every tensor at every decision is a named
-tuple, which takes a quarter of the time. No tensor, no module and no judgement is
-in here, so a check can be tested without a model, and a fact can be written to a record as it is.
+Frozen dataclasses of numbers, strings and columns. No tensor, no module and no judgement is in here, so a check can
+be tested without a model, and a fact can be written to a record as it is.
 
 A **slot** is one place that holds one adapter tensor: (module object, attribute). A **unit** is
 one adapter in one adapted layer; it owns the slots of its A, its B and whatever else its variant
-has. Both are numbered; the numbers are indices into ``Facts.slots`` and ``Facts.units``.
+has. Both are numbered; the numbers are indices into the columns of ``Facts.slots`` and into ``Facts.units``.
 """
 
-from lora_probe_callbacks.facts.checkpoint import ResumedFact, SavedFact
-from lora_probe_callbacks.facts.estimator import EstimatorFact
+from lora_probe_callbacks.facts.checkpoint import FileFacts, ResumedFact, SavedFact
+from lora_probe_callbacks.facts.columns import (
+    Bools,
+    Floats,
+    Gradients,
+    History,
+    Ints,
+    Slots,
+    Update,
+    count,
+    indices,
+    mask,
+)
+from lora_probe_callbacks.facts.device import DeviceFacts
+from lora_probe_callbacks.facts.estimator import EstimatorFact, EstimatorFacts
 from lora_probe_callbacks.facts.facts import Facts
-from lora_probe_callbacks.facts.forward import ForwardFact, StepResponse
+from lora_probe_callbacks.facts.forward import ForwardFact, ForwardFacts, ReferenceFact, StepResponse
 from lora_probe_callbacks.facts.model import (
     BaseDrift,
     CopiesFact,
     Coverage,
+    ModelFacts,
     OtherAdapter,
-    ReferenceFact,
     Request,
-    SlotFact,
     StartFact,
     TokenRowsFact,
     TokenTable,
     UnitFact,
     UnitStart,
 )
-from lora_probe_callbacks.facts.ranks import NEAR, SAMPLE, RankReport, RanksFact, Sample, Sums, Wrapping
-from lora_probe_callbacks.facts.update import GradientFact, MoveFact, SlotHistory, StepUpdate
-from lora_probe_callbacks.facts.words import Mode, Moment, Role, Values, WrapperKind
+from lora_probe_callbacks.facts.proof import CLAIMS, Claim, Proof
+from lora_probe_callbacks.facts.ranks import NEAR, SAMPLE, RankFacts, RankReport, RanksFact, Sample, Sums, Wrapping
+from lora_probe_callbacks.facts.run import RunFacts, When
+from lora_probe_callbacks.facts.words import Mode, Moment, Role, WrapperKind
 
 __all__ = [
+    "CLAIMS",
     "NEAR",
     "SAMPLE",
     "BaseDrift",
+    "Bools",
+    "Claim",
     "CopiesFact",
     "Coverage",
+    "DeviceFacts",
     "EstimatorFact",
+    "EstimatorFacts",
     "Facts",
+    "FileFacts",
+    "Floats",
     "ForwardFact",
-    "GradientFact",
+    "ForwardFacts",
+    "Gradients",
+    "History",
+    "Ints",
     "Mode",
+    "ModelFacts",
     "Moment",
-    "MoveFact",
     "OtherAdapter",
+    "Proof",
+    "RankFacts",
     "RankReport",
     "RanksFact",
     "ReferenceFact",
     "Request",
     "ResumedFact",
     "Role",
+    "RunFacts",
     "Sample",
     "SavedFact",
-    "SlotFact",
-    "SlotHistory",
+    "Slots",
     "StartFact",
     "StepResponse",
-    "StepUpdate",
     "Sums",
     "TokenRowsFact",
     "TokenTable",
     "UnitFact",
     "UnitStart",
-    "Values",
+    "Update",
+    "When",
     "WrapperKind",
     "Wrapping",
+    "count",
+    "indices",
+    "mask",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_probe_callbacks.facts.words import Values
+LeftOut = Literal["trained embedding", "resized embedding", "trained"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,19 @@ class SavedFact:
         wrapped: Names in the file that carry the name of a wrapper.
         foreign: Names in the file that stand for nothing in the model.
         shapes: Name, shape in the file and live, where they differ.
-        values: How the values compare; None where they were not compared. ``"untrained"``: every B is zero;
-            ``"start"``: as when training began; ``"previous"``: as in the file before, though the adapter has
-            moved; ``"partly"``: some tensors are right, others not; ``"unrelated"``: they have nothing in
-            common; ``"base"``: the adapted weights are the base's; ``"fresh"``: the live adapter was never
-            trained, and the file's was; ``"related"``: they point the same way, as an average over steps does.
-        differing: Names of tensors with other values.
-        apart: Relative distance of the values.
-        why_no_values: Why they were not compared.
+        compared: Number of tensors of which values were compared.
+        differing: Names of those with other values than the live ones.
+        zero_b: Every compared B is exactly zero in the file.
+        live_zero_b: Every live B is exactly zero. This and what follows is known where values differ.
+        b_moved: Some B was moved by a step before.
+        not_finite: Number of compared tensors that are finite in the model and not in the file.
+        moved: Number of compared tensors that have changed since training began.
+        moved_right: Those of them with the live values.
+        like_start: All values are those of the start.
+        like_previous: All values are those of the file before this one, and the live ones have changed since.
+        apart: Relative distance of the values, ``|file - live| / |live|``.
+        cosine: Between those of all A (of all tensors, where there is no A).
+        why_no_values: Why the values were not compared, or why other ones than the live ones may be right.
         other: The adapter whose values these are.
         converted: PEFT's conversion of PiSSA and its like to plain LoRA: A and B of the trained adapter beside those
             of the initial one, at twice the rank.
@@ -62,15 +67,29 @@ class SavedFact:
     wrapped: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     shapes: tuple[tuple[str, str, str], ...] = ()
-    values: Values | None = None
+    compared: int = 0
     differing: tuple[str, ...] = ()
+    zero_b: bool = False
+    live_zero_b: bool = False
+    b_moved: bool = False
+    not_finite: int = 0
+    moved: int = 0
+    moved_right: int = 0
+    like_start: bool = False
+    like_previous: bool = False
     apart: float = 0.0
+    cosine: float = 1.0
     why_no_values: str | None = None
     other: str | None = None
     converted: bool = False
     settings: tuple[tuple[str, str, str], ...] = ()
-    left_out: tuple[tuple[str, Literal["trained embedding", "resized embedding", "trained"]], ...] = ()
+    left_out: tuple[tuple[str, LeftOut], ...] = ()
     beside: str | None = None
+
+    @property
+    def as_live(self) -> bool:
+        """Every value that was compared is the live one, and B is not zero in spite of training."""
+        return bool(self.compared) and not self.differing and not (self.zero_b and self.b_moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +125,11 @@ class ResumedFact:
     base: float | None = None
     base_layer: str = ""
     why_no_base: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FileFacts:
+    """Files looked at since the last decision, and what a resumed run was compared with at this one."""
+
+    saves: tuple[SavedFact, ...] = ()
+    restored: ResumedFact | None = None

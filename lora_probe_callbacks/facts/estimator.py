@@ -57,3 +57,10 @@ class EstimatorFact:
     untrusted: str | None = None
     count: int | None = None
     recent: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class EstimatorFacts:
+    """The estimators looked at since the last decision."""
+
+    estimators: tuple[EstimatorFact, ...] = ()

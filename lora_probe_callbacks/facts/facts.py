@@ -1,98 +1,47 @@
-"""All that is known at one decision."""
+"""All that is known at one decision: what every room has seen, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 
-from lora_probe_callbacks.facts.checkpoint import ResumedFact, SavedFact
-from lora_probe_callbacks.facts.estimator import EstimatorFact
-from lora_probe_callbacks.facts.forward import ForwardFact, StepResponse
-from lora_probe_callbacks.facts.model import (
-    BaseDrift,
-    CopiesFact,
-    Coverage,
-    OtherAdapter,
-    ReferenceFact,
-    SlotFact,
-    StartFact,
-    TokenRowsFact,
-    UnitFact,
-)
-from lora_probe_callbacks.facts.ranks import SAMPLE, RanksFact, Sample, Sums, Wrapping
-from lora_probe_callbacks.facts.update import GradientFact, MoveFact, SlotHistory, StepUpdate
-from lora_probe_callbacks.facts.words import Mode, Moment
+import numpy as np
+
+from lora_probe_callbacks.facts.checkpoint import FileFacts
+from lora_probe_callbacks.facts.columns import Bools, Floats, indices
+from lora_probe_callbacks.facts.device import DeviceFacts
+from lora_probe_callbacks.facts.estimator import EstimatorFacts
+from lora_probe_callbacks.facts.forward import ForwardFact, ForwardFacts
+from lora_probe_callbacks.facts.model import ModelFacts
+from lora_probe_callbacks.facts.ranks import RankFacts, Sums
+from lora_probe_callbacks.facts.run import RunFacts, When
+from lora_probe_callbacks.facts.words import Mode
+
+__all__ = ["Facts"]
 
 
-@dataclass(frozen=True)  # without slots: what every check asks for is worked out once
-class Facts:
+@dataclass(frozen=True, eq=False)  # without slots: what several checks ask for is worked out once
+class Facts(When, ModelFacts, ForwardFacts, DeviceFacts, RunFacts, EstimatorFacts, FileFacts, RankFacts):
     """All that is known at one decision.
 
-    ``step`` and ``framework_step`` are of the step being decided; ``update`` tells of an earlier one.
+    Each room returns its own part; a check reads them as one. ``step`` and ``framework_step`` are of the step being
+    decided; ``update`` tells of an earlier one.
     """
 
-    moment: Moment
-    optimizer: int | None  # whose event this is; None at the start, at the end and after an exception
-    step: int
-    framework_step: int
-    expected: tuple[str, ...]
-    declared: bool  # the expected names were given, not read off the model
-    slots: tuple[SlotFact, ...]
-    units: tuple[UnitFact, ...]
-    modes: tuple[Mode, ...]  # state of the units now
-    active: tuple[str, ...]  # active adapters now
-    history: tuple[SlotHistory, ...]
-    reads: tuple[int, ...] = ()  # how often the gradient of each slot was looked at
-    rates: tuple[float | None, ...] = ()  # learning rates by slot, which schedules change; None without an owner
-    forwards: tuple[ForwardFact, ...] = ()
-    forwards_without_grad: int = 0
-    unobservable: str | None = None  # why forwards cannot be seen at all
-    gradients: tuple[GradientFact | None, ...] = ()  # None: not read at this decision
-    gradient_norms: tuple[float | None, ...] = ()  # unscaled where the scale is known; None: there was none to read
-    gradients_final: bool = False  # nothing can change them between this reading and the update
-    update: StepUpdate | None = None
-    moves: tuple[MoveFact | None, ...] = ()  # of that update, by slot; empty without one
-    others: tuple[OtherAdapter, ...] = ()
-    base_drift: BaseDrift | None = None
-    trainable_bases: tuple[str, ...] = ()
-    replaced: tuple[int, ...] = ()  # slots whose former tensor is still in an optimizer
-    copies: CopiesFact | None = None  # None: the optimizer holds no copies of the adapter
-    foreign_in_optimizer: int = 0  # optimizer tensors that belong to no watched module
-    optimizer_tensors: int = 0
-    optimizers: int = 0
-    nested: tuple[str, ...] = ()  # adapted layers inside adapted layers
-    rewrapped: tuple[str, ...] = ()  # PeftModels inside PeftModels
-    unloaded: tuple[str, ...] = ()  # PeftModels whose adapter layers are gone
-    vanished: tuple[str, ...] = ()  # tensors that an optimizer steps and whose layer has left the model
-    elsewhere: tuple[str, ...] = ()  # other models with adapters that received gradients
-    skipped_in_a_row: int = 0
-    ever_stepped: bool = False
-    scaler: bool = False
-    loss_scale: float | None = None
-    all_non_finite: bool = False  # nothing that arrived was finite
-    packed: tuple[int, int] = (0, 0)  # 4-bit weights in the layout for inference, and all 4-bit weights
-    stale_forward: tuple[bool, str] | None = None  # (stale, what was compared)
-    why_not_repeated: str | None = None
-    estimators: tuple[EstimatorFact, ...] = ()  # looked at since the last decision
-    saves: tuple[SavedFact, ...] = ()  # files looked at since the last decision
-    restored: ResumedFact | None = None  # compared at this decision
-    responses: tuple[StepResponse, ...] = ()  # of the steps in which it was looked for, the last ones
-    wrapping: Wrapping | None = None  # None in a run of one process
-    shards: Mapping[int, float] = field(default_factory=dict)  # slot of which this rank holds a part, and its weight
-    shard_sums: Sums = field(default_factory=Sums)  # of this rank
-    sums: Sums | None = None  # of all slots, over all ranks that were heard
-    tensor_sample: Sample = (0.0,) * SAMPLE
-    gradient_sample: Sample = (0.0,) * SAMPLE
-    ranks: RanksFact | None = None  # None: not exchanged at this decision
-    resumed: bool | None = None  # as declared
-    reference: ReferenceFact | None = None  # None: not declared
-    new_tokens: tuple[int, ...] = ()  # as declared
-    token_rows: tuple[TokenRowsFact, ...] = ()  # of embeddings in which they can be watched
-    start: StartFact | None = None  # read before the first training forward, and kept
-    coverage: Coverage | None = None  # likewise
-    why_alone: str = "there is one process"  # why nothing will be exchanged; empty while ranks decide together
-    why_not_owned: str = ""  # why no tensor of the adapter can be told apart in the optimizer
+    @classmethod
+    def of(cls, *parts: object) -> Facts:
+        """Put the parts together.
+
+        Args:
+            *parts: What the rooms returned, at most one of each kind.
+
+        Returns:
+            The facts; what no part tells of is as if there were nothing to see.
+        """
+        return cls(**{f.name: getattr(part, f.name) for part in parts for f in fields(part)})  # type: ignore[arg-type]
+
+    # --- forwards ---------------------------------------------------------------------------
 
     @cached_property
     def training_forwards(self) -> tuple[ForwardFact, ...]:
@@ -105,13 +54,14 @@ class Facts:
     @cached_property
     def nobody_called(self) -> bool:
         """No forward on the expected model was seen, and not one expected gradient is there."""
-        read = [g for g in self.gradients if g is not None]
         return (
-            bool(read)
-            and not any(g.present for g in read)
+            bool(self.gradients.read.any())
+            and not self.gradients.present.any()
             and self.unobservable is None
             and not any(f.holds_expected for f in self.training_forwards)
         )
+
+    # --- units ------------------------------------------------------------------------------
 
     @cached_property
     def called_units(self) -> frozenset[int] | None:
@@ -160,14 +110,33 @@ class Facts:
         units = self.units_of(adapter)
         return frozenset(u for u in units if self.units[u].lora) or units
 
-    def slots_of_units(self, units: Collection[int]) -> frozenset[int]:
-        """The slots that the given units own."""
-        return frozenset(s for u in units for s in self.units[u].slots)
+    # --- slots ------------------------------------------------------------------------------
+
+    @property
+    def intended(self) -> Bools:
+        """The slots that must train: all but those meant to stay frozen."""
+        return self.slots.intended
 
     @cached_property
-    def intended(self) -> frozenset[int]:
-        """The slots that must train: all but those meant to stay frozen."""
-        return frozenset(i for i, s in enumerate(self.slots) if not s.frozen_by_intent)
+    def intended_slots(self) -> frozenset[int]:
+        """The same as numbers, for what is told in numbers: a graph, a direction, a file."""
+        return frozenset(indices(self.intended))
+
+    def slots_of_units(self, units: Collection[int]) -> Bools:
+        """The slots that the given units own."""
+        return self.slots.of_units(units)
+
+    @cached_property
+    def on_now(self) -> Bools:
+        """The slots whose unit is active or merged at this moment."""
+        return np.array([mode in ("active", "merged") for mode in self.modes], np.bool_)[self.slots.unit]
+
+    @cached_property
+    def called_slots(self) -> Bools | None:
+        """The slots of units that ran in a training forward, or None where calls cannot be seen."""
+        return None if self.called_units is None else self.slots_of_units(self.called_units)
+
+    # --- sums -------------------------------------------------------------------------------
 
     @cached_property
     def total(self) -> Sums:
@@ -184,28 +153,33 @@ class Facts:
         Returns:
             Sums of squares and of elements.
         """
-        shares = [weights.get(i, others) for i in range(len(self.slots))]
-        a, b = ([n if s.role == role else 0.0 for s, n in zip(self.slots, shares, strict=True)] for role in ("A", "B"))
-        mine = [[n if i in self.intended else 0.0 for i, n in enumerate(part)] for part in (a, b)]
-        numel = [s.numel for s in self.slots]
-        change = self.update or StepUpdate(0, 0, (), (), (), (), ())
-        stepped = [None if v is None else 1.0 for v in change.moved]
+        shares = np.full(len(self.slots), others)
+        shares[list(weights)] = list(weights.values())
+        a, b = (np.where(self.slots.of_role(role), shares, 0.0) for role in ("A", "B"))
+        mine_a, mine_b = np.where(self.intended, a, 0.0), np.where(self.intended, b, 0.0)
+        there = self.gradients.present
+        gradients = _squares(self.gradients.norm, mine_a, there), _squares(self.gradients.norm, mine_b, there)
+        if self.update is None:
+            return Sums(gradients=gradients)
+        change, known, numel = self.update, self.update.stepped, self.slots.numel.astype(np.float64)
+        got = ~np.isnan(change.gradient_norm)
         return Sums(
-            gradients=(_squares(self.gradient_norms, mine[0]), _squares(self.gradient_norms, mine[1])),
-            received=(_squares(change.gradient_norms, a), _squares(change.gradient_norms, b)),
-            moved=(_elements(change.moved, numel, a), _elements(change.moved, numel, b)),
-            elements=(_elements(stepped, numel, a), _elements(stepped, numel, b)),
-            size=_squares(change.sizes, shares),
-            norm=_squares(change.norms, shares),
+            gradients=gradients,
+            received=(_squares(change.gradient_norm, a, got), _squares(change.gradient_norm, b, got)),
+            moved=(_elements(change.fraction, numel * a, known), _elements(change.fraction, numel * b, known)),
+            elements=(float((numel * a)[known].sum()), float((numel * b)[known].sum())),
+            size=_squares(change.size, shares, known),
+            norm=_squares(change.norm, shares, known),
         )
 
 
-def _squares(column: Sequence[float | None], shares: Sequence[float]) -> float:
-    """The sum of squares over slots; a share of 0 keeps out what is not finite, too."""
-    return sum(share * v * v for share, v in zip(shares, column, strict=False) if share and v is not None)
+def _squares(column: Floats, shares: Floats, known: Bools) -> float:
+    """The sum of squares over the slots that have a value; a share of 0 keeps out what is not finite, too."""
+    counted = known & (shares != 0.0)
+    return float((shares[counted] * column[counted] ** 2).sum())
 
 
-def _elements(column: Sequence[float | None], numel: Sequence[int], shares: Sequence[float]) -> float:
+def _elements(column: Floats, counts: Floats, known: Bools) -> float:
     """The number of elements, of which a column holds fractions."""
-    entries = zip(shares, numel, column, strict=False)
-    return sum(share * n * v for share, n, v in entries if share and v is not None)
+    counted = known & (counts != 0.0)
+    return float((counts[counted] * column[counted]).sum())

@@ -86,3 +86,41 @@ class StepResponse:
     noise: float = 0.0
     why_not: str | None = None
     passing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFact:
+    """The forwards beside training, where the loss compares with this model, its adapters disabled.
+
+    Attributes:
+        disabled: Some forward of this session ran with the adapters disabled.
+        active: Probed steps up to now in which forwards beside training ran, all with an adapter active.
+    """
+
+    disabled: bool
+    active: int
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardFacts:
+    """What was seen of the forwards since the last decision.
+
+    Attributes:
+        forwards: The candidates for a training forward, in their order.
+        forwards_without_grad: Outermost calls without gradients.
+        unobservable: Why forwards cannot be seen at all.
+        reference: Forwards of the reference; None where none was declared.
+        stale_forward: Whether the forward went on with old weights, and what was compared.
+        why_not_repeated: Why that was not looked at.
+        responses: Steps whose effect on the loss was measured, the last ones.
+        elsewhere: Other models with adapters that received gradients.
+    """
+
+    forwards: tuple[ForwardFact, ...] = ()
+    forwards_without_grad: int = 0
+    unobservable: str | None = None
+    reference: ReferenceFact | None = None
+    stale_forward: tuple[bool, str] | None = None
+    why_not_repeated: str | None = None
+    responses: tuple[StepResponse, ...] = ()
+    elsewhere: tuple[str, ...] = ()

@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from lora_probe_callbacks.facts.words import Role
-
-
-class SlotFact(NamedTuple):
-    """One adapter tensor that is meant to train.
-
-    Attributes:
-        name: Qualified name in the model, for people only. Names never decide.
-        adapter: PEFT's adapter name.
-        role: ``"A"`` or ``"B"`` of a low-rank pair, else ``"other"``.
-        unit: Index of the unit that owns the slot.
-        requires_grad: Of the registered tensor, outside a forward.
-        owner: Index of the optimizer that owns the registered tensor object, or a copy of it (``CopiesFact``); or None.
-        weight_decay: Of its parameter group, or None without an owner.
-        frozen_by_intent: Named by ``frozen=`` or by PEFT as not meant to train.
-        half: The tensor is stored in 16 bits.
-        numel: Number of elements that this rank holds.
-    """
-
-    name: str
-    adapter: str
-    role: Role
-    unit: int
-    requires_grad: bool
-    owner: int | None
-    weight_decay: float | None
-    frozen_by_intent: bool
-    half: bool
-    numel: int
-    part: str = ""  # PEFT's name of the kind of tensor: "lora_A", "lora_magnitude_vector", "modules_to_save"
+from lora_probe_callbacks.facts.columns import Slots
+from lora_probe_callbacks.facts.words import Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,19 +210,6 @@ class Coverage:
 
 
 @dataclass(frozen=True, slots=True)
-class ReferenceFact:
-    """The forwards beside training, where the loss compares with this model, its adapters disabled.
-
-    Attributes:
-        disabled: Some forward of this session ran with the adapters disabled.
-        active: Probed steps up to now in which forwards beside training ran, all with an adapter active.
-    """
-
-    disabled: bool
-    active: int
-
-
-@dataclass(frozen=True, slots=True)
 class BaseDrift:
     """How far sampled base weights under the adapter are from where they started.
 
@@ -266,3 +225,54 @@ class BaseDrift:
     layer: str
     merges: int
     quantised: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """What the model and the optimizers hold at one decision.
+
+    Attributes:
+        expected: Names of the adapters that must train.
+        declared: These names were given, not read off the model.
+        resumed: As declared.
+        new_tokens: As declared.
+        slots: The tensors of the expected adapters.
+        units: The layers of the expected adapters.
+        modes: State of the units now.
+        active: Active adapters now.
+        trainable_bases: Expected layers whose base weight requires gradients.
+        replaced: Slots whose former tensor is still in an optimizer.
+        foreign_in_optimizer: Optimizer tensors that belong to no watched module.
+        optimizer_tensors: All of their tensors.
+        optimizers: Number of optimizers.
+        why_not_owned: Why no tensor of the adapter can be told apart in the optimizer; empty where it can.
+        nested: Adapted layers inside adapted layers.
+        rewrapped: PeftModels inside PeftModels.
+        unloaded: PeftModels whose adapter layers are gone.
+        vanished: Tensors that an optimizer steps and whose layer has left the model.
+        packed: 4-bit weights in the layout for inference, and all 4-bit weights.
+        start: Read before the first training forward, and kept.
+        coverage: Likewise.
+    """
+
+    expected: tuple[str, ...] = ()
+    declared: bool = False
+    resumed: bool | None = None
+    new_tokens: tuple[int, ...] = ()
+    slots: Slots = field(default_factory=Slots.none)
+    units: tuple[UnitFact, ...] = ()
+    modes: tuple[Mode, ...] = ()
+    active: tuple[str, ...] = ()
+    trainable_bases: tuple[str, ...] = ()
+    replaced: tuple[int, ...] = ()
+    foreign_in_optimizer: int = 0
+    optimizer_tensors: int = 0
+    optimizers: int = 0
+    why_not_owned: str = ""
+    nested: tuple[str, ...] = ()
+    rewrapped: tuple[str, ...] = ()
+    unloaded: tuple[str, ...] = ()
+    vanished: tuple[str, ...] = ()
+    packed: tuple[int, int] = (0, 0)
+    start: StartFact | None = None
+    coverage: Coverage | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lora_probe_callbacks.facts.words import Moment, WrapperKind
@@ -123,6 +123,8 @@ class RanksFact:
         equal_at_start: Tensors were equal at the first decision.
         differed_before: Gradients differed when they were last compared.
         causes: Codes of what was found at former decisions and explains that ranks differ from then on.
+        failed: Codes of what failed on some rank, judged by that rank alone.
+        found: These, and what some rank was warned of itself that explains that ranks differ.
     """
 
     reports: tuple[RankReport, ...]
@@ -130,18 +132,8 @@ class RanksFact:
     equal_at_start: bool = True
     differed_before: bool = False
     causes: tuple[str, ...] = ()
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """Codes of what failed on some rank, judged by that rank alone."""
-        codes = {c for r in self.reports for c, status in r.bad if status == "fail"}
-        return tuple(sorted(c for c in codes if not c.startswith("LP7")))
-
-    @property
-    def found(self) -> tuple[str, ...]:
-        """Codes of what some rank saw of itself, apart from mere hints: causes of what differs between ranks."""
-        hints = ("LP104", "LP301", "LP302", "LP303")
-        return tuple(sorted({*self.failed, *(c for r in self.reports for c, _ in r.bad if c in hints)}))
+    failed: tuple[str, ...] = ()
+    found: tuple[str, ...] = ()
 
     @property
     def tensors_differ(self) -> tuple[int, int, float] | None:
@@ -199,3 +191,28 @@ def _apart(some: Sample, others: Sample) -> float:
         if norm > 0:
             largest = max(largest, *(abs(some[i] - others[i]) / norm for i in range(role, role + 3)))
     return largest
+
+
+@dataclass(frozen=True, eq=False)
+class RankFacts:
+    """What holds several processes together, what this one tells the others, and what they told.
+
+    Attributes:
+        wrapping: None in a run of one process.
+        shards: Slots of which this rank holds a part, and the weight of that part.
+        shard_sums: Of this rank.
+        sums: Of all slots, over all ranks that were heard.
+        tensor_sample: Of what every rank should hold alike.
+        gradient_sample: The same of the gradients.
+        ranks: None: not exchanged at this decision.
+        why_alone: Why nothing will be exchanged; empty while ranks decide together.
+    """
+
+    wrapping: Wrapping | None = None
+    shards: Mapping[int, float] = field(default_factory=dict)
+    shard_sums: Sums = field(default_factory=Sums)
+    sums: Sums | None = None
+    tensor_sample: Sample = (0.0,) * SAMPLE
+    gradient_sample: Sample = (0.0,) * SAMPLE
+    ranks: RanksFact | None = None
+    why_alone: str = "there is one process"

@@ -10,12 +10,8 @@ Role = Literal["A", "B", "other"]
 Mode = Literal["active", "inactive", "disabled", "merged"]
 
 
-Moment = Literal["start", "step", "skipped", "end", "exception"]
-
-
-Values = Literal[
-    "equal", "untrained", "start", "previous", "partly", "unrelated", "base", "fresh", "related", "not finite"
-]
+# "waiting": backward passes are made, and no optimizer that owns the adapter has stepped so far.
+Moment = Literal["start", "step", "skipped", "end", "exception", "waiting"]
 
 
 WrapperKind = Literal["DistributedDataParallel", "FullyShardedDataParallel", "fully_shard", "DeepSpeed"]

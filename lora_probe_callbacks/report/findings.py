@@ -1,18 +1,13 @@
-"""What a run is told: findings, the report that holds them, and the error that carries them."""
+"""What a run is told: findings, and the error that carries them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from lora_probe_callbacks.checks._base import Status
-from lora_probe_callbacks.report.history import History
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["Finding", "LoraProbeError", "LoraProbeWarning", "ProbeReport"]
+__all__ = ["Finding", "LoraProbeError", "LoraProbeWarning"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,67 +48,6 @@ class Finding:
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
-
-
-@dataclass(slots=True)
-class ProbeReport:
-    """What a session has found so far.
-
-    Attributes:
-        findings: One for each (check, cause): failures and warnings first, then what passed, then
-            what was not judged.
-        metrics: The latest value of every metric.
-        history: The metrics of the probed steps.
-        judged_steps: Probed steps that were judged; without one nothing is called healthy.
-        internal_errors: Tracebacks of errors inside the probe itself, each kept once.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    internal_errors: list[str] = field(default_factory=list)
-    judged_steps: int = 0
-    history: History = field(default_factory=History, repr=False)
-
-    def with_status(self, *statuses: Status) -> list[Finding]:
-        """The findings with one of these statuses."""
-        return [f for f in self.findings if f.status in statuses]
-
-    @property
-    def failures(self) -> list[Finding]:
-        """The findings that fail, root cause first."""
-        return self.with_status("fail")
-
-    @property
-    def healthy(self) -> bool | None:
-        """True if a step was judged and nothing failed, False if something failed, None if no step was judged."""
-        if self.failures:
-            return False
-        return True if self.judged_steps and self.with_status("pass", "warn") else None
-
-    @property
-    def exit_code(self) -> int:
-        """0 healthy, 1 unhealthy, 2 could not judge."""
-        return {True: 0, False: 1, None: 2}[self.healthy]
-
-    def plot(self) -> Figure:
-        """Draw gradient norms, updates and findings over the probed steps; needs matplotlib.
-
-        Returns:
-            The figure; a notebook shows it.
-        """
-        from lora_probe_callbacks.report.plots import plot
-
-        return plot(self)
-
-    def __str__(self) -> str:
-        from lora_probe_callbacks.report.console import render
-
-        return render(self)
-
-    def __rich__(self) -> object:
-        from lora_probe_callbacks.report.console import health_table
-
-        return health_table(self)
 
 
 class LoraProbeError(Exception):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from lora_probe_callbacks.facts import Facts, Role, StepResponse
+import numpy as np
+
+from lora_probe_callbacks.facts import Facts, Role, StepResponse, count
 
 __all__ = ["metrics_of_estimators", "metrics_of_response", "metrics_of_step", "metrics_of_update"]
 
@@ -29,12 +31,11 @@ def metrics_of_step(facts: Facts) -> dict[str, float]:
         called = facts.called_units
         if called is not None:
             values["identity/forward_coverage"] = len(called) / len(facts.units)
-    if intended:
-        owned = sum(facts.slots[i].owner is not None for i in intended)
-        values["identity/optimizer_coverage"] = owned / len(intended)
-    read = [(i, g) for i, g in enumerate(facts.gradients) if g is not None and i in intended]
-    if read:
-        values["reachability/loss_fraction"] = sum(g.present for _, g in read) / len(read)
+    if intended.any():
+        values["identity/optimizer_coverage"] = count(facts.slots.owned & intended) / count(intended)
+    read = facts.gradients.read & intended
+    if read.any():
+        values["reachability/loss_fraction"] = count(facts.gradients.present & read) / count(read)
         for role, squares in zip(_ROLES, facts.total.gradients, strict=True):
             values[f"gradient/norm_{role}"] = math.sqrt(squares)
     return {f"lora_probe/{name}": value for name, value in values.items()}
@@ -49,9 +50,10 @@ def metrics_of_estimators(facts: Facts) -> dict[int, dict[str, float]]:
     Returns:
         The framework's number of a step to metric name to value.
     """
-    reached = {e.framework_step: e.reached & facts.intended for e in facts.estimators if e.reached is not None}
+    intended = facts.intended_slots
+    reached = {e.framework_step: e.reached & intended for e in facts.estimators if e.reached is not None}
     name = "lora_probe/reachability/estimator_fraction"
-    return {step: {name: len(slots) / len(facts.intended)} for step, slots in reached.items() if facts.intended}
+    return {step: {name: len(slots) / len(intended)} for step, slots in reached.items() if intended}
 
 
 def metrics_of_update(facts: Facts) -> dict[str, float]:
@@ -67,9 +69,11 @@ def metrics_of_update(facts: Facts) -> dict[str, float]:
         return {}
     sums = facts.total
     values = {"update/relative_norm": math.sqrt(sums.size / sums.norm) if sums.norm else 0.0}
-    present = {s.role for s, n in zip(facts.slots, facts.update.gradient_norms, strict=False) if n is not None}
+    got = ~np.isnan(facts.update.gradient_norm)
     for index, role in enumerate(_ROLES):
-        if role in present or sums.received[index]:  # after clipping, which a reading before the step may come before
+        if (got & facts.slots.of_role(role)).any() or sums.received[
+            index
+        ]:  # after clipping, which a reading before the step may come before
             values[f"gradient/norm_{role}"] = math.sqrt(sums.received[index])
         elements = sums.elements[index]
         values[f"update/moved_fraction_{role}"] = sums.moved[index] / elements if elements else 0.0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_probe_callbacks.report.findings import ProbeReport
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lora_probe_callbacks.report.report import ProbeReport
 
 __all__ = ["plot"]
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_probe_callbacks.checks._base import Check, Verdict
-from lora_probe_callbacks.facts import Facts, GradientFact, MoveFact
-from lora_probe_callbacks.report.findings import Finding, ProbeReport
+from lora_probe_callbacks.facts import Facts, Gradients, Update
+from lora_probe_callbacks.report.findings import Finding
+from lora_probe_callbacks.report.report import ProbeReport
 
 __all__ = ["SCHEMA", "Record", "RecordError", "Row", "plain", "read_record"]
 
@@ -84,14 +85,15 @@ class Record:
             rows: The metrics that were logged for it.
             state: The facts in a few words.
         """
-        layout = [(facts.units[s.unit].name, s.name, s.role, s.adapter) for s in facts.slots]
+        slots = facts.slots
         named = {}
-        if facts.slots and layout != self._layout:  # a file that was judged by itself tells of no slots
-            self._layout = layout
+        if len(slots) and slots.name != self._layout:  # a file that was judged by itself tells of no slots
+            self._layout = slots.name
+            layers = [facts.units[unit].name for unit in slots.unit]
+            columns = zip(layers, slots.name, slots.role.tolist(), slots.adapter, strict=True)
             keys = ("layer", "name", "role", "adapter")
-            named = {"tensors": [dict(zip(keys, entry, strict=True)) for entry in layout]}
+            named = {"tensors": [dict(zip(keys, row, strict=True)) for row in columns]}
         update = facts.update
-        read = any(g is not None for g in facts.gradients)
         self._write(
             "decision",
             moment=facts.moment,
@@ -101,10 +103,10 @@ class Record:
             findings=[dataclasses.asdict(f) for f in changed],
             metrics=[{"framework_step": step, "values": dict(values)} for step, values in rows],
             **named,
-            gradients=list(map(_gradient, facts.gradients, facts.gradient_norms)) if read else [],
+            gradients=_gradients(facts.gradients),
             update_step=None if update is None else update.step,
-            updates=[] if update is None else list(map(_size, facts.moves, update.sizes)),
-            moved=[] if update is None else [None if v is None else _short(v) for v in update.moved],
+            updates=[] if update is None else _sizes(update),
+            moved=[] if update is None else [None if math.isnan(v) else _short(v) for v in update.fraction.tolist()],
             state=state,
         )
 
@@ -125,7 +127,16 @@ class Record:
             step: The number of steps.
         """
         findings = [dataclasses.asdict(f) for f in report.findings]
-        self._write("end", step=step, healthy=report.healthy, judged_steps=report.judged_steps, findings=findings)
+        self._write(
+            "end",
+            step=step,
+            healthy=report.healthy,
+            status=report.status,
+            judged_steps=report.judged_steps,
+            proofs=[dataclasses.asdict(proof) for proof in report.proofs.values()],
+            open_questions=report.open_questions,
+            findings=findings,
+        )
 
     def _write(self, kind: str, **content: object) -> None:
         line = json.dumps(plain({"schema": SCHEMA, "kind": kind, **content}), allow_nan=False, separators=(",", ":"))
@@ -211,16 +222,18 @@ def _verdict(verdict: Verdict) -> dict[str, object]:
     return content
 
 
-def _gradient(gradient: GradientFact | None, norm: float | None) -> float | str | None:
-    if gradient is None:
-        return None  # not read at this decision
-    return "none" if norm is None else _short(norm)
+def _gradients(gradients: Gradients) -> list[float | str | None]:
+    """A norm, "none" where there was no gradient, None where it was not read; nothing if none was."""
+    if not gradients.read.any():
+        return []
+    rows = zip(gradients.norm.tolist(), gradients.present.tolist(), gradients.read.tolist(), strict=True)
+    return [_short(norm) if present else "none" if read else None for norm, present, read in rows]
 
 
-def _size(move: MoveFact | None, size: float | None) -> float | str | None:
-    if move is None or size is None:
-        return None
-    return _short(size) if move.finite else "non-finite"
+def _sizes(update: Update) -> list[float | str | None]:
+    """The size of the change, None where nothing was compared."""
+    rows = zip(update.size.tolist(), update.stepped.tolist(), update.broken.tolist(), strict=True)
+    return [None if not stepped else "non-finite" if broken else _short(size) for size, stepped, broken in rows]
 
 
 def _short(value: float) -> float | str:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_probe_callbacks.report.findings import Finding, ProbeReport
+from lora_probe_callbacks.facts import Claim, Proof
+from lora_probe_callbacks.report.findings import Finding
 from lora_probe_callbacks.report.history import History
 from lora_probe_callbacks.report.record import RecordError, read_record
+from lora_probe_callbacks.report.report import ProbeReport
 
 __all__ = ["Cell", "Decision", "Run", "Tensor", "read_runs"]
 
@@ -131,8 +133,13 @@ def _run(lines: Sequence[dict[str, Any]]) -> Run:
             run.ended = True
             found = {(f["code"], f["cause"]): Finding(**f) for f in line["findings"]}
             run.report.judged_steps = line["judged_steps"]
+            run.report.proofs = _proofs(line)
+            run.report.open_questions = [*line.get("open_questions", [])]
+            if "proofs" not in line:
+                run.report.open_questions.append("this record was written by a version that kept no proofs")
     if not run.ended:
         run.report.judged_steps = len(run.steps)
+        run.report.open_questions.append("the record ends in the middle of a run: it was killed, or still goes on")
     bad = {f.code for f in found.values() if f.status in ("fail", "warn")}
     rank = ("fail", "warn", "pass", "pending", "skipped")
     listed = [f for f in found.values() if f.status in ("fail", "warn") or f.code not in bad]
@@ -140,6 +147,10 @@ def _run(lines: Sequence[dict[str, Any]]) -> Run:
     run.report.internal_errors = run.errors
     run.report.history = run.history
     return run
+
+
+def _proofs(line: Mapping[str, Any]) -> dict[Claim, Proof]:
+    return {p["claim"]: Proof(**{**p, "missing": tuple(p["missing"])}) for p in line.get("proofs", [])}
 
 
 def _decision(line: Mapping[str, Any], tensors: Sequence[Tensor]) -> Decision:

@@ -1,17 +1,29 @@
-"""Leave a model and the random streams exactly as they were found."""
+"""Leave a model exactly as it was found."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from lora_probe_callbacks.estimators._owners import Tree
-from lora_probe_callbacks.restore.random import Buffers, random_state_restored
+from lora_probe_callbacks.restore.module_state import ActiveAdapters, Buffers
+from lora_probe_callbacks.restore.random import random_state_restored
+from lora_probe_callbacks.restore.tree import Tree
+
+__all__ = [
+    "eager",
+    "emptied",
+    "holding",
+    "only_trainable",
+    "own_gradients",
+    "requires_grad_restored",
+    "untouched",
+]
 
 
 @contextlib.contextmanager
@@ -23,33 +35,28 @@ def untouched(model: Tree) -> Iterator[None]:
     """
     modules = model.modules.values()
     modes = [module.training for module in modules]
-    adapters = [
-        (attributes, key, _copied(attributes[key]))
-        for attributes in map(vars, modules)
-        for key in ("active_adapter", "_active_adapter", "_disable_adapters")
-        if key in attributes
-    ]
+    adapters = ActiveAdapters(modules)
     with contextlib.ExitStack() as undo:
         undo.callback(Buffers(modules).put_back)  # the last: to compare them waits for the device, the rest need not
         undo.enter_context(random_state_restored())
-        undo.enter_context(_flags_restored(model))
+        undo.enter_context(requires_grad_restored(model.parameters.values()))
         try:
             yield
         finally:
             for module, training in zip(modules, modes, strict=True):
                 if module.training != training:
                     module.training = training
-            for attributes, key, value in adapters:
-                attributes[key] = value
+            adapters.put_back()
 
 
 @contextlib.contextmanager
-def _flags_restored(model: Tree) -> Iterator[None]:
-    flags = [parameter.requires_grad for parameter in model.parameters.values()]
+def requires_grad_restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Put the requires_grad of some parameters back on exit."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         yield
     finally:
-        for parameter, requires_grad in zip(model.parameters.values(), flags, strict=True):
+        for parameter, requires_grad in flags:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
 
@@ -87,7 +94,7 @@ def only_trainable(model: Tree, tensors: Collection[torch.Tensor]) -> Iterator[N
         for module in model.modules.values()
         if isinstance(module, nn.Embedding)
     ]
-    with _flags_restored(model):
+    with requires_grad_restored(model.parameters.values()):
         try:
             for parameter in model.parameters.values():
                 if parameter.requires_grad != (id(parameter) in wanted):
@@ -96,6 +103,13 @@ def only_trainable(model: Tree, tensors: Collection[torch.Tensor]) -> Iterator[N
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _require_input_gradient(_module: nn.Module, _args: Any, output: Any) -> Any:
+    if not torch.is_grad_enabled() or not isinstance(output, torch.Tensor) or output.requires_grad:
+        return output
+    # A copy: models may write image features into the embeddings, which autograd forbids on a leaf.
+    return output.requires_grad_().clone()
 
 
 @contextlib.contextmanager
@@ -120,15 +134,32 @@ def own_gradients(tensors: Collection[torch.Tensor]) -> Iterator[None]:
                 tensor.grad = gradient
 
 
-def _require_input_gradient(_module: nn.Module, _args: Any, output: Any) -> Any:
-    if not torch.is_grad_enabled() or not isinstance(output, torch.Tensor) or output.requires_grad:
-        return output
-    # A copy: models may write image features into the embeddings, which autograd forbids on a leaf.
-    return output.requires_grad_().clone()
+@contextlib.contextmanager
+def holding(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, parameters hold other values; on exit they hold their own again, bit by bit.
+
+    Their version counters stay as well, as the contents do: a graph that was built before stays valid.
+
+    Args:
+        tensors: Parameters.
+        values: What each of them holds inside.
+
+    Yields:
+        Nothing.
+    """
+    own = [tensor.detach().clone() for tensor in tensors]
+    with _unsafe_preserve_version_counter(tuple(tensors)):
+        try:
+            _write(tensors, values)
+            yield
+        finally:
+            _write(tensors, own)
 
 
-def _copied(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value
+@torch.no_grad()
+def _write(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    if tensors:
+        torch._foreach_copy_(list(tensors), list(values))
 
 
 @contextlib.contextmanager

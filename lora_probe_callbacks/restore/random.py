@@ -1,4 +1,4 @@
-"""What a forward may leave behind besides its output, kept and put back: random streams and buffers."""
+"""The random streams, kept and put back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
 
-__all__ = ["Buffers", "RandomState", "random_state_restored"]
+__all__ = ["RandomState", "random_state_restored"]
 
 
 class RandomState:
@@ -47,28 +46,3 @@ def random_state_restored() -> Iterator[None]:
         yield
     finally:
         state.put_back()
-
-
-class Buffers:
-    """The buffers of some modules: which they are, and their contents.
-
-    Args:
-        modules: Their owners, each with its own alone.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._kept = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in modules
-            for name, buffer in module._buffers.items()
-            if buffer is not None and not buffer.is_inference()
-        ]
-
-    def put_back(self) -> None:
-        """Make them what they were; contents are written only where they changed."""
-        for registry, name, buffer, contents in self._kept:
-            registry[name] = buffer
-            # Batch norm writes its statistics without counting it as a change, and saves them for the backward,
-            # which a write that counts would break.
-            if not torch.equal(buffer, contents):
-                buffer.data.copy_(contents)

@@ -7,28 +7,29 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lora_probe_callbacks.checks._base import Verdict
 from lora_probe_callbacks.checks._catalogue import all_checks, explain
+from lora_probe_callbacks.checks.checkpoints._saves import Values
 from lora_probe_callbacks.facts import (
     EstimatorFact,
     Facts,
     ForwardFact,
-    GradientFact,
+    Gradients,
+    History,
     Mode,
     OtherAdapter,
     RankReport,
     RanksFact,
     ResumedFact,
     SavedFact,
-    SlotFact,
-    SlotHistory,
-    StepUpdate,
+    Slots,
     Sums,
     UnitFact,
+    Update,
     Wrapping,
 )
-from lora_probe_callbacks.observe.device.gradients import gradient_fact
-from lora_probe_callbacks.observe.device.updates import move_fact
 
 
 class Change(NamedTuple):
@@ -40,35 +41,39 @@ class Change(NamedTuple):
     norm: float
 
 
-NOTHING = Change(*[None] * 4)  # of a slot that no optimizer stepped
-GRADIENT = gradient_fact(1.0)
-ZERO = gradient_fact(0.0)
-NONE = gradient_fact(None)
+NOTHING = Change(*[math.nan] * 4)  # of a slot that no optimizer stepped
+GRADIENT, ZERO, NONE, INFINITE, UNREAD = 1.0, 0.0, "none", math.inf, None  # norms of gradients, and what else may be
 MOVED = Change(start=1.0, moved=1.0, size=0.1, norm=1.1)
 STILL = Change(start=1.0, moved=0.0, size=0.0, norm=1.0)
-NORMS = {GRADIENT: 1.0, ZERO: 0.0, NONE: None, gradient_fact(math.inf): math.inf}
 
 
-def step_update(updates: Sequence[Change | None], gradients: Sequence[float | None]) -> dict[str, Any]:
+def step_update(updates: Sequence[Change | None], gradients: Sequence[float | str | None]) -> dict[str, Any]:
     """The facts of an update, made in step 3."""
-    starts, moved, sizes, norms = (
-        map(tuple, zip(*(u or NOTHING for u in updates), strict=True)) if updates else ((),) * 4
-    )
-    numbers = StepUpdate(3, 3, starts, sizes, norms, moved, tuple(gradients))
-    return {"update": numbers, "moves": tuple(map(move_fact, norms, moved))}
+    rows = np.array([u or NOTHING for u in updates], np.float64).reshape(-1, 4)
+    received = np.array([g if isinstance(g, float) else math.nan for g in gradients] if len(rows) else [], np.float64)
+    start, moved, size, norm = rows.T
+    return {"update": Update(3, 3, ~np.isnan(start), start, size, norm, moved, received)}
+
+
+def read_gradients(gradients: Sequence[float | str | None]) -> Gradients:
+    """A norm for each slot, "none" where there is no gradient, None where it was not looked at."""
+    norm = np.array([g if isinstance(g, float) else math.nan for g in gradients], np.float64)
+    read = np.array([g is not UNREAD for g in gradients], np.bool_)
+    return Gradients(read, norm, np.array([isinstance(g, float) for g in gradients], np.bool_))
 
 
 def facts(
     *,
     units: int = 2,
     modes: Sequence[Mode] = (),
-    gradients: Sequence[GradientFact] = (),
+    gradients: Sequence[float | str | None] = (),
     history: dict[str, Any] | None = None,
     slot: dict[str, Any] | None = None,
     unit: dict[str, Any] | None = None,
     updates: Sequence[Change | None] = (),
     called: Sequence[bool] = (),
     at: Mapping[int, Mapping[str, Any]] | None = None,
+    reads: Sequence[int] = (),
     forward: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Facts:
@@ -80,27 +85,15 @@ def facts(
     """
     modes = tuple(modes) or ("active",) * units
     called = tuple(called) or (True,) * units
-    slots = tuple(
-        SlotFact(
-            **{
-                "name": f"layer.{u}.lora_{role}",
-                "adapter": "default",
-                "role": role,
-                "unit": u,
-                "requires_grad": True,
-                "owner": 0,
-                "weight_decay": 0.0,
-                "frozen_by_intent": False,
-                "half": False,
-                "numel": 32,
-                **{key: value for key, value in (slot or {}).items() if key != "learning_rate"},
-            }
-        )
-        for u in range(units)
-        for role in ("A", "B")
-    )
-    gradients = tuple(gradients) or (GRADIENT,) * len(slots)
-    past = SlotHistory(**{"had_gradient": True, "had_signal": True, "had_rate": True, **(history or {})})
+    size = 2 * units
+    gradients = tuple(gradients) or (GRADIENT,) * size
+    plain = {"requires_grad": True, "owner": 0, "learning_rate": 1e-3, "weight_decay": 0.0, "half": False, "numel": 32}
+    plain |= {"frozen_by_intent": False, "adapter": "default", "part": "", "name": None, "role": None}
+    past = dict.fromkeys(History.__dataclass_fields__, 0) | {"reads": 5}
+    past |= {"had_gradient": True, "had_signal": True, "had_rate": True, **(history or {})}
+    own: list[dict[str, Any]] = [{**plain, **(slot or {}), **past, **(at or {}).get(i, {})} for i in range(size)]
+    for mine, number in zip(own, reads, strict=False):
+        mine["reads"] = number
     seen = ForwardFact(
         module="model",
         received=True,
@@ -112,11 +105,10 @@ def facts(
             (int(mode == "active"), 1, None if mode == "active" else mode) if c else (0, 0, None)
             for mode, c in zip(modes, called, strict=True)
         ),
-        reached=frozenset(i for i, g in enumerate(gradients) if g.present),
+        reached=frozenset(i for i, g in enumerate(gradients) if isinstance(g, float)),
         why_unknown=None,
         with_grad=frozenset(u for u, c in enumerate(called) if c),
     )
-    norms = tuple(map(NORMS.__getitem__, gradients))
     values = {
         "moment": "step",
         "optimizer": 0,
@@ -124,35 +116,67 @@ def facts(
         "framework_step": 4,
         "expected": ("default",),
         "declared": False,
-        "slots": slots,
+        "slots": _slots(units, own),
         "units": tuple(
             UnitFact(name=f"layer.{u}", adapter="default", slots=(2 * u, 2 * u + 1), **(unit or {}))
             for u in range(units)
         ),
         "modes": modes,
         "active": ("default",),
-        "history": (past,) * len(slots),
+        "history": _history(own),
         "forwards": (dataclasses.replace(seen, **(forward or {})),),
-        "reads": (5,) * len(slots),
-        "rates": ((slot or {}).get("learning_rate", 1e-3),) * len(slots),
-        "gradients": gradients,
-        "gradient_norms": norms,
+        "gradients": read_gradients(gradients),
         "gradients_final": True,
-        **step_update(tuple(updates) or (MOVED,) * len(slots), norms),
-        "optimizer_tensors": len(slots),
+        **step_update(tuple(updates) or (MOVED,) * size, gradients),
+        "optimizer_tensors": size,
         "optimizers": 1,
         "ever_stepped": True,
     }
-    for index, own in (at or {}).items():
-        for key, parts in (("slots", values["slots"]), ("history", values["history"])):
-            mine = parts[index]._replace(**{k: v for k, v in own.items() if k in parts[index]._fields})
-            values[key] = (*parts[:index], mine, *parts[index + 1 :])
-        if "learning_rate" in own:
-            rates = values["rates"]
-            values["rates"] = (*rates[:index], own["learning_rate"], *rates[index + 1 :])
-    if "update" in changes and changes["update"] is None:
-        values["moves"] = ()
     return Facts(**{**values, **changes})
+
+
+def _slots(units: int, own: Sequence[dict[str, Any]]) -> Slots:
+    def column(name: str, kind: Any, absent: Any = None) -> Any:
+        return np.array([absent if o[name] is None else o[name] for o in own], kind)
+
+    roles = [o["role"] or "AB"[i % 2] for i, o in enumerate(own)]
+    return Slots(
+        name=tuple(o["name"] or f"layer.{i // 2}.lora_{'AB'[i % 2]}" for i, o in enumerate(own)),
+        adapter=tuple(o["adapter"] for o in own),
+        part=tuple(o["part"] for o in own),
+        role=np.array(roles, "<U5"),
+        unit=np.repeat(np.arange(units), 2),
+        frozen_by_intent=column("frozen_by_intent", np.bool_),
+        requires_grad=column("requires_grad", np.bool_),
+        owner=column("owner", np.int64, -1),
+        rate=column("learning_rate", np.float64, math.nan),
+        weight_decay=column("weight_decay", np.float64, math.nan),
+        half=column("half", np.bool_),
+        numel=column("numel", np.int64),
+    )
+
+
+def _history(own: Sequence[dict[str, Any]]) -> History:
+    empty = History.empty(len(own))
+    columns = {name: np.array([o[name] for o in own], getattr(empty, name).dtype) for name in vars(empty)}
+    return History(**columns)
+
+
+def unread(what: Facts) -> Facts:
+    """The same, but that no gradient was looked at."""
+    return dataclasses.replace(what, gradients=Gradients.unread(len(what.slots)))
+
+
+def with_slots(what: Facts, **columns: Any) -> Facts:
+    """The same with other columns."""
+    return dataclasses.replace(what, slots=dataclasses.replace(what.slots, **columns))
+
+
+def received(what: Facts, *norms: float | None) -> Facts:
+    """The same with other gradients as the optimizer received them."""
+    assert what.update is not None
+    gradient_norm = np.array([math.nan if norm is None else norm for norm in norms])
+    return dataclasses.replace(what, update=dataclasses.replace(what.update, gradient_norm=gradient_norm))
 
 
 def other(name: str = "other", **changes: Any) -> OtherAdapter:
@@ -202,18 +226,30 @@ def ranks(
         tensors=reports[1].tensors if tensors else OTHER,
         gradients=reports[1].gradients if gradients else OTHER,
     )
-    sent = RanksFact(tuple(reports), 0, equal_at_start, differed_before)
+    codes = tuple(code for code, _ in own.get("bad", ()))
+    sent = RanksFact(tuple(reports), 0, equal_at_start, differed_before, failed=codes, found=codes)
     return {"ranks": sent, "wrapping": WRAPPED, "why_alone": ""}
 
 
 ALL = frozenset(range(4))
 
 
-def saved(**changes: Any) -> SavedFact:
+def saved(*, values: Values | None = "equal", **changes: Any) -> SavedFact:
     """A file of the adapter that was written in step 3, equal to the live one in all of its four tensors."""
     healthy: dict[str, Any] = {"path": "out/adapter.safetensors", "adapter": "default", "step": 3, "framework_step": 30}
-    healthy |= {"slots": ALL, "tensors": 4, "values": "equal"}
-    return SavedFact(**{**healthy, **changes})
+    healthy |= {"slots": ALL, "tensors": 4}
+    if values is not None:
+        healthy |= {"compared": 4, "differing": () if values == "equal" else tuple("abcd")}
+    signs: dict[Values | None, dict[str, Any]] = {
+        "untrained": {"zero_b": True, "b_moved": True},
+        "start": {"like_start": True},
+        "previous": {"like_previous": True},
+        "partly": {"differing": ("a", "b")},
+        "unrelated": {"cosine": 0.0},
+        "fresh": {"live_zero_b": True},
+        "not finite": {"not_finite": 1},
+    }
+    return SavedFact(**{**healthy, **signs.get(values, {}), **changes})
 
 
 def resumed(**changes: Any) -> ResumedFact:

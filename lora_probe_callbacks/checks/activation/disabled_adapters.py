@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending
 from lora_probe_callbacks.checks.estimator._estimators import also_at_estimators
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count
 
 
 def judge(facts: Facts) -> Verdict:
@@ -19,7 +19,7 @@ def judge(facts: Facts) -> Verdict:
         return ok()  # switched on since: LP105
     return fail(
         f"all adapters were disabled in the training forward: the base model is trained through, "
-        f"{len(facts.slots_of_units(units))} adapter tensors get no gradient",
+        f"{count(facts.slots_of_units(units))} adapter tensors get no gradient",
         facts.slots_of_units(units),
         got=f"{len(units)} of {len(facts.units)} adapted layers disabled in {forwards[0].module}",
         expected="enabled",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, fail, ok, pending, warn
 from lora_probe_callbacks.checks.estimator._estimators import also_at_estimators
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Bools, Facts
 
 
 def judge(facts: Facts) -> Verdict:
@@ -35,11 +35,11 @@ def judge(facts: Facts) -> Verdict:
     )
 
 
-def _others_train(facts: Facts, names: list[str], slots: frozenset[int]) -> Verdict:
+def _others_train(facts: Facts, names: list[str], slots: Bools) -> Verdict:
     """Some expected adapters are active, others are not: they may take turns."""
-    if all(facts.history[s].had_gradient for s in slots if facts.slots[s].role != "A"):
+    if facts.history.had_gradient[slots & ~facts.slots.of_role("A")].all():
         return ok()
-    if any(facts.history[s].missing < PERSISTENT for s in slots):
+    if (facts.history.missing[slots] < PERSISTENT).any():
         return pending(f"{names} not active yet, others of {list(facts.expected)} are: they may take turns")
     return warn(
         f"adapter {', '.join(map(repr, names))} was not active in any of {PERSISTENT} probed steps, while others that "

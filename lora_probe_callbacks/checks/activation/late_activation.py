@@ -50,8 +50,8 @@ def judge(facts: Facts) -> Verdict:
 
 
 def _without_gradient(facts: Facts, unit: int) -> bool:
-    read = [g for s in facts.units[unit].slots if facts.gradients and (g := facts.gradients[s]) is not None]
-    return bool(read) and not any(g.present for g in read)
+    slots = list(facts.units[unit].slots)
+    return bool(facts.gradients.read[slots].any()) and not facts.gradients.present[slots].any()
 
 
 CHECK = Check(

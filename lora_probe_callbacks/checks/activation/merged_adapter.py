@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, some
 from lora_probe_callbacks.checks.estimator._estimators import also_at_estimators
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count
 
 
 def judge(facts: Facts) -> Verdict:
@@ -30,7 +30,7 @@ def judge(facts: Facts) -> Verdict:
         return ok()
     return fail(
         f"the adapter was merged into the base weights in the training forward: the loss is right, and "
-        f"{len(facts.slots_of_units(units))} adapter tensors get no gradient",
+        f"{count(facts.slots_of_units(units))} adapter tensors get no gradient",
         facts.slots_of_units(units),
         got=f"merged in {len(units)} of {len(facts.units)} adapted layers",
         expected="not merged",

@@ -21,7 +21,7 @@ def judge(facts: Facts) -> Verdict:
         if u not in called
         and u not in facts.bad_units()
         and _without_signal(facts, u)
-        and facts.intended.intersection(facts.units[u].slots)
+        and facts.intended[list(facts.units[u].slots)].any()
     ]
     if not uncalled:
         return ok()
@@ -35,10 +35,10 @@ def judge(facts: Facts) -> Verdict:
             got="0 calls, and the weight read by another operation",
             expected="the layer called in the training forward",
         )
-    never = [u for u in uncalled if not any(facts.history[s].had_signal for s in facts.units[u].slots)]
+    never = [u for u in uncalled if not facts.history.had_signal[list(facts.units[u].slots)].any()]
     if not never:
         return ok()  # they learned in other batches and had nothing to do in this one
-    absent = [u for u in never if all(facts.reads[s] >= LONG for s in facts.units[u].slots)]
+    absent = [u for u in never if (facts.history.reads[list(facts.units[u].slots)] >= LONG).all()]
     if absent and facts.step >= LONG_STEPS:
         return warn(
             f"{some([facts.units[u].name for u in absent])}: never called in {facts.step} steps",
@@ -56,8 +56,9 @@ def judge(facts: Facts) -> Verdict:
 
 
 def _without_signal(facts: Facts, unit: int) -> bool:
-    read = [g for s in facts.units[unit].slots if (g := facts.gradients[s]) is not None]
-    return bool(read) and all(not g.present or g.zero for g in read)
+    slots = list(facts.units[unit].slots)
+    gradients = facts.gradients
+    return bool(gradients.read[slots].any()) and not (gradients.present & ~gradients.zero)[slots].any()
 
 
 def _in_the_graph(facts: Facts, unit: int) -> bool:
@@ -73,13 +74,13 @@ def _in_the_graph(facts: Facts, unit: int) -> bool:
     Returns:
         True if its gradient, or the graph, shows a use.
     """
-    slots = facts.units[unit].slots
+    slots, gradients = list(facts.units[unit].slots), facts.gradients
     if any(s in f.reached for f in facts.training_forwards if f.reached is not None for s in slots):
         return True
-    if not any((g := facts.gradients[s]) is not None and g.present for s in slots):
+    if not gradients.present[slots].any():
         return False
-    others_learn = any(g is not None and g.present and not g.zero for g in facts.gradients)
-    return not others_learn or min(facts.history[s].zero for s in slots) < PERSISTENT
+    others_learn = (gradients.present & ~gradients.zero).any()
+    return bool(not others_learn or (facts.history.zero[slots] < PERSISTENT).any())
 
 
 CHECK = Check(
@@ -94,5 +95,6 @@ CHECK = Check(
     "a token, towers without an input; compiled models, whose layers cannot be watched.",
     threads=("huggingface/trl#4612", "huggingface/trl#6159", "huggingface/peft#2274"),
     explained_by=("LP203", "LP209"),
+    sets_ranks_apart=True,
     judge=judge,
 )

@@ -42,5 +42,6 @@ CHECK = Check(
     quiet="Another precision; the rounding of merges, which is LP404's; a base that trains; layers that are merged at this moment; a base quantised in another way.",
     threads=("huggingface/peft#1929", "huggingface/peft#1930", "huggingface/peft#1626", "huggingface/peft#1525"),
     explained_by=("LP803",),
+    needs=("resume",),
     judge=judge,
 )

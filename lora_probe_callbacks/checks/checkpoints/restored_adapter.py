@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped, some
+from lora_probe_callbacks.checks.checkpoints._saves import Values, values_of
 from lora_probe_callbacks.facts import Facts, SavedFact
 
 _FIX = (
@@ -10,15 +11,17 @@ _FIX = (
     "set_peft_model_state_dict and load_state_dict(strict=False) name what they did not find and raise nothing"
 )
 
+_OTHERS: tuple[Values, ...] = ("fresh", "untrained", "unrelated", "related", "start")
+
 
 def judge(facts: Facts) -> Verdict:
     """Compare the adapter that starts with the one that was saved."""
     for save in facts.saves:
-        if save.before_steps and save.values in ("fresh", "untrained", "unrelated", "related", "start"):
-            return _file(save)
+        if save.before_steps and (values := values_of(save)) in _OTHERS:
+            return _file(save, values)
     resumed = facts.restored
     if resumed is None:
-        if any(save.before_steps and save.values == "equal" for save in facts.saves):
+        if any(save.before_steps and values_of(save) == "equal" for save in facts.saves):
             return ok()
         return pending("no saved state was restored")
     if resumed.fresh:
@@ -35,7 +38,7 @@ def judge(facts: Facts) -> Verdict:
             f"no tensor of the adapter in {resumed.source} has a name in this model, or this rank holds parts only"
         )
     if resumed.differing:
-        names = [facts.slots[i].name for i in resumed.differing]
+        names = facts.slots.names(resumed.differing)
         return fail(
             f"the run goes on from {resumed.source}, and {len(names)} of {len(resumed.known)} adapter tensors are not as they were saved: {some(names)}",
             resumed.differing,
@@ -56,14 +59,14 @@ def judge(facts: Facts) -> Verdict:
     return ok()
 
 
-def _file(save: SavedFact) -> Verdict:
-    words = {
+def _file(save: SavedFact, values: Values | None) -> Verdict:
+    words: dict[Values | None, str] = {
         "fresh": "the live adapter is fresh: every B is exactly zero, and in the file it is not",
         "untrained": "every B in the file is zero, and in the model it is not",
     }
     return fail(
         f"the adapter {save.adapter!r} in the model is not the one in {save.path}: "
-        + words.get(str(save.values), "no step was made yet, and their values differ"),
+        + words.get(values, "no step was made yet, and their values differ"),
         save.slots,
         cause="file",
         got=f"relative distance {save.apart:.2g}" if save.apart != float("inf") else "B = 0 in the model",
@@ -92,5 +95,6 @@ CHECK = Check(
         "huggingface/peft#793",
         "MakazhanAlpamys/Soup#351",
     ),
+    needs=("files",),
     judge=judge,
 )

@@ -17,9 +17,9 @@ def judge(facts: Facts) -> Verdict:
     if resumed.wrong:
         slot, owner = resumed.wrong[0]
         swapped = (
-            f"{facts.slots[slot].name} has that of {owner}"
+            f"{facts.slots.name[slot]} has that of {owner}"
             if owner
-            else some([facts.slots[i].name for i, _ in resumed.wrong])
+            else some([facts.slots.name[i] for i, _ in resumed.wrong])
         )
         return fail(
             f"the optimizer's state of {len(resumed.wrong)} of {total} adapter tensors is not theirs: {swapped}",
@@ -51,7 +51,7 @@ def judge(facts: Facts) -> Verdict:
     if resumed.rates:
         return fail(
             f"{len(resumed.rates)} adapter tensors have learning rates that were others' when {resumed.source} was written: "
-            f"{some([facts.slots[i].name for i in resumed.rates])}",
+            f"{some(facts.slots.names(resumed.rates))}",
             resumed.rates,
             cause="groups",
             got="the rates of other parameter groups",
@@ -72,5 +72,6 @@ CHECK = Check(
     "by hand is warned of only.",
     threads=("huggingface/peft#859", "NVIDIA-NeMo/labs-molt#57", "princeton-nlp/LESS#4"),
     explained_by=("LP803", "LP201", "LP202"),
+    needs=("resume",),
     judge=judge,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, skipped, some, warn
-from lora_probe_callbacks.checks.checkpoints._saves import each_save
+from lora_probe_callbacks.checks.checkpoints._saves import Values, each_save, values_of
 from lora_probe_callbacks.facts import Facts, SavedFact
 
 
@@ -84,7 +84,7 @@ def _names(save: SavedFact) -> Verdict | None:
     return None
 
 
-_VALUES = {
+_VALUES: dict[Values | None, tuple[str, str, str, str]] = {
     "untrained": ("untrained", "every B in it is zero", "every B exactly 0", "the B of the trained adapter"),
     "start": ("start", "it is the adapter as it was when training began", "the values of the start", "those of now"),
     "previous": (
@@ -105,7 +105,8 @@ _VALUES = {
 
 def _values(save: SavedFact) -> Verdict | None:
     where = f"the adapter {save.adapter!r} in {save.path}"
-    if save.values == "partly":
+    values = values_of(save)
+    if values == "partly":
         return fail(
             f"{where} differs from the live one in {len(save.differing)} of its {save.tensors} tensors: {some(save.differing)}",
             save.slots,
@@ -113,8 +114,8 @@ def _values(save: SavedFact) -> Verdict | None:
             got=f"{len(save.differing)} tensors with other values",
             expected="the values of all as they were when it was saved",
         )
-    if save.values in _VALUES and not save.before_steps:
-        cause, words, got, expected = _VALUES[save.values]
+    if values in _VALUES and not save.before_steps:
+        cause, words, got, expected = _VALUES[values]
         return fail(
             f"{where} is not the trained one: {words}",
             save.slots,
@@ -122,7 +123,7 @@ def _values(save: SavedFact) -> Verdict | None:
             got=f"{got} (relative distance {save.apart:.2g})",
             expected=expected,
         )
-    if save.values in ("related", "fresh", *_VALUES):
+    if values in ("related", "fresh", *_VALUES):
         if save.before_steps:
             return skipped("explained by LP803: no step was made yet")
         return skipped(
@@ -164,5 +165,6 @@ CHECK = Check(
         "huggingface/peft#3584",
     ),
     explained_by=("LP202",),
+    needs=("files",),
     judge=judge,
 )

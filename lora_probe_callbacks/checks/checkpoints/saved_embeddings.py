@@ -50,5 +50,6 @@ CHECK = Check(
     "module. A second file of weights beside it makes it a warning. Whether a vocabulary was resized is known where the base's config.json is on this disk.",
     threads=("huggingface/peft#1300", "huggingface/peft#1457", "huggingface/sentence-transformers#3274"),
     explained_by=("LP206",),
+    needs=("files",),
     judge=judge,
 )

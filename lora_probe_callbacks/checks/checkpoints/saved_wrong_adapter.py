@@ -50,5 +50,6 @@ CHECK = Check(
     quiet="Adapters that are equal to each other; rank and alpha patterns; rsLoRA; PiSSA converted to LoRA; checkpoints of a whole module, which name the adapter.",
     threads=("huggingface/peft#1059", "huggingface/peft#699", "huggingface/peft#3639"),
     explained_by=("LP502",),
+    needs=("files",),
     judge=judge,
 )

@@ -42,5 +42,6 @@ CHECK = Check(
     fix="Write the file again.",
     quiet="A file that somebody still writes to; one that was deleted meanwhile, as rotated checkpoints are. Bytes that were changed within a tensor are LP801's.",
     threads=("Comfy-Org/ComfyUI#6744", "Comfy-Org/ComfyUI#15602", "lyogavin/airllm#137"),
+    needs=("files",),
     judge=judge,
 )

@@ -34,5 +34,6 @@ CHECK = Check(
     fix="Name the parameters in target_parameters.",
     quiet="Attention-only adapters; model classes for which PEFT turns the names into target_parameters; experts that are lists of linear layers.",
     threads=("huggingface/peft#3009", "huggingface/peft#2545", "unslothai/unsloth#6936"),
+    needs=("coverage",),
     judge=judge,
 )

@@ -33,5 +33,6 @@ CHECK = Check(
     fix="modules_to_save=[the head's name], or task_type='SEQ_CLS'.",
     quiet="Heads that train or carry an adapter, heads that were trained before, models made as a whole from a configuration, language-model "
     "heads.",
+    needs=("coverage",),
     judge=judge,
 )

@@ -32,5 +32,6 @@ CHECK = Check(
     fix="Compare the keys with model.targeted_module_names.",
     quiet="Keys that match fused experts and other target_parameters, of which PEFT 0.21 itself warns wrongly.",
     threads=("huggingface/peft#3582", "huggingface/peft#3588"),
+    needs=("coverage",),
     judge=judge,
 )

@@ -65,5 +65,6 @@ CHECK = Check(
         "hiyouga/LlamaFactory#10790",
         "unslothai/unsloth#9331",
     ),
+    needs=("coverage",),
     judge=judge,
 )

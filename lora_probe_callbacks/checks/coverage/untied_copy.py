@@ -32,5 +32,6 @@ CHECK = Check(
     fix="ensure_weight_tying=True, or both in modules_to_save with the tie taken out of the configuration.",
     quiet="Tied tables with LoRA or trainable_token_indices; both in modules_to_save; models whose tables are not tied.",
     threads=("huggingface/peft#2777", "huggingface/peft#2864", "huggingface/transformers#45127"),
+    needs=("coverage",),
     judge=judge,
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, some
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Bools, Facts, count, indices
 
 
 def judge(facts: Facts) -> Verdict:
@@ -16,30 +18,32 @@ def judge(facts: Facts) -> Verdict:
             expected=f"{part} in each of them",
             fix="attach the adapter anew from its configuration: a variant that is changed afterwards does not take effect",
         )
-    judged = [i for i in sorted(facts.intended) if facts.modes[facts.slots[i].unit] in ("active", "merged")]
-    if not judged:
+    slots = facts.slots
+    judged = facts.intended & facts.on_now
+    if not judged.any():
         return pending("the adapter is not active at this moment")
-    for part in dict.fromkeys(facts.slots[i].part for i in judged if facts.slots[i].role == "other"):
-        mine = [i for i in judged if facts.slots[i].part == part]
-        rest = [i for i in judged if facts.slots[i].part != part]
-        if any(facts.slots[i].requires_grad for i in mine) or not any(facts.slots[i].requires_grad for i in rest):
+    for part in dict.fromkeys(slots.part[i] for i in indices(judged & slots.of_role("other"))):
+        of_part = np.array([other == part for other in slots.part], np.bool_)
+        mine, rest = judged & of_part, judged & ~of_part
+        if slots.requires_grad[mine].any() or not slots.requires_grad[rest].any():
             continue  # where nothing trains LP203 says so
-        if any(facts.history[i].had_gradient for i in mine) or _other_turn(facts, mine):
+        if facts.history.had_gradient[mine].any() or _other_turn(facts, mine):
             continue  # frozen for a time: A and B train, and the rest has its turn
         return fail(
-            f"every {part} of the adapter is frozen, {len(mine)} tensors, while the rest trains: {some([facts.slots[i].name for i in mine])}",
+            f"every {part} of the adapter is frozen, {count(mine)} tensors, while the rest trains: {some(slots.names(mine))}",
             mine,
             cause=part,
-            got=f"0 of {len(mine)} trainable",
-            expected=f"{len(mine)} of {len(mine)}, or frozen=({part!r},)",
+            got=f"0 of {count(mine)} trainable",
+            expected=f"{count(mine)} of {count(mine)}, or frozen=({part!r},)",
             fix=f"set requires_grad on them before the optimizer is built; if they are meant to stay, pass frozen=({part!r},)",
         )
     return ok()
 
 
-def _other_turn(facts: Facts, slots: list[int]) -> bool:
+def _other_turn(facts: Facts, slots: Bools) -> bool:
     """toggle_optimizer freezes what the other optimizers own."""
-    return facts.optimizers > 1 and any((o := facts.slots[i].owner) is not None and o != facts.optimizer for i in slots)
+    owner = facts.slots.owner[slots]
+    return facts.optimizers > 1 and bool(((owner >= 0) & (owner != facts.optimizer)).any())
 
 
 CHECK = Check(
@@ -52,5 +56,6 @@ CHECK = Check(
     quiet="Parts that PEFT keeps frozen by design, frozen=(...), toggle_optimizer, adapters that are not active.",
     threads=("meta-pytorch/torchtune#2250",),
     explained_by=("LP101", "LP102", "LP105", "LP106"),
+    needs=("coverage",),
     judge=judge,
 )

@@ -57,7 +57,8 @@ def _gradients(facts: Facts) -> Verdict:
         starved = [token for token, count in rows.starved if count >= LOOKS]
         if not starved:
             continue
-        if not any(h.had_gradient and not h.zero and not h.missing for h in facts.history):
+        history = facts.history
+        if not (history.had_gradient & (history.zero == 0) & (history.missing == 0)).any():
             return pending("no gradient of the adapter is other than zero, those of the new tokens neither")
         verdict = fail(
             f"the rows of {len(starved)} of {len(rows.ids)} new tokens get no gradient in {rows.name}, though one arrives for them: "
@@ -90,5 +91,6 @@ CHECK = Check(
     quiet="Rows trained by trainable_token_indices, modules_to_save, an adapter on the embedding or the table itself; tied tables; tokens that "
     "do not occur in a batch; an untied head that stays as it is.",
     threads=("huggingface/peft#1457", "hiyouga/LlamaFactory#6749"),
+    needs=("coverage",),
     judge=judge,
 )

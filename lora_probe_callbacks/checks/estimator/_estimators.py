@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from lora_probe_callbacks.checks._base import Verdict, pending, skipped, worst
-from lora_probe_callbacks.facts import EstimatorFact, Facts
+from lora_probe_callbacks.facts import EstimatorFact, Facts, Gradients
 
 __all__ = ["also_at_estimators", "at", "each"]
 
@@ -42,7 +42,7 @@ def _as_training(facts: Facts, estimator: EstimatorFact) -> Facts:
         forwards=tuple(dataclasses.replace(f, received=True) for f in estimator.forwards),
         modes=estimator.modes,
         active=estimator.active,
-        gradients=(),
+        gradients=Gradients.unread(len(facts.slots)),
         unobservable=None,
     )
 

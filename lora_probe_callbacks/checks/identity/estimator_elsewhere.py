@@ -14,9 +14,9 @@ def judge(facts: Facts) -> Verdict:
 
 def _judge(facts: Facts, estimator: EstimatorFact) -> Verdict | None:
     name = estimator.name
-    if estimator.reached and estimator.reached & facts.intended:
+    if estimator.reached and estimator.reached & facts.intended_slots:
         return ok()
-    expected = f"the {len(facts.intended)} adapter tensors of the model that is trained"
+    expected = f"the {len(facts.intended_slots)} adapter tensors of the model that is trained"
     if estimator.foreign and not any(f.holds_expected for f in estimator.forwards):
         return fail(
             f"estimator {name!r} runs on another module: it leads to {estimator.foreign} parameters that the trained model does not hold, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, some, warn
 from lora_probe_callbacks.checks.estimator._estimators import each
-from lora_probe_callbacks.facts import EstimatorFact, Facts
+from lora_probe_callbacks.facts import EstimatorFact, Facts, count, mask
 
 
 def judge(facts: Facts) -> Verdict:
@@ -15,25 +15,26 @@ def judge(facts: Facts) -> Verdict:
 def _judge(facts: Facts, estimator: EstimatorFact) -> Verdict | None:
     if estimator.direction is None:
         return None
-    mine = estimator.direction & facts.intended
-    if estimator.direction_foreign or not mine:
+    intended = count(facts.intended)
+    mine = mask(estimator.direction, len(facts.slots)) & facts.intended
+    if estimator.direction_foreign or not mine.any():
         foreign = some(estimator.direction_foreign) or "tensors that are no part of the adapter"
         return fail(
             f"the update direction of estimator {estimator.name!r} was built on other tensors than those that train: {foreign}",
             facts.intended,
             cause=estimator.name,
-            got=f"{len(mine)} of {len(facts.intended)} adapter tensors, and {len(estimator.direction_foreign)} that the model does not hold",
+            got=f"{count(mine)} of {intended} adapter tensors, and {len(estimator.direction_foreign)} that the model does not hold",
             expected="tensors of the model that is trained, by object",
         )
-    learning = {i for i in facts.intended if facts.gradients and (g := facts.gradients[i]) is not None and g.present}
-    left_out = sorted(learning - mine)
-    if left_out:
+    learning = facts.intended & facts.gradients.present
+    left_out = learning & ~mine
+    if left_out.any():
         return warn(
-            f"the update direction of estimator {estimator.name!r} leaves out {len(left_out)} adapter tensors that the step moves: "
-            f"{some([facts.slots[i].name for i in left_out])}",
+            f"the update direction of estimator {estimator.name!r} leaves out {count(left_out)} adapter tensors that the step moves: "
+            f"{some(facts.slots.names(left_out))}",
             left_out,
             cause=estimator.name,
-            got=f"{len(mine)} of {len(learning)} tensors with a gradient",
+            got=f"{count(mine)} of {count(learning)} tensors with a gradient",
             expected="all of them, or a part on purpose",
             fix='if the direction is a part of the step on purpose, pass ignore=("LP204",); else build it from all of them',
         )

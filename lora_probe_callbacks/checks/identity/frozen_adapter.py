@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, some, warn
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Bools, Facts, count
 
 
 def judge(facts: Facts) -> Verdict:
     """Look for active adapters whose tensors do not require gradients."""
-    judged = [
-        i
-        for i in sorted(facts.intended)
-        if facts.modes[facts.slots[i].unit] in ("active", "merged") and _is_its_turn(facts, i)
-    ]
-    frozen = [i for i in judged if not facts.slots[i].requires_grad]
-    if not judged:
+    slots = facts.slots
+    judged = facts.intended & facts.on_now & _their_turn(facts)
+    if not judged.any():
         return pending("the adapter is not active at this moment, or its optimizer has not had its turn")
-    if not frozen:
+    frozen = judged & ~slots.requires_grad
+    if not frozen.any():
         return ok()
-    names = [facts.slots[i].name for i in frozen]
     for adapter in facts.expected:
-        mine = [i for i in judged if facts.slots[i].adapter == adapter]
-        if mine and all(i in frozen for i in mine):
+        mine = judged & slots.of_adapter(adapter)
+        if mine.any() and not (mine & ~frozen).any():
             return fail(
-                f"all {len(mine)} tensors of adapter {adapter!r} are frozen (requires_grad=False)",
+                f"all {count(mine)} tensors of adapter {adapter!r} are frozen (requires_grad=False)",
                 frozen,
                 cause=adapter,
-                got=f"0 of {len(mine)} trainable",
-                expected=f"{len(mine)} of {len(mine)}",
+                got=f"0 of {count(mine)} trainable",
+                expected=f"{count(mine)} of {count(mine)}",
             )
-    by_role = {role: [i for i in judged if facts.slots[i].role == role] for role in ("A", "B", "other")}
-    if set(frozen) == set(by_role["A"]) and by_role["B"]:
+    a, b = judged & slots.of_role("A"), judged & slots.of_role("B")
+    if np.array_equal(frozen, a) and b.any():
         return ok()  # LoRA-FA trains B alone
-    if set(frozen) == set(by_role["B"]) and by_role["A"] and all(facts.history[i].had_signal for i in frozen):
+    if np.array_equal(frozen, b) and a.any() and facts.history.had_signal[frozen].all():
         return ok()  # A and B are trained in turns
+    number, total = count(frozen), count(judged)
     return warn(
-        f"{len(frozen)} of {len(judged)} adapter tensors are frozen: {some(names)}",
+        f"{number} of {total} adapter tensors are frozen: {some(slots.names(frozen))}",
         frozen,
-        got=f"{len(judged) - len(frozen)} of {len(judged)} trainable",
-        expected=f"{len(judged)} of {len(judged)}, or the frozen ones declared",
+        got=f"{total - number} of {total} trainable",
+        expected=f"{total} of {total}, or the frozen ones declared",
         fix="if they are meant to stay as they are, pass frozen=(a part of their names,); if not, set requires_grad",
     )
 
 
-def _is_its_turn(facts: Facts, slot: int) -> bool:
+def _their_turn(facts: Facts) -> Bools:
     """With several optimizers, toggle_optimizer freezes what the others own: ask at the owner's event."""
-    owner = facts.slots[slot].owner
-    return facts.optimizers < 2 or owner is None or owner == facts.optimizer
+    owner = facts.slots.owner
+    if facts.optimizers < 2:
+        return np.ones(len(facts.slots), np.bool_)
+    turn: Bools = (owner < 0) | (owner == facts.optimizer)
+    return turn
 
 
 CHECK = Check(

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, some
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count, mask
 
 
 def judge(facts: Facts) -> Verdict:
     """Look for trainable adapter tensors that are in no parameter group."""
     if facts.optimizers == 0:
         return pending("no optimizer is known yet")
-    missing = [
-        i
-        for i in sorted(facts.intended - set(facts.replaced))
-        if facts.slots[i].owner is None
-        and facts.slots[i].requires_grad
-        and facts.modes[facts.slots[i].unit] in ("active", "merged")
-    ]
-    if not missing:
-        return ok()
+    slots, intended = facts.slots, count(facts.intended)
+    replaced = mask(facts.replaced, len(slots))
+    missing = facts.intended & ~replaced & ~slots.owned & slots.requires_grad & facts.on_now
+    if not missing.any():
+        return ok() if intended else pending("no adapter tensor is expected to train")
     return fail(
-        f"{len(missing)} of {len(facts.intended)} adapter tensors are in no optimizer: "
-        f"{some([facts.slots[i].name for i in missing])}",
+        f"{count(missing)} of {intended} adapter tensors are in no optimizer: {some(slots.names(missing))}",
         missing,
-        got=f"{len(facts.intended) - len(missing)} of {len(facts.intended)} adapter tensors among the "
+        got=f"{intended - count(missing)} of {intended} adapter tensors among the "
         f"{facts.optimizer_tensors} tensors of {facts.optimizers} optimizer(s)",
-        expected=f"{len(facts.intended)} of {len(facts.intended)}",
+        expected=f"{intended} of {intended}",
     )
 
 
@@ -40,5 +35,6 @@ CHECK = Check(
     quiet="Frozen tensors; adapters that are not active.",
     threads=("adapter-hub/adapters#260", "Lightning-Universe/lightning-GPT#17"),
     explained_by=("LP101", "LP102", "LP105", "LP106", "LP202", "LP203"),
+    needs=("owned",),
     judge=judge,
 )

@@ -10,15 +10,15 @@ def judge(facts: Facts) -> Verdict:
     """Look for steps in which the model that the optimizer owns was not the one called."""
     if facts.unobservable:
         return pending(facts.unobservable)
-    if facts.moment == "start" or not facts.slots:
+    if facts.moment == "start" or not len(facts.slots):
         return pending("no step was made yet")
     if facts.moment == "end" and not facts.ever_stepped and not facts.forwards:
         return pending("the model was never called with gradients enabled while the probe was watching")
     forwards = facts.training_forwards
     if forwards and any(f.holds_expected for f in forwards):
         return ok()
-    read = [i for i, g in enumerate(facts.gradients) if g is not None]
-    if any(facts.gradients[i].present for i in read):  # type: ignore[union-attr]
+    read = facts.gradients.read
+    if facts.gradients.present.any():
         return ok()  # whoever was called, the gradients arrive
     others = [f.module for f in forwards] or list(facts.elsewhere)
     if others:
@@ -30,7 +30,7 @@ def judge(facts: Facts) -> Verdict:
         )
     if facts.moment == "exception" or facts.forwards_without_grad:
         return pending("the model was not called with gradients enabled")
-    if any(facts.history[i].missing < PERSISTENT for i in read) or not read:
+    if not read.any() or (facts.history.missing[read] < PERSISTENT).any():
         return pending("the model was not called in this step")
     return fail(
         f"the optimizer stepped {PERSISTENT} probed steps and the model that it owns was never called: the loss comes from somewhere else",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, some
-from lora_probe_callbacks.facts import CopiesFact, Facts
+from lora_probe_callbacks.facts import CopiesFact, Facts, mask
 
 STEPS = 3  # of copies that move while the adapter stands: one that writes back a step late is healthy
 
@@ -24,22 +24,20 @@ def judge(facts: Facts) -> Verdict:
         )
     if not facts.replaced:
         return ok() if facts.copies is None else _copies(facts, facts.copies)
-    names = [facts.slots[i].name for i in facts.replaced]
+    names = facts.slots.names(facts.replaced)
     # What stands beside them in the same place is new as well: a parametrization makes two tensors out of one.
-    beside = {
-        i for i in facts.slots_of_units({facts.slots[i].unit for i in facts.replaced}) if facts.slots[i].owner is None
-    }
+    beside = facts.slots_of_units(facts.slots.unit[list(facts.replaced)].tolist()) & ~facts.slots.owned
     return fail(
         f"the optimizer steps {facts.foreign_in_optimizer} tensors that the model does not hold, in place of {len(names)} of its "
         f"adapter tensors ({some(names)}): they were replaced after it was built, or belong to another model",
-        {*facts.replaced, *beside},
+        mask(facts.replaced, len(facts.slots)) | beside,
         got=f"{facts.foreign_in_optimizer} orphaned tensors of the same shapes in the optimizer",
         expected="the tensor objects that the model holds now",
     )
 
 
 def _copies(facts: Facts, copies: CopiesFact) -> Verdict:
-    names = some([facts.slots[i].name for i in sorted(copies.slots)])
+    names = some(facts.slots.names(copies.slots))
     who = (
         f"the optimizer steps {facts.foreign_in_optimizer} tensors that the model does not hold, copies of {len(copies.slots)} of its "
         f"adapter tensors ({names})"
@@ -78,5 +76,6 @@ CHECK = Check(
     "an optimizer on another device): they are told from orphans by their first steps.",
     threads=("huggingface/lerobot#3459", "huggingface/peft#793", "pytorch/pytorch#149205"),
     explained_by=("LP107",),
+    needs=("owned",),
     judge=judge,
 )

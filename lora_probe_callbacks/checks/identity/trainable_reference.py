@@ -18,7 +18,7 @@ def judge(facts: Facts) -> Verdict:
         return ok()
     first = trainable[0]
     # Where the expected adapter got nothing in this step, the reference took its place: one fault, told here.
-    in_its_place = first.active_now and not any(g is not None and g.present and not g.zero for g in facts.gradients)
+    in_its_place = first.active_now and not (facts.gradients.present & ~facts.gradients.zero).any()
     units = facts.bad_units("inactive") if in_its_place else frozenset()
     more = f", and active instead of {list(facts.expected)}" if units else ""
     return fail(

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lora_probe_callbacks.checks._base import Check, Verdict, ok, pending, some, warn
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count
 
 
 def judge(facts: Facts) -> Verdict:
     """Look for B that a rule for groups has passed over."""
-    known = [i for i in sorted(facts.intended) if (rate := facts.rates[i]) is not None and rate > 0]
-    if len({facts.rates[i] for i in known}) == 1 and {"A", "B"} <= {facts.slots[i].role for i in known}:
-        return ok()
-    first = {facts.slots[i].unit: i for i in known if facts.slots[i].role == "A"}
-    pairs = [
-        (first[facts.slots[i].unit], i) for i in known if facts.slots[i].role == "B" and facts.slots[i].unit in first
-    ]
-    if not pairs:
+    slots = facts.slots
+    known = facts.intended & (slots.rate > 0.0)
+    rate_of_a = np.full(len(facts.units), np.nan)  # by unit
+    a = known & slots.of_role("A")
+    rate_of_a[slots.unit[a]] = slots.rate[a]
+    beside = rate_of_a[slots.unit]  # the rate of the A of the same unit
+    b = known & slots.of_role("B") & ~np.isnan(beside)
+    if not b.any():
         return pending("no pair of A and B has a learning rate above 0")
-    rates = {a: (facts.rates[a] or 0.0, facts.rates[b] or 0.0) for a, b in pairs}
-    apart = {pair for pair in rates.values() if pair[0] != pair[1]}
-    passed_over = [b for a, b in pairs if rates[a][0] == rates[a][1] and rates[a][0] in {pair[0] for pair in apart}]
-    kinds = {facts.slots[b].part for b in passed_over}
-    if len(apart) != 1 or not passed_over or any(facts.slots[b].part in kinds for a, b in pairs if rates[a] in apart):
+    apart = b & (slots.rate != beside)
+    rates = set(zip(beside[apart].tolist(), slots.rate[apart].tolist(), strict=True))
+    if len(rates) != 1:
         return ok()
-    rate_a, rate_b = next(iter(apart))
+    rate_a, rate_b = next(iter(rates))
+    passed_over = b & ~apart & (slots.rate == rate_a)
+    kinds = {slots.part[i] for i in np.flatnonzero(passed_over)}
+    if not count(passed_over) or kinds & {slots.part[i] for i in np.flatnonzero(apart)}:
+        return ok()
     return warn(
         f"{', '.join(sorted(kinds))} has the learning rate of A, {rate_a:g}, while every other B has {rate_b:g}: "
-        f"{some([facts.slots[b].name for b in passed_over])}",
+        f"{some(slots.names(passed_over))}",
         passed_over,
         got=f"learning rate {rate_a:g} for {sorted(kinds)}",
         expected=f"{rate_b:g}, as for the other B, or a rate of their own",

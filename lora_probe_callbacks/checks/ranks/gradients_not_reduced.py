@@ -77,5 +77,6 @@ CHECK = Check(
     quiet="no_sync() while gradients are accumulated, reductions by hand before step(), equal batches on all ranks, shards, "
     "communication hooks, uneven inputs under Join.",
     threads=("huggingface/trl#7245", "kohya-ss/sd-scripts#989", "intel/e2eAIOK#197"),
+    needs=("ranks",),
     judge=judge,
 )

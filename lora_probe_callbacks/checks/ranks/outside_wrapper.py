@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped, some
 from lora_probe_callbacks.checks.ranks._between_ranks import alone, explained, not_comparable, unmanaged
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count
 
 
 def judge(facts: Facts) -> Verdict:
@@ -20,7 +20,7 @@ def judge(facts: Facts) -> Verdict:
         return skipped(why_not)
     if not ranks.unmanaged:
         return ok()
-    names = [facts.slots[i].name for i in wrapping.unmanaged]
+    names = facts.slots.names(wrapping.unmanaged)
     who = f"{ranks.unmanaged} adapter tensors are not managed by {wrapping.kind}" + (
         f" ({some(names)})" if names else ""
     )
@@ -32,7 +32,7 @@ def judge(facts: Facts) -> Verdict:
         f"{who}: it was made before they were there or could train, nobody reduces their gradients, and every rank trains its own adapter",
         facts.intended,
         got=f"a sample of the {of} differs by {apart:.1%} of its norm between rank {a} and rank {b}",
-        expected=f"all {len(facts.intended)} adapter tensors managed by {wrapping.kind}",
+        expected=f"all {count(facts.intended)} adapter tensors managed by {wrapping.kind}",
     )
 
 
@@ -47,5 +47,6 @@ CHECK = Check(
     "accelerator.prepare), then the optimizer.",
     quiet="Tensors left out on purpose and reduced by hand: as long as ranks agree, this stays pending.",
     threads=("huggingface/transformers#48792", "hao-ai-lab/FastVideo#1666", "huggingface/peft#899"),
+    needs=("ranks",),
     judge=judge,
 )

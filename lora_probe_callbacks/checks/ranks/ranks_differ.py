@@ -60,5 +60,6 @@ CHECK = Check(
     quiet="Shards, which differ by design; uneven inputs under Join; differences below a thousandth of the norm. Ranks that train "
     "separate adapters on purpose are warned of.",
     threads=("juzhengz/LoRI#8", "NVIDIA-NeMo/Megatron-Bridge#5843", "InfiniTensor/InfiniTrain#150"),
+    needs=("ranks",),
     judge=judge,
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lora_probe_callbacks.checks._base import PERSISTENT, Verdict, fail, pending, some, warn
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Bools, Facts, count, mask
 
 __all__ = ["judge_missing", "unreached"]
 
 
-def unreached(facts: Facts) -> frozenset[int] | None:
+def unreached(facts: Facts) -> Bools | None:
     """Slots that ran in a training forward, that its graph does not lead to, and that have no gradient.
 
     Args:
@@ -24,28 +26,20 @@ def unreached(facts: Facts) -> frozenset[int] | None:
         walked = []  # no gradient arrived at any output: the loss does not lead to the model at all
     elif not walked:
         return None
-    called = facts.called_units
     reached = frozenset[int]().union(*(f.reached for f in walked if f.reached is not None))
-    return frozenset(
-        i
-        for i in facts.intended - reached
-        if facts.slots[i].requires_grad
-        and facts.slots[i].unit not in facts.ungraded_units
-        and (called is None or facts.slots[i].unit in called)
-        and _without_gradient(facts, i)
-    )
+    lost = facts.intended & ~mask(reached, len(facts.slots)) & facts.slots.requires_grad
+    lost &= ~facts.slots_of_units(facts.ungraded_units) & _without_gradient(facts)
+    return lost if facts.called_slots is None else lost & facts.called_slots
 
 
-def _without_gradient(facts: Facts, slot: int) -> bool:
-    gradient = facts.gradients[slot] if facts.gradients else None
-    if gradient is None:  # not read: only an exception leaves nothing else to go by
-        return facts.moment == "exception"
-    return not gradient.present
+def _without_gradient(facts: Facts) -> Bools:
+    """None when it was read; where it was not, only an exception leaves nothing else to go by."""
+    unread = ~facts.gradients.read if facts.moment == "exception" else np.zeros(len(facts.slots), np.bool_)
+    found: Bools = facts.gradients.missing | unread
+    return found
 
 
-def judge_missing(
-    facts: Facts, slots: frozenset[int], message: str, *, got: str, expected: str, fix: str = ""
-) -> Verdict:
+def judge_missing(facts: Facts, slots: Bools, message: str, *, got: str, expected: str, fix: str = "") -> Verdict:
     """Fail at once if the whole adapter is concerned from the start, else over time.
 
     A part of an adapter may have no gradient in one batch (a task's head, an expert). After gradients
@@ -62,18 +56,17 @@ def judge_missing(
     Returns:
         A verdict: fail, warn or pending.
     """
-    names = [facts.slots[i].name for i in sorted(slots)]
-    judged = [i for i in facts.intended if facts.gradients and facts.gradients[i] is not None] or list(facts.intended)
-    whole = all(i in slots for i in judged)
-    who = f"any of the {len(slots)} adapter tensors" if whole else f"{len(slots)} adapter tensors ({some(names)})"
+    read = facts.intended & facts.gradients.read
+    judged = read if read.any() else facts.intended
+    whole = not (judged & ~slots).any()
+    number, names = count(slots), some(facts.slots.names(slots))
+    who = f"any of the {number} adapter tensors" if whole else f"{number} adapter tensors ({names})"
     if message.startswith("{who}"):
-        who = f"all {len(slots)} adapter tensors" if whole else who
+        who = f"all {number} adapter tensors" if whole else who
     text = message.format(who=who)
-    row = min(facts.history[i].missing for i in slots)
-    ever = any(facts.history[i].had_gradient for i in (judged if whole else slots))
-    if facts.moment == "exception" and whole:
-        return fail(text, slots, fix=fix, got=got, expected=expected)
-    if whole and not ever:
+    row = int(facts.history.missing[slots].min())
+    ever = bool(facts.history.had_gradient[judged if whole else slots].any())
+    if whole and (facts.moment == "exception" or not ever):
         return fail(text, slots, fix=fix, got=got, expected=expected)
     if row >= PERSISTENT and (whole or not ever):
         return fail(f"{text}, in {row} probed steps in a row", slots, fix=fix, got=got, expected=expected)

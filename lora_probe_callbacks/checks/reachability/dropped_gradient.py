@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, warn
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count, mask
 
 # In eval mode, with gradients enabled, only the first layers' inputs need none: these few are packed, and harmless.
 MOST = 0.5
@@ -15,13 +15,14 @@ def judge(facts: Facts) -> Verdict:
     if not forwards:
         return pending(facts.unobservable or "no training forward was seen in this step")
     packed, four_bit = facts.packed
-    dropped = frozenset().union(*(f.dropped for f in forwards)) & facts.intended
+    behind = frozenset[int]().union(*(f.dropped for f in forwards))
+    dropped = mask(behind, len(facts.slots)) & facts.intended
     hidden = any(f.why_unknown for f in forwards)
-    if packed and (dropped or (hidden and packed > MOST * four_bit)):
-        concerned = dropped or facts.intended
+    if packed and (dropped.any() or (hidden and packed > MOST * four_bit)):
+        concerned = dropped if dropped.any() else facts.intended
         return fail(
             f"{packed} of {four_bit} 4-bit weights are packed for inference: the training forward runs through a kernel without a backward, the "
-            f"loss is right, and the gradients of {len(concerned)} adapter tensors lack the part that comes through it",
+            f"loss is right, and the gradients of {count(concerned)} adapter tensors lack the part that comes through it",
             facts.intended,
             cause="packed",
             got=f"{packed} of {four_bit} 4-bit weights packed for inference",
@@ -29,11 +30,11 @@ def judge(facts: Facts) -> Verdict:
             fix="a forward in eval mode without gradients (evaluation, generation) packed them, on a CPU with AVX512-BF16: call model.state_dict() after "
             "it, which puts them back, or leave the model in train mode for it (dropout set to 0), or train elsewhere (bitsandbytes 0.50)",
         )
-    if dropped:
+    if dropped.any():
         return warn(
-            f"{len(dropped)} adapter tensors lie behind an operation without a backward, which passes no gradient on",
+            f"{count(dropped)} adapter tensors lie behind an operation without a backward, which passes no gradient on",
             dropped,
-            got=f"an operation that torch knows no backward of, before {len(dropped)} tensors",
+            got=f"an operation that torch knows no backward of, before {count(dropped)} tensors",
             expected="operations with a backward",
             fix="torch names the operation in a warning at the first backward; if its gradient is meant to be zero nothing is wrong, else register an "
             "autograd kernel for it or use another implementation",

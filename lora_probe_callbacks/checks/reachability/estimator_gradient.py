@@ -15,7 +15,7 @@ def judge(facts: Facts) -> Verdict:
 def _judge(facts: Facts, estimator: EstimatorFact) -> Verdict | None:
     if estimator.missing is None:
         return None
-    wanted = facts.intended if estimator.direction is None else estimator.direction & facts.intended
+    wanted = facts.intended_slots if estimator.direction is None else estimator.direction & facts.intended_slots
     if wanted and wanted <= estimator.missing:
         return fail(
             f"the loss of estimator {estimator.name!r} gives the adapter no gradient: all {len(wanted)} are None",

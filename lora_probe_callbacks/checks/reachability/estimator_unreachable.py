@@ -17,23 +17,24 @@ def _judge(facts: Facts, estimator: EstimatorFact) -> Verdict | None:
         return None
     if estimator.why_unknown:
         return pending(f"{estimator.why_unknown}; the gradients decide")
-    reached = (estimator.reached or frozenset()) & facts.intended
+    reached = (estimator.reached or frozenset()) & facts.intended_slots
     if not reached:
         what = "carries no graph" if not estimator.graph else "has a graph that leads to none of the adapter's tensors"
         return fail(
             f"estimator {estimator.name!r} does not depend on the adapter: what it differentiates {what}",
             facts.intended,
             cause=estimator.name,
-            got=f"0 of {len(facts.intended)} adapter tensors in its graph",
+            got=f"0 of {len(facts.intended_slots)} adapter tensors in its graph",
             expected="all of them",
         )
     ran = {u for f in estimator.forwards if f.with_grad is not None for u in f.with_grad}
-    wanted = facts.intended if estimator.direction is None else estimator.direction & facts.intended
-    lost = sorted(i for i in wanted - reached if facts.slots[i].unit in ran and facts.slots[i].requires_grad)
+    wanted = facts.intended_slots if estimator.direction is None else estimator.direction & facts.intended_slots
+    slots = facts.slots
+    lost = sorted(i for i in wanted - reached if slots.unit[i] in ran and slots.requires_grad[i])
     if lost:
         return warn(
             f"estimator {estimator.name!r} does not depend on {len(lost)} adapter tensors whose layers ran in its forward: "
-            f"{some([facts.slots[i].name for i in lost])}",
+            f"{some(slots.names(lost))}",
             lost,
             cause=estimator.name,
             got=f"{len(reached)} of {len(wanted)} adapter tensors in its graph",

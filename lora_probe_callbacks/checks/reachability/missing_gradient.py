@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, ok, pending, warn
+from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, fail, ok, pending, warn
 from lora_probe_callbacks.checks.reachability._missing import judge_missing, unreached
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Bools, Facts, count
 
 LONG = 4 * PERSISTENT  # a head may be warmed up alone, on outputs of the model
 
 
 def judge(facts: Facts) -> Verdict:
     """Look for tensors without a gradient when the optimizer is about to step."""
-    read = [i for i in facts.intended if facts.gradients and facts.gradients[i] is not None]
-    if not read:
+    read = facts.intended & facts.gradients.read
+    if not read.any():
         return pending("no gradient was read at this decision")
     if facts.unobservable is None and not any(f.holds_expected for f in facts.training_forwards):
         return _only_without_grad(facts, read) or pending(
             "the model was not called in this step"
         )  # LP209 finds out who was
-    called = facts.called_units
-    ungraded_units = facts.ungraded_units
-    lost = unreached(facts) or frozenset()
-    missing = frozenset(
-        i
-        for i in read
-        if not facts.gradients[i].present  # type: ignore[union-attr]
-        and facts.slots[i].requires_grad
-        and (called is None or facts.slots[i].unit in called)
-        and i not in lost
-    )
-    if not missing:
-        return ok()
+    missing = read & facts.gradients.missing & facts.slots.requires_grad
+    if facts.called_slots is not None:
+        missing &= facts.called_slots
+    lost = unreached(facts)
+    if lost is not None:
+        missing &= ~lost
+    if not missing.any():
+        return ok() if (read & facts.gradients.present).any() else pending("no gradient that should be there was read")
+    return _missing(facts, read, missing)
+
+
+def _missing(facts: Facts, read: Bools, missing: Bools) -> Verdict:
     checkpointed = [f.why_unknown for f in facts.training_forwards if f.why_unknown and "Checkpoint" in f.why_unknown]
-    ungraded = {facts.slots[i].unit for i in missing} <= ungraded_units
+    ungraded = not (missing & ~facts.slots_of_units(facts.ungraded_units)).any()
     fix = (
         "reentrant checkpointing drops the graph where none of its inputs requires gradients: pass use_reentrant=False, or call "
         "enable_input_require_grads() on the part that is checkpointed (a vision or audio tower has its own inputs)"
@@ -50,29 +49,35 @@ def judge(facts: Facts) -> Verdict:
         "{who} got no gradient (None), although the layers ran"
         + (", without gradients enabled, inside the training forward" if ungraded else "")
         + calls,
-        got=f"{len(missing)} of {len(read)} gradients None" + (f"; {checkpointed[0]}" if checkpointed else ""),
+        got=f"{count(missing)} of {count(read)} gradients None" + (f"; {checkpointed[0]}" if checkpointed else ""),
         expected="0",
         fix=fix,
     )
 
 
-def _only_without_grad(facts: Facts, read: list[int]) -> Verdict | None:
+def _only_without_grad(facts: Facts, read: Bools) -> Verdict | None:
     """Every call of the model was under no_grad, and the loss is made of something else."""
-    missing = [i for i in read if facts.slots[i].requires_grad and not facts.gradients[i].present]  # type: ignore[union-attr]
-    if not facts.forwards_without_grad or facts.forwards or facts.elsewhere or not missing:
+    missing = read & facts.gradients.missing & facts.slots.requires_grad
+    if not facts.forwards_without_grad or facts.forwards or facts.elsewhere or not missing.any():
         return None
-    row = min(facts.history[i].missing for i in missing)
-    if row < LONG:
+    row = int(facts.history.missing[missing].min())
+    nothing = facts.no_gradient_at_all  # not even of something else that these steps may train
+    if row < (PERSISTENT if nothing else LONG):
         return pending(f"the model was called without gradients only, in {row} probed step(s): they may warm up a head")
-    return warn(
-        f"all {len(missing)} adapter tensors got no gradient (None) in {row} probed steps: every call of the model was under no_grad or "
-        "inference_mode, and the loss trains something else",
+    what = (
+        "nothing else has a gradient either: the loss carries no graph" if nothing else "the loss trains something else"
+    )
+    settle = "" if nothing else "if these steps are a warm-up of something else nothing is wrong; else "
+    folk = "; loss.requires_grad_(True) silences the error and trains nothing" if nothing else ""
+    report = fail if nothing else warn
+    return report(
+        f"all {count(missing)} adapter tensors got no gradient (None) in {row} probed steps: every call of the model was under no_grad or "
+        f"inference_mode, and {what}",
         missing,
         cause="without gradients",
         got=f"{facts.forwards_without_grad} calls without gradients in this step, 0 with",
         expected="a call with gradients in every step",
-        fix="if these steps are a warm-up of something else nothing is wrong; else take no_grad, inference_mode and "
-        "set_grad_enabled(False) away from the forward that makes the loss",
+        fix=f"{settle}take no_grad, inference_mode and set_grad_enabled(False) away from the forward that makes the loss{folk}",
     )
 
 
@@ -105,5 +110,7 @@ CHECK = Check(
         "LP301",
         "LP308",
     ),
+    needs=("owned",),
+    sets_ranks_apart=True,
     judge=judge,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, ok, pending, skipped
 from lora_probe_callbacks.checks.reachability._missing import judge_missing, unreached
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count
 
 
 def judge(facts: Facts) -> Verdict:
@@ -16,7 +16,7 @@ def judge(facts: Facts) -> Verdict:
     lost = unreached(facts)
     if lost is None:
         return skipped(unknown[0] if unknown else "the graph was not walked in this step")
-    if not lost:
+    if not lost.any():
         return ok()
     if not any(f.received for f in forwards) and facts.moment != "exception":
         return judge_missing(
@@ -30,7 +30,7 @@ def judge(facts: Facts) -> Verdict:
         facts,
         lost,
         "the loss does not depend on {who}: the graph of its forward does not lead there",
-        got=f"{len(facts.intended) - len(lost)} of {len(facts.intended)} adapter tensors in the graph",
+        got=f"{count(facts.intended & ~lost)} of {count(facts.intended)} adapter tensors in the graph",
         expected="all of them",
     )
 
@@ -44,5 +44,6 @@ CHECK = Check(
     quiet="Graphs that cannot be walked (reentrant checkpointing, compiled regions): there the gradients decide (LP302).",
     threads=("huggingface/peft#291",),
     explained_by=("LP101", "LP102", "LP103", "LP104", "LP105", "LP106", "LP203", "LP209"),
+    sets_ranks_apart=True,
     judge=judge,
 )

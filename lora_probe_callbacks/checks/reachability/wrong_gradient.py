@@ -103,5 +103,9 @@ CHECK = Check(
     "repeated is skipped with its reason. Small disagreements (dropout of a few percent) stay below what it can tell.",
     threads=("Comfy-Org/ComfyUI#15846", "huggingface/peft#3774"),
     explained_by=("LP308", "LP405"),
+    needs=(
+        "owned",
+        "finite difference",
+    ),
     judge=judge,
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import numpy as np
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, some
-from lora_probe_callbacks.facts import Facts, StepUpdate
+from lora_probe_callbacks.facts import Bools, Facts, Update, count
 
 LEFT = 0.1  # of the norm of B before the step
 FACTOR = 10.0  # times what the rate, the gradient and weight decay account for: Adam steps by 3.2 rates at most
@@ -16,31 +16,30 @@ def judge(facts: Facts) -> Verdict:
     update = facts.update
     if update is None:
         return pending("no update was seen yet")
-    b = [i for i in sorted(facts.intended) if facts.slots[i].role == "B" and (update.starts[i] or 0.0) > 0]
-    if not b:
+    b = facts.intended & facts.slots.of_role("B") & (update.start > 0.0)
+    if not b.any():
         return pending("no B has a value that a step could erase")
-    if not all(_erased(facts, update, i) for i in b):
+    if (b & ~_erased(facts, update)).any():
         return ok()
-    starts, ends = (math.hypot(*map(column.__getitem__, b)) for column in (update.starts, update.norms))  # type: ignore[arg-type]
+    start, end = (float(np.linalg.norm(column[b])) for column in (update.start, update.norm))
     return fail(
-        f"one step erased the adapter: the norm of B fell from {starts:.3g} to {ends:.3g} in all {len(b)} adapted layers, "
-        f"{some([facts.slots[i].name for i in b], 2)}",
+        f"one step erased the adapter: the norm of B fell from {start:.3g} to {end:.3g} in all {count(b)} adapted layers, "
+        f"{some(facts.slots.names(b), 2)}",
         b,
         of_update=True,
-        got=f"a change of {starts:.3g} at a learning rate of {facts.rates[b[0]]:g}",
+        got=f"a change of {start:.3g} at a learning rate of {facts.slots.rate[b][0]:g}",
         expected="a change of the size of rate and gradient",
     )
 
 
-def _erased(facts: Facts, update: StepUpdate, slot: int) -> bool:
+def _erased(facts: Facts, update: Update) -> Bools:
     """Next to nothing is left, and the change is larger than rate, gradient and weight decay account for."""
-    start, size, norm, rate = update.starts[slot], update.sizes[slot], update.norms[slot], facts.rates[slot]
-    if rate is None or not norm < LEFT * start:  # type: ignore[operator]  # what has a start has been stepped
-        return False
-    gradient = update.gradient_norms[slot] if update.gradient_norms else None
-    decay = (facts.slots[slot].weight_decay or 0.0) * start  # type: ignore[operator]
+    slots = facts.slots
+    gradient, decay = np.nan_to_num(update.gradient_norm), np.nan_to_num(slots.weight_decay) * update.start
     # A rate that is NaN explains everything: nothing is above it.
-    return size > FACTOR * rate * max(math.sqrt(facts.slots[slot].numel), gradient or 0.0, decay)  # type: ignore[operator]
+    explained = FACTOR * slots.rate * np.maximum(np.sqrt(slots.numel), np.maximum(gradient, decay))
+    erased: Bools = (update.norm < LEFT * update.start) & (update.size > explained)
+    return erased
 
 
 CHECK = Check(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped, some, warn
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count
 
 DRIFT_WARN, DRIFT_FAIL = 0.005, 0.02  # root mean square of the change over that of the weight
 CODES_WARN = 0.01  # fraction of quantised codes that changed: a single merge changes more, so it never fails
@@ -35,18 +35,14 @@ def judge(facts: Facts) -> Verdict:
                 fix="give the optimizer only what trains, or call zero_grad(set_to_none=True), so that tensors without a gradient are passed over",
             )
     # What is not finite counts as moved though it may be as it was; LP501 speaks of that.
-    moved = [
-        i
-        for i, move in enumerate(facts.moves)
-        if facts.slots[i].frozen_by_intent and move is not None and move.moved and move.finite
-    ]
-    if moved:
+    update = facts.update
+    if update is not None and (moved := facts.slots.frozen_by_intent & update.moved & ~update.broken).any():
         return fail(
-            f"{len(moved)} adapter tensors that were declared frozen moved: {some([facts.slots[i].name for i in moved])}",
+            f"{count(moved)} adapter tensors that were declared frozen moved: {some(facts.slots.names(moved))}",
             moved,
             cause="frozen",
             of_update=True,
-            got=f"{len(moved)} moved",
+            got=f"{count(moved)} moved",
             expected="0",
         )
     return _drift(facts)

@@ -3,54 +3,53 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped, warn
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, Role
 
 STEPS = 3  # of the four steps that are always probed, the first has no gradient for A
 LOST, POOR = 0.2, 0.5  # fraction of elements that move: below the first the role stands still
+ROLES: tuple[Role, Role] = ("A", "B")
 
 
 def judge(facts: Facts) -> Verdict:
     """Compare, for A and B apart, how many elements of 16-bit tensors a step moves."""
-    if not facts.moves:
+    if facts.update is None:
         return pending("no update was seen yet")
-    if not any(facts.slots[i].half for i in facts.intended):
+    half = facts.intended & facts.slots.half
+    if not half.any():
         return skipped("no adapter tensor is stored in 16 bits")
-    for role, least in (("A", LOST), ("B", LOST), ("A", POOR), ("B", POOR)):
-        slots = [
-            i
-            for i in sorted(facts.intended)
-            if facts.slots[i].half and facts.slots[i].role == role and facts.moves[i] is not None
-        ]
-        lost = [i for i in slots if facts.history[i].lost]
-        elements = sum(facts.slots[i].numel for i in slots)
-        if not lost or not elements:
+    history, update = facts.history, facts.update
+    for role, least in ((role, least) for least in (LOST, POOR) for role in ROLES):
+        slots = half & facts.slots.of_role(role) & update.stepped
+        lost = slots & (history.lost > 0)
+        elements = int(facts.slots.numel[slots].sum())
+        if not lost.any() or not elements:
             continue
-        fractions = facts.update.moved  # type: ignore[union-attr]  # moves are its kinds
-        moved = sum(facts.slots[i].numel * fractions[i] for i in slots) / elements  # type: ignore[operator, misc]
+        moved = float((facts.slots.numel[slots] * update.fraction[slots]).sum()) / elements
         if moved >= least:
             continue
-        if min(facts.history[i].lost for i in lost) < STEPS or any(facts.history[i].rate_rising for i in lost):
+        if int(history.lost[lost].min()) < STEPS or history.rate_rising[lost].any():
             return pending(
                 f"{moved:.0%} of the elements of lora_{role} were moved by the last update; judged once the learning rate no longer rises"
             )
-        got, expected = (
-            f"{moved:.1%} of the elements of lora_{role} moved",
-            "nearly all of them",
-        )
-        concerned = [i for i in facts.intended if facts.history[i].lost]
-        text = f"the update of lora_{role} is lost to rounding: a step moves {moved:.1%} of its elements, the rest is smaller than 16 bits can hold"
-        if least == LOST:
-            return fail(text, concerned, cause=role, of_update=True, got=got, expected=expected)
-        return warn(
-            text,
-            concerned,
-            cause=role,
-            of_update=True,
-            fix="keep the adapter in float32 (autocast_adapter_dtype=True, PEFT's default); more elements moving at a higher learning rate settles it",
-            got=got,
-            expected=expected,
-        )
+        return _lost(facts, role, moved, certain=least == LOST)
     return ok()
+
+
+def _lost(facts: Facts, role: str, moved: float, *, certain: bool) -> Verdict:
+    concerned = facts.intended & (facts.history.lost > 0)
+    got, expected = f"{moved:.1%} of the elements of lora_{role} moved", "nearly all of them"
+    text = f"the update of lora_{role} is lost to rounding: a step moves {moved:.1%} of its elements, the rest is smaller than 16 bits can hold"
+    if certain:
+        return fail(text, concerned, cause=role, of_update=True, got=got, expected=expected)
+    return warn(
+        text,
+        concerned,
+        cause=role,
+        of_update=True,
+        fix="keep the adapter in float32 (autocast_adapter_dtype=True, PEFT's default); more elements moving at a higher learning rate settles it",
+        got=got,
+        expected=expected,
+    )
 
 
 CHECK = Check(
@@ -64,5 +63,6 @@ CHECK = Check(
     quiet="Warm-ups, while the learning rate rises; adapters in float32.",
     threads=("keras-team/keras-hub#2629", "verl-project/verl-omni#73", "huggingface/peft#1634"),
     explained_by=("LP208", "LP303", "LP402", "LP406"),
+    needs=("owned",),
     judge=judge,
 )

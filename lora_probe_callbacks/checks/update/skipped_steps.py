@@ -53,5 +53,6 @@ CHECK = Check(
     fix="Find the inf or nan in the loss or in the activations (float16 overflows at 65504); bfloat16 needs no scaler.",
     quiet="The first steps, in which the scale is still being found.",
     threads=("NVIDIA/apex#715", "zai-org/CogVideo#233", "radixark/miles#2198"),
+    needs=("owned",),
     judge=judge,
 )

@@ -31,5 +31,6 @@ CHECK = Check(
     fix="Enter autocast anew in every iteration, around the forward only, or pass cache_enabled=False.",
     quiet="Models whose repeats differ from each other (skipped), an autocast block per iteration.",
     threads=("X-GenGroup/Flow-Factory#186", "pytorch/pytorch#105211"),
+    needs=("replay",),
     judge=judge,
 )

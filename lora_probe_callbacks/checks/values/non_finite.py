@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, some
-from lora_probe_callbacks.facts import Facts
+from lora_probe_callbacks.facts import Facts, count
 
 
 def judge(facts: Facts) -> Verdict:
     """Look for inf and nan in adapter tensors and in gradients that will be applied."""
-    broken = [i for i, move in enumerate(facts.moves) if move is not None and not move.finite]
-    if broken:
+    gradients, update = facts.gradients, facts.update
+    if update is not None and (broken := update.broken).any():
         return fail(
-            f"{len(broken)} adapter tensors hold inf or nan after the step: {some([facts.slots[i].name for i in broken])}",
+            f"{count(broken)} adapter tensors hold inf or nan after the step: {some(facts.slots.names(broken))}",
             broken,
             of_update=True,
-            got=f"{len(broken)} tensors not finite",
+            got=f"{count(broken)} tensors not finite",
             expected="0",
         )
-    bad = [i for i, g in enumerate(facts.gradients) if g is not None and not g.finite]
-    if not bad:
-        seen = bool(facts.moves) or any(g is not None for g in facts.gradients)
+    bad = gradients.broken
+    if not bad.any():
+        seen = gradients.present.any() or (update is not None and update.moved.any())
         return ok() if seen else pending("no gradient was read at this decision")
-    names = some([facts.slots[i].name for i in bad])
+    number, names = count(bad), some(facts.slots.names(bad))
     if facts.scaler:
-        return pending(f"{len(bad)} gradients are not finite ({names}); the gradient scaler skips such a step")
+        return pending(f"{number} gradients are not finite ({names}); the gradient scaler skips such a step")
     if not facts.gradients_final:
-        return pending(f"{len(bad)} gradients are not finite ({names}); the update will tell whether they were applied")
+        return pending(f"{number} gradients are not finite ({names}); the update will tell whether they were applied")
     return fail(
-        f"{len(bad)} adapter gradients are inf or nan and are about to be applied: {names}",
+        f"{number} adapter gradients are inf or nan and are about to be applied: {names}",
         bad,
-        got=f"{len(bad)} gradients not finite",
+        got=f"{number} gradients not finite",
         expected="0",
     )
 
@@ -43,5 +43,6 @@ CHECK = Check(
     quiet="Overflows that a gradient scaler catches (LP406 counts them).",
     threads=("bitsandbytes-foundation/bitsandbytes#152",),
     explained_by=("LP406",),
+    needs=("owned",),
     judge=judge,
 )

@@ -125,5 +125,6 @@ CHECK = Check(
     "that goes on against the base model; without a declaration a trained adapter is taken as it is.",
     threads=("huggingface/lerobot#3459", "huggingface/peft#1042", "huggingface/trl#1193", "tloen/alpaca-lora#72"),
     explained_by=("LP103", "LP107", "LP202", "LP503", "LP803"),
+    needs=("initial state",),
     judge=judge,
 )

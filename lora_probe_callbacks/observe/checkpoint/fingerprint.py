@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from lora_probe_callbacks.facts import ResumedFact
+from lora_probe_callbacks.facts import Floats, ResumedFact
 from lora_probe_callbacks.observe.checkpoint.names import bare
 from lora_probe_callbacks.observe.device.transfer import Readout, local
 from lora_probe_callbacks.observe.model.ownership import Ownership, ownership
-from lora_probe_callbacks.observe.model.targets import Scene
+from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.observe.model.wrappers import is_shard
 
 __all__ = ["compared", "fingerprint"]
@@ -29,17 +29,17 @@ _ROUNDING = {"torch.bfloat16": 2.0**-7, "torch.float16": 2.0**-10}
 
 
 @torch.no_grad()
-def fingerprint(scene: Scene) -> dict[str, Any]:
+def fingerprint(targets: Targets) -> dict[str, Any]:
     """Take the fingerprint of what is trained.
 
     Args:
-        scene: What is expected to train.
+        targets: What is expected to train.
 
     Returns:
         Plain values: ``adapter``, ``optimizer`` and ``base``.
     """
-    adapter, owners, base = _adapter(scene), ownership(scene.optimizers), _base(scene)
-    states = _states(scene, adapter, owners)
+    adapter, owners, base = _adapter(targets), ownership(targets.optimizers), _base(targets)
+    states = _states(targets, adapter, owners)
     entries = [t for _, entries in states.values() for t in entries]
     readout = Readout()
     tickets = [_add(readout, list(adapter.values()), _FEW), _add(readout, entries, _FEW)]
@@ -47,7 +47,7 @@ def fingerprint(scene: Scene) -> dict[str, Any]:
     readout.send()
     readout.receive()
     of_adapter, of_states, of_base = (_packed(readout.get(ticket)) for ticket in tickets)
-    slots = scene.slots
+    slots = targets.slots
     return {
         "adapter": {
             "names": [bare(slots[i].name) for i in adapter],
@@ -69,14 +69,14 @@ def _kinds(tensors: Iterable[torch.Tensor]) -> list[str]:
     return [f"{t.dtype}{list(t.shape)}" for t in tensors]
 
 
-def _adapter(scene: Scene) -> dict[int, torch.Tensor]:
+def _adapter(targets: Targets) -> dict[int, torch.Tensor]:
     """Slots of which this rank holds all: shards differ between ranks, and a checkpoint has one state."""
-    tensors = {i: t for i, s in enumerate(scene.slots) if (t := s.tensor) is not None}
+    tensors = {i: t for i, s in enumerate(targets.slots) if (t := s.tensor) is not None}
     return {i: t for i, t in tensors.items() if not is_shard(t) and t.device.type != "meta" and t.numel()}
 
 
 def _states(
-    scene: Scene, adapter: Mapping[int, torch.Tensor], owners: Mapping[int, Ownership]
+    targets: Targets, adapter: Mapping[int, torch.Tensor], owners: Mapping[int, Ownership]
 ) -> dict[int, tuple[list[str], list[torch.Tensor]]]:
     """The first state that has the size of its tensor, such as Adam's first moment; of many tensors of some."""
     found = {}
@@ -86,16 +86,16 @@ def _states(
         if own is None:
             continue
         numel = tensor.numel()
-        state = scene.optimizers[own.optimizer].state.get(tensor, {})
+        state = targets.optimizers[own.optimizer].state.get(tensor, {})
         keys = sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() == numel > 1)[:1]
         found[i] = (keys, [state[k] for k in keys])
     return found
 
 
-def _base(scene: Scene) -> dict[str, torch.Tensor]:
+def _base(targets: Targets) -> dict[str, torch.Tensor]:
     """Frozen weights under some of the adapted layers, evenly spread."""
     found: dict[str, torch.Tensor] = {}
-    for unit in scene.units[:: max(1, -(-len(scene.units) // _BASE_LAYERS))]:
+    for unit in targets.units[:: max(1, -(-len(targets.units) // _BASE_LAYERS))]:
         weight = unit.layer.base_weight
         if weight is None or weight.requires_grad or unit.layer.merged:
             continue
@@ -123,7 +123,7 @@ def _few(tensor: torch.Tensor, few: int) -> torch.Tensor:
     return tensor.as_strided((few,), (numel // few,), tensor.storage_offset())
 
 
-def _packed(values: Sequence[float]) -> str:
+def _packed(values: Sequence[float] | Floats) -> str:
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
@@ -134,12 +134,12 @@ def _rows(text: str, few: int) -> list[list[float]]:
     return [list(flat[i : i + few]) for i in range(0, len(flat), few)]
 
 
-def compared(state: Mapping[str, Any], scene: Scene, source: str, *, whole: bool) -> ResumedFact | None:
+def compared(state: Mapping[str, Any], targets: Targets, source: str, *, whole: bool) -> ResumedFact | None:
     """Compare what is here with what was saved.
 
     Args:
         state: The fingerprint that was saved.
-        scene: What is expected to train now.
+        targets: What is expected to train now.
         source: Where the saved state comes from.
         whole: The optimizer is restored together with it.
 
@@ -148,9 +148,9 @@ def compared(state: Mapping[str, Any], scene: Scene, source: str, *, whole: bool
     """
     if not state or "adapter" not in state:
         return None
-    now = fingerprint(scene)
+    now = fingerprint(targets)
     state, now = _unpacked(state), _unpacked(now)
-    slot_of = {bare(slot.name): i for i, slot in enumerate(scene.slots)}
+    slot_of = {bare(slot.name): i for i, slot in enumerate(targets.slots)}
     saved, here = state["adapter"], now["adapter"]
     at = _aligned(saved, here)
     differing = [

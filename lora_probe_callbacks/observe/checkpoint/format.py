@@ -21,9 +21,24 @@ import torch
 
 from lora_probe_callbacks.observe.device.transfer import local
 
-__all__ = ["ADAPTER_FILES", "StoredFile", "StoredTensor", "UnreadableError", "read_file", "sample_of", "spans"]
+__all__ = [
+    "ADAPTER_FILES",
+    "Elements",
+    "StoredFile",
+    "StoredTensor",
+    "UnreadableError",
+    "file_of",
+    "is_export",
+    "read_file",
+    "sample_of",
+    "spans",
+    "state_of",
+    "weights_beside",
+]
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+Elements = dict[str, torch.Tensor]  # name to [elements], all of a tensor or a sample
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -278,3 +293,68 @@ def _stored(tensor: torch.Tensor) -> StoredTensor:
     else:
         offset = None
     return StoredTensor(tuple(tensor.shape), tensor.dtype, offset)
+
+
+# --- where they are -----------------------------------------------------------------------------
+
+
+def file_of(place: Path, adapter: str) -> Path:
+    """The file in which an adapter would be looked for.
+
+    Args:
+        place: A file, or a folder that somebody saved into.
+        adapter: Its name.
+
+    Returns:
+        That file.
+
+    Raises:
+        FileNotFoundError: If the folder holds no file of weights.
+    """
+    if not place.is_dir():
+        return place
+    for folder in (place / adapter, place):
+        for name in ADAPTER_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    for name in (*_MODEL_FILES, "checkpoint.ckpt"):
+        if (place / name).is_file():
+            return place / name
+    raise FileNotFoundError(place)
+
+
+def state_of(place: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes (bytes) and times (ns) of the files at a place: does anybody still write?"""
+    found = []
+    for file in _files_below(place):
+        try:
+            stat = file.stat()
+        except OSError:
+            continue
+        found.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return tuple(found)
+
+
+def _files_below(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        return []
+    return sorted(f for pattern in ("*.*", "*/adapter_model.*") for f in place.glob(pattern) if f.is_file())
+
+
+def is_export(path: Path) -> bool:
+    """A folder of a whole model for ``from_pretrained``, not of a training run's state."""
+    folder = path.parent
+    return path.name in _MODEL_FILES and (folder / "config.json").is_file()
+
+
+def weights_beside(path: Path) -> str | None:
+    """Another file of weights that the user may have written for what the adapter file does not take."""
+    for file in sorted(path.parent.iterdir()):
+        training = file.name.startswith(
+            ("optimizer", "scheduler", "rng_state", "random_states", "training_args", "scaler")
+        )
+        if file != path and file.suffix in (".safetensors", ".bin", ".pt", ".pth") and not training:
+            return file.name
+    return None

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
@@ -21,12 +21,27 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lora_probe_callbacks.observe.checkpoint.format import UnreadableError
+from lora_probe_callbacks.facts.checkpoint import LeftOut
+from lora_probe_callbacks.observe.checkpoint.format import ADAPTER_FILES, StoredFile, StoredTensor, UnreadableError
 from lora_probe_callbacks.observe.model.inventory import Slot, Unit
 from lora_probe_callbacks.observe.model.ownership import tensors_of
-from lora_probe_callbacks.observe.model.targets import Scene
+from lora_probe_callbacks.observe.model.targets import Targets
 
-__all__ = ["AdapterNames", "adapter_names", "bare", "changed_settings", "full_shape", "left_out"]
+__all__ = [
+    "AdapterNames",
+    "adapter_names",
+    "bare",
+    "changed_settings",
+    "full_shape",
+    "holds_any",
+    "left_out",
+    "matched",
+    "plain_name",
+    "strangers",
+    "table_of",
+]
+
+Form = Literal["adapter", "state"]
 
 # Names that wrappers put into the names of what they wrap; "module" only at the front, where DataParallel puts it.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_ddp_module"}
@@ -71,7 +86,7 @@ class AdapterNames:
     made: set[str] = field(default_factory=set)
     other: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
-    beside: tuple[object, list[tuple[str, str, int]]] | None = None
+    beside: tuple[object, list[tuple[str, LeftOut, int]]] | None = None
     why_not: str = ""
 
     def live(self, form: str) -> dict[str, torch.Tensor]:
@@ -248,12 +263,12 @@ def _of(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     return pattern.get(get_pattern_key(list(pattern), name), default)
 
 
-def left_out(names: AdapterNames, scene: Scene, stored: Iterable[str]) -> list[tuple[str, str]]:
+def left_out(names: AdapterNames, targets: Targets, stored: Iterable[str]) -> list[tuple[str, LeftOut]]:
     """What was trained or resized beside the adapter, and is not in an adapter file.
 
     Args:
         names: The adapter.
-        scene: Everything around it.
+        targets: Everything around it.
         stored: Names in the file.
 
     Returns:
@@ -262,9 +277,9 @@ def left_out(names: AdapterNames, scene: Scene, stored: Iterable[str]) -> list[t
     top = names.top
     if top is None:
         return []
-    key = (id(scene.inventory), [len(g["params"]) for o in scene.optimizers for g in o.param_groups])
+    key = (id(targets.inventory), [len(g["params"]) for o in targets.optimizers for g in o.param_groups])
     if names.beside is None or names.beside[0] != key:
-        names.beside = (key, _beside(names, top, scene))
+        names.beside = (key, _beside(names, top, targets))
     if not names.beside[1]:
         return []
     in_file = {bare(name) for name in stored}
@@ -277,21 +292,20 @@ def left_out(names: AdapterNames, scene: Scene, stored: Iterable[str]) -> list[t
     return [(name, kind) for name, kind in lost if kind != "resized embedding" or not trained]
 
 
-def _beside(names: AdapterNames, top: nn.Module, scene: Scene) -> list[tuple[str, str, int]]:
+def _beside(names: AdapterNames, top: nn.Module, targets: Targets) -> list[tuple[str, LeftOut, int]]:
     """(name in a file, kind, id of the tensor) of what is trained beside the adapter, and of resized embeddings."""
     base = top.get_base_model() if isinstance(top, PeftModel) else top
-    adapters = {id(t) for u in scene.inventory.units for s in u.slots if (t := s.tensor) is not None}
+    adapters = {id(t) for u in targets.inventory.units for s in u.slots if (t := s.tensor) is not None}
     saved = {id(t) for t in names.live("adapter").values()}
-    trained = {id(t) for t in tensors_of(scene.optimizers) if t.requires_grad} - adapters - saved
+    trained = {id(t) for t in tensors_of(targets.optimizers) if t.requires_grad} - adapters - saved
     embeddings = {id(w) for m in _embeddings(base) if isinstance(w := getattr(m, "weight", None), torch.Tensor)}
     resized = _resized(base, names)
     prefix = "" if isinstance(top, PeftModel) else _PEFT
-    found = []
+    found: list[tuple[str, LeftOut, int]] = []
     for name, tensor in top.named_parameters(remove_duplicate=False) if trained or resized else ():
         if id(tensor) in trained:
-            found.append(
-                (prefix + bare(name), "trained embedding" if id(tensor) in embeddings else "trained", id(tensor))
-            )
+            kind: LeftOut = "trained embedding" if id(tensor) in embeddings else "trained"
+            found.append((prefix + bare(name), kind, id(tensor)))
         elif resized and id(tensor) in embeddings - saved:
             found.append((prefix + bare(name), "resized embedding", id(tensor)))
     return found
@@ -333,3 +347,104 @@ def _resized(base: nn.Module, names: AdapterNames) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(before, int) and isinstance(weight, torch.Tensor) and weight.shape[0] != before
+
+
+# --- in a file ----------------------------------------------------------------------------------
+
+
+def table_of(file: StoredFile, names: AdapterNames) -> tuple[Form, dict[str, StoredTensor]]:
+    """The table of a file that holds most of an adapter, and in which form: an adapter file's, or a whole module's."""
+    best: tuple[int, Form, dict[str, StoredTensor]] | None = None
+    if file.path.name in ADAPTER_FILES:
+        return "adapter", max(file.tables.values(), key=len, default={})
+    state, saved = names.full, names.saved
+    for place, table in file.tables.items():
+        if place.startswith(("optimizer", "callbacks", "loops", "lr_schedulers")):
+            continue
+        as_saved = len(matched(saved, table, exact=True))
+        as_state = len(matched(state, table, exact=False))
+        form: Form = "adapter" if as_saved >= as_state else "state"
+        if best is None or max(as_saved, as_state) > best[0]:
+            best = (max(as_saved, as_state), form, table)
+    if best is None:
+        return "adapter", {}
+    if not best[0]:  # nothing fits: an adapter's file has nothing else in it
+        return ("adapter" if best[2] and all("lora_" in key for key in best[2]) else "state"), best[2]
+    return best[1], best[2]
+
+
+def holds_any(table: Mapping[str, StoredTensor], expected: Iterable[str]) -> bool:
+    """Some tensor of an adapter is in a table, under whatever names above its layer."""
+    tails = {name.rpartition("lora_")[2] for name in expected}
+    return any(key.rpartition("lora_")[2] in tails and "lora_" in key for key in table) or bool(
+        matched(expected, table, exact=False)
+    )
+
+
+def matched(expected: Iterable[str], table: Mapping[str, StoredTensor], *, exact: bool) -> dict[str, str]:
+    """Find the names of live tensors in a file.
+
+    The state of a whole module is restored into a module that is wrapped alike, so wrappers' names do not
+    count there, nor does how far up the module stands that was saved. In an adapter file they do count, but
+    for one thing: a tensor is there, under a wrong name, which is told apart from one that is not there.
+
+    Args:
+        expected: Live names.
+        table: The tensors of the file.
+        exact: It is an adapter file.
+
+    Returns:
+        Live name to the name in the file, for those that are there.
+    """
+    by_bare = {bare(key): key for key in table}
+    names = list(expected)
+    if exact or not names:
+        return {name: by_bare[name] for name in names if name in by_bare}
+    found: dict[str, str] = {}
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            tail = ".".join(parts[start:])
+            if len(parts) - start < min(len(parts), 3):
+                break
+            if tail in by_bare:
+                found[name] = by_bare[tail]
+                break
+    if found:
+        return found
+    first = names[0]
+    longer = next((key for key in by_bare if key.endswith(f".{first}")), None)
+    if longer is None:
+        return {}
+    prefix = longer[: -len(first)]
+    return {name: by_bare[prefix + name] for name in names if prefix + name in by_bare}
+
+
+def strangers(
+    names: AdapterNames, table: Mapping[str, StoredTensor], used: Container[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names in an adapter file that are not the adapter's.
+
+    Args:
+        names: The adapter.
+        table: The tensors of the file.
+        used: Those that are.
+
+    Returns:
+        Names that carry a wrapper's name, and names that stand for nothing in the model.
+    """
+    rest = [key for key in table if key not in used]
+    wrapped = tuple(key for key in table if bare(key) != key)
+    if not rest or names.top is None:
+        return wrapped, ()
+    known = {bare(n) for n, _ in names.top.named_parameters(remove_duplicate=False)}
+    known |= {bare(n) for n, _ in names.top.named_buffers(remove_duplicate=False)}
+    known |= {n.replace(".base_layer.", ".") for n in known} | {n.replace(".original_module.", ".") for n in known}
+    known |= {f"{_PEFT}{n}" for n in known}
+    return wrapped, tuple(key for key in rest if key not in wrapped and key not in known | names.made)
+
+
+def plain_name(unit: Unit, table: Mapping[str, StoredTensor]) -> str | None:
+    """The name of an adapted weight in a model that was never adapted."""
+    parts = f"{bare(unit.layer.name)}.weight".split(".")
+    return next((tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in table), None)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lora_probe_callbacks.facts import BaseDrift
+from lora_probe_callbacks.facts import BaseDrift, Floats
 from lora_probe_callbacks.observe.device.transfer import PLAIN, Readout, batches, group, kind, local
 from lora_probe_callbacks.observe.model.inventory import AdaptedLayer
 
@@ -80,7 +80,7 @@ class BaseSample:
         changes = [now.float() - start.float() if _is_plain(start) else (now != start).float() for now, start in pairs]
         return readout.add_row_norms(changes, 2)
 
-    def fact(self, values: list[float], merges: int) -> BaseDrift:
+    def fact(self, values: Floats, merges: int) -> BaseDrift:
         """The largest drift among the sampled layers."""
         drifts = {i: self._drift(i, change) for i, change in zip(self._grouping.order, values, strict=True)}
         worst = max(sorted(drifts), key=drifts.__getitem__)

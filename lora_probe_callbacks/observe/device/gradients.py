@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from lora_probe_callbacks.facts import GradientFact
+from lora_probe_callbacks.facts import Floats, Gradients
 from lora_probe_callbacks.observe.device.batching import Held
 from lora_probe_callbacks.observe.device.transfer import Readout
 
-__all__ = ["GradientReading", "gradient_fact", "read_gradients"]
+__all__ = ["GradientReading", "gradients_of", "read_gradients"]
 
 
 @dataclass(eq=False, slots=True)
@@ -23,9 +23,10 @@ class GradientReading:
     present: Sequence[int]  # those with a gradient, in the order of the ticket
     size: range
 
-    def norms(self, readout: Readout) -> dict[int, float]:
-        """Slot to its norm, for those with a gradient, once the readout was received."""
-        return dict(zip(self.present, readout.get(self.size), strict=True))
+    def norms(self, readout: Readout, column: Floats) -> None:
+        """Enter the norms into a column, nan where there is no gradient; once the readout was received."""
+        column[list(self.slots)] = np.nan
+        column[list(self.present)] = readout.get(self.size)
 
 
 def read_gradients(held: Held, readout: Readout, scale: torch.Tensor | None) -> GradientReading:
@@ -43,21 +44,21 @@ def read_gradients(held: Held, readout: Readout, scale: torch.Tensor | None) -> 
     return GradientReading(held.slots, present, readout.add_row_norms(rows, 2, scale))
 
 
-def gradient_fact(norm: float | None) -> GradientFact:
-    """The kind of a gradient.
+def gradients_of(readings: Iterable[GradientReading], readout: Readout, size: int) -> Gradients:
+    """Put readings together; the last word counts: what had a gradient may have none by now.
 
     Args:
-        norm: Its Euclidean norm; None where there is none.
+        readings: In their order.
+        readout: Received.
+        size: Number of slots.
 
     Returns:
-        One of four objects, so that equal ones are compared quickly.
+        The columns.
     """
-    if norm is None:
-        return _NONE
-    return _SIGNAL if 0.0 < norm < math.inf else _ZERO if norm == 0.0 else _NOT_FINITE
-
-
-_NONE = GradientFact(present=False, zero=False, finite=True)
-_SIGNAL = GradientFact(present=True, zero=False, finite=True)
-_ZERO = GradientFact(present=True, zero=True, finite=True)
-_NOT_FINITE = GradientFact(present=True, zero=False, finite=False)
+    read, present, norm = np.zeros(size, np.bool_), np.zeros(size, np.bool_), np.full(size, np.nan)
+    for reading in readings:
+        read[list(reading.slots)] = True
+        present[list(reading.slots)] = False
+        present[list(reading.present)] = True
+        reading.norms(readout, norm)
+    return Gradients(read, norm, present)

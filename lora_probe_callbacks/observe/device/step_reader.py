@@ -6,22 +6,24 @@ one readout as small tensors, and fetched together when the decision is made.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.distributed.transport import sample
-from lora_probe_callbacks.engine.collection import no_collection
-from lora_probe_callbacks.facts import SAMPLE, BaseDrift, GradientFact, MoveFact, Role, Sample, StepUpdate
+from lora_probe_callbacks.facts import SAMPLE, BaseDrift, Floats, Gradients, Role, Sample, Update
 from lora_probe_callbacks.observe.device.base_drift import BaseSample
-from lora_probe_callbacks.observe.device.gradients import GradientReading, gradient_fact, read_gradients
+from lora_probe_callbacks.observe.device.gradients import GradientReading, gradients_of, read_gradients
 from lora_probe_callbacks.observe.device.token_rows import TokenRows
 from lora_probe_callbacks.observe.device.transfer import Readout, local
-from lora_probe_callbacks.observe.device.updates import CopiesBefore, UpdateReading, copy_before, move_fact, read_update
+from lora_probe_callbacks.observe.device.updates import CopiesBefore, UpdateReading, copy_before, read_update, update_of
+from lora_probe_callbacks.observe.model.others import OtherAdapters
+from lora_probe_callbacks.observe.model.owners import Owners
 from lora_probe_callbacks.observe.model.ownership import found_inf, grad_scale, tensors_of
-from lora_probe_callbacks.observe.model.targets import Scene
+from lora_probe_callbacks.observe.model.targets import Targets
 
 __all__ = ["DeviceReader", "Readings"]
 
@@ -31,10 +33,8 @@ class Readings:
     """What came to the host for one decision.
 
     Attributes:
-        gradients: One entry a slot; None where nothing was read.
-        gradient_norms: Likewise; None also where there is no gradient.
+        gradients: As the optimizer is about to receive them.
         update: The last probed update, or None.
-        moves: What it did to each slot; empty without one.
         others_before: Fingerprints of the other adapters before that update.
         others_after: The same directly after it.
         drift: Of sampled base weights.
@@ -46,19 +46,17 @@ class Readings:
         copies: Norms of the adapter and of the copies that an optimizer steps for it, if it does.
     """
 
-    gradients: tuple[GradientFact | None, ...]
-    gradient_norms: tuple[float | None, ...]
-    update: StepUpdate | None
-    moves: tuple[MoveFact | None, ...]
-    others_before: list[float] | None
-    others_after: list[float] | None
+    gradients: Gradients
+    update: Update | None
+    others_before: Floats | None
+    others_after: Floats | None
     drift: BaseDrift | None
     skipped_inside: bool | None
     all_non_finite: bool
     tensor_sample: Sample
     gradient_sample: Sample
-    followers: list[float] | None
-    copies: list[float] | None
+    followers: Floats | None
+    copies: Floats | None
 
 
 @dataclass(eq=False, slots=True)
@@ -68,7 +66,7 @@ class _Tickets:
     readout: Readout = field(default_factory=Readout)
     updates: list[UpdateReading] = field(default_factory=list)
     # gradients as the optimizer got them, or their norms where these are known
-    received: list[GradientReading | dict[int, float]] = field(default_factory=list)
+    received: list[GradientReading | Floats] = field(default_factory=list)
     gradients: list[GradientReading] = field(default_factory=list)
     before: range | None = None
     after: range | None = None
@@ -86,16 +84,20 @@ class DeviceReader:
     """Reads tensors around the optimizer's step.
 
     Args:
-        scene: What is expected to train.
+        targets: What is expected to train.
+        owners: Who owns it.
+        others: The adapters beside it.
     """
 
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
-        self._sample = BaseSample(scene.layers)
+    def __init__(self, targets: Targets, owners: Owners, others: OtherAdapters) -> None:
+        self._targets = targets
+        self._owners = owners
+        self._others = others
+        self._sample = BaseSample(targets.layers)
         self._tickets = self._sent = _Tickets()
         self.token_rows: list[TokenRows] = []
         self._copies: dict[int, CopiesBefore] = {}  # by optimizer
-        self._final: dict[int, dict[int, float]] = {}  # norms that nothing can change before the update
+        self._final: dict[int, Floats] = {}  # norms that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
 
     @property
@@ -103,6 +105,11 @@ class DeviceReader:
         """Something was read that no decision has judged yet."""
         tickets = self._tickets
         return bool(tickets.updates or tickets.gradients) or tickets.after is not None
+
+    def forget_readings(self) -> None:
+        """What was read is of slots that are no longer numbered like this."""
+        self._tickets = _Tickets()
+        self.forget()
 
     def forget(self) -> None:
         """Let go of all copies."""
@@ -114,62 +121,64 @@ class DeviceReader:
     def copy(self, optimizer: int) -> None:
         """Copy what an optimizer is about to change; the copies live until its step has ended."""
         if optimizer not in self._copies:
-            self._copies[optimizer] = copy_before(self._scene.held(optimizer), self._tickets.readout)
+            self._copies[optimizer] = copy_before(self._owners.held(optimizer), self._tickets.readout)
 
     @torch.no_grad()
     def read_others_before(self) -> None:
         """Fingerprint the adapters that must stay as they are, before the step."""
         if self._tickets.before is None:
-            self._tickets.before = self._scene.read_fingerprints(self._tickets.readout)
+            self._tickets.before = self._others.read(self._tickets.readout)
 
     @torch.no_grad()
     def read_gradients(self, optimizer: int, *, unowned: bool) -> None:
         """Read the gradients that an optimizer is about to apply."""
-        held = self._scene.held(optimizer, unowned=unowned)
-        scale = grad_scale(self._scene.optimizers[optimizer])
+        held = self._owners.held(optimizer, unowned=unowned)
+        scale = grad_scale(self._targets.optimizers[optimizer])
         self._tickets.gradients.append(read_gradients(held, self._tickets.readout, scale))
 
     @torch.no_grad()
     def read_scaled(self, optimizer: int) -> None:
         """Directly before the step of a fused optimizer under a scaler: its kernel writes over the gradients."""
-        scale = grad_scale(self._scene.optimizers[optimizer])
+        scale = grad_scale(self._targets.optimizers[optimizer])
         if scale is not None and optimizer not in self._final:
-            self._scaled[optimizer] = read_gradients(self._scene.held(optimizer), self._tickets.readout, scale)
+            self._scaled[optimizer] = read_gradients(self._owners.held(optimizer), self._tickets.readout, scale)
 
     @torch.no_grad()
     def read_samples(self, optimizer: int | None) -> None:
         """Sample what every rank should hold alike, and its gradients if an optimizer is about to apply them."""
-        scene, tickets = self._scene, self._tickets
-        tickets.tensor_sample = self._sampled(scene.whole())
+        owners, tickets = self._owners, self._tickets
+        tickets.tensor_sample = self._sampled(owners.whole())
         if optimizer is not None:
-            mine = scene.tensors(optimizer, unowned=True)
-            grads = {i: t.grad for i, t in scene.whole().items() if i in mine and t.grad is not None}
+            mine = owners.of_optimizer(optimizer, unowned=True)
+            grads = {i: t.grad for i, t in owners.whole().items() if i in mine and t.grad is not None}
             tickets.gradient_sample = self._sampled({i: g for i, g in grads.items() if not g.is_sparse})
 
     def _sampled(self, tensors: dict[int, torch.Tensor]) -> range:
         by_role: dict[Role, list[torch.Tensor]] = {"A": [], "B": [], "other": []}
         for index, tensor in tensors.items():
-            by_role[self._scene.slots[index].role].append(local(tensor))
-        return self._tickets.readout.add(sample(list(by_role.values()), self._scene.device))
+            by_role[self._targets.slots[index].role].append(local(tensor))
+        return self._tickets.readout.add(sample(list(by_role.values()), self._targets.device))
 
-    @no_collection()
     @torch.no_grad()
     def read_after(self, optimizer: int, step: int, framework_step: int) -> None:
         """Directly after a step: what did it change, and what were the gradients that it got?"""
         copies = self._copies.pop(optimizer, None)
-        self._scene.forget_kinds()
-        received = self._final.pop(optimizer, None) or self._scaled.pop(optimizer, None)
+        self._owners.forget_kinds()
+        known, scaled = self._final.pop(optimizer, None), self._scaled.pop(optimizer, None)
         if copies is None:
             return
-        tickets, inner = self._tickets, self._scene.optimizers[optimizer]
-        mine = self._scene.tensors(optimizer)
+        tickets, inner = self._tickets, self._targets.optimizers[optimizer]
+        mine = self._owners.of_optimizer(optimizer)
         update = read_update(copies, mine, tickets.readout, step, framework_step)
         if update is not None:
             tickets.updates.append(update)
-            tickets.received.append(received or read_gradients(self._scene.held(optimizer), tickets.readout, None))
+            received = scaled if known is None else known
+            if received is None:
+                received = read_gradients(self._owners.held(optimizer), tickets.readout, None)
+            tickets.received.append(received)
         self._read_rows(inner, step, framework_step)
         tickets.skipped = _flag(inner, tickets.readout)
-        tickets.after = self._scene.read_fingerprints(tickets.readout)
+        tickets.after = self._others.read(tickets.readout)
 
     def _read_rows(self, optimizer: Optimizer, step: int, framework_step: int) -> None:
         """What came to the rows of new tokens, where this optimizer owns them."""
@@ -192,8 +201,8 @@ class DeviceReader:
         self._sent, self._tickets = self._tickets, _Tickets()
         sent, readout = self._sent, self._sent.readout
         sent.drift = self._sample.read(readout) if sample else None
-        sent.followers = self._scene.followers.read(readout) if sample else None
-        sent.copies = self._scene.copies.read(readout) if sample and self._scene.copies is not None else None
+        sent.followers = self._others.followers.read(readout) if sample else None
+        sent.copies = self._owners.copies.read(readout) if sample and self._owners.copies is not None else None
         sent.arrived = [readout.add(c.reshape(1)) for c in cotangents]
         readout.send()
 
@@ -211,58 +220,43 @@ class DeviceReader:
         readout.receive()
         for rows, came, sizes, step, framework_step in tickets.rows:
             rows.advance(readout.get(came), readout.get(sizes), step, framework_step)
-        read: dict[int, float | None] = {}
-        for reading in tickets.gradients:  # the last word counts: what had a gradient may have none by now
-            read.update(dict.fromkeys(reading.slots) | reading.norms(readout))
-        norms = {slot: norm for slot, norm in read.items() if norm is not None}
+        size = len(self._targets.slots)
+        gradients = gradients_of(tickets.gradients, readout, size)
         if final is not None:
-            self._final[final] = norms
-        slots = range(len(self._scene.slots))
-        column = tuple(map(norms.get, slots))
-        gradients = tuple([gradient_fact(norm) if slot in read else None for slot, norm in enumerate(column)])
-        hopeless = any(not math.isfinite(v) for ticket in tickets.arrived for v in readout.get(ticket))
-        skipped = None if tickets.skipped is None else readout.get(tickets.skipped)[0] > 0
-        update = None if skipped else self._update(tickets)
+            self._final[final] = gradients.norm
+        hopeless = any(not np.isfinite(readout.get(ticket)).all() for ticket in tickets.arrived)
+        skipped = None if tickets.skipped is None else bool(readout.get(tickets.skipped)[0] > 0)
+        update = None if skipped else self._update(tickets, size)
         samples = [
-            (0.0,) * SAMPLE if ticket is None else tuple(readout.get(ticket))
+            (0.0,) * SAMPLE if ticket is None else tuple(readout.get(ticket).tolist())
             for ticket in (tickets.tensor_sample, tickets.gradient_sample)
         ]
         return Readings(
             gradients=gradients,
-            gradient_norms=column,
             update=update,
-            moves=() if update is None else tuple(map(move_fact, update.norms, update.moved)),
             others_before=None if tickets.before is None else readout.get(tickets.before),
             others_after=None if tickets.after is None else readout.get(tickets.after),
             drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
             skipped_inside=skipped,
-            all_non_finite=hopeless or (bool(norms) and not any(map(math.isfinite, norms.values()))),
+            all_non_finite=hopeless or bool(gradients.present.any() and not np.isfinite(gradients.norm).any()),
             tensor_sample=samples[0],
             gradient_sample=samples[1],
             followers=None if tickets.followers is None else readout.get(tickets.followers),
             copies=None if tickets.copies is None else readout.get(tickets.copies),
         )
 
-    def _update(self, tickets: _Tickets) -> StepUpdate | None:
-        if not tickets.updates:
-            return None
-        changes: dict[int, tuple[float, float, float, float]] = {}
-        received: dict[int, float] = {}
-        for update, norms in zip(tickets.updates, tickets.received, strict=True):
-            changes.update(update.changes(tickets.readout))
-            received.update(norms if isinstance(norms, dict) else norms.norms(tickets.readout))
-        nothing = (None, None, None, None)
-        rows = [changes.get(i, nothing) for i in range(len(self._scene.slots))]
-        starts, sizes, after, moved = zip(*rows, strict=True) if rows else ((),) * 4
-        return StepUpdate(
-            step=tickets.updates[0].step,
-            framework_step=tickets.updates[0].framework_step,
-            starts=starts,
-            sizes=sizes,
-            norms=after,
-            moved=moved,
-            gradient_norms=tuple([received.get(i) if i in changes else None for i in range(len(rows))]),
-        )
+    def _update(self, tickets: _Tickets, size: int) -> Update | None:
+        enter = [partial(_enter, received, tickets.readout) for received in tickets.received]
+        return update_of(tickets.updates, enter, tickets.readout, size)
+
+
+def _enter(received: GradientReading | Floats, readout: Readout, column: Floats) -> None:
+    """Norms of the gradients that one optimizer got, into the column of all."""
+    if isinstance(received, GradientReading):
+        received.norms(readout, column)
+    else:
+        known = ~np.isnan(received)
+        column[known] = received[known]
 
 
 def _flag(optimizer: Optimizer, readout: Readout) -> range | None:

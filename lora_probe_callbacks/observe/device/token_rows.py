@@ -15,7 +15,7 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from lora_probe_callbacks.facts import TokenRowsFact
+from lora_probe_callbacks.facts import Floats, TokenRowsFact
 from lora_probe_callbacks.observe.device.transfer import Readout
 from lora_probe_callbacks.observe.model.wrappers import is_shard
 
@@ -90,7 +90,7 @@ class TokenRows:
             total = size if total is None else total + size.to(total.device)
         return None if total is None else (readout.add(self._arrived), readout.add(total))
 
-    def advance(self, arrived: Sequence[float], sizes: Sequence[float], step: int, framework_step: int) -> None:
+    def advance(self, arrived: Floats, sizes: Floats, step: int, framework_step: int) -> None:
         """Take in one step."""
         for token, came, size in zip(self.ids, arrived, sizes, strict=True):
             if came:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from lora_probe_callbacks.facts import Floats
 
 __all__ = ["PLAIN", "Grouping", "Readout", "batches", "group", "kind", "local"]
 
@@ -26,7 +29,7 @@ class Readout:
         self._vectors: list[tuple[Sequence[int], torch.Tensor]] = []  # places, values
         self._length = 0
         self._sent: list[tuple[list[Sequence[int]], torch.Tensor]] = []
-        self._values: list[float] = []
+        self._values: Floats = np.empty(0)
 
     def add(self, values: torch.Tensor) -> range:
         """Add a one-dimensional tensor; returns where its values will be found."""
@@ -121,18 +124,17 @@ class Readout:
 
     def receive(self) -> None:
         """Copy what was sent to the host: one transfer for each device, which waits until the device has come to it."""
-        self._values = [0.0] * self._length
+        self._values = np.zeros(self._length)
         for places, flat in self._sent:
-            values, start = flat.tolist(), 0
+            values, start = np.array(flat.tolist()), 0  # numpy() is refused inside functional transforms
             for mine in places:
                 part, start = values[start : start + len(mine)], start + len(mine)
                 if isinstance(mine, range):  # most are
                     self._values[mine.start : mine.stop] = part
                 else:
-                    for place, value in zip(mine, part, strict=True):
-                        self._values[place] = value
+                    self._values[list(mine)] = part
 
-    def get(self, ticket: range) -> list[float]:
+    def get(self, ticket: range) -> Floats:
         """The values behind ``ticket``."""
         return self._values[ticket.start : ticket.stop]
 

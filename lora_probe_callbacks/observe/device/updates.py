@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from lora_probe_callbacks.facts import MoveFact
+from lora_probe_callbacks.facts import Floats, Update
 from lora_probe_callbacks.observe.device.batching import Held
 from lora_probe_callbacks.observe.device.transfer import Readout, batches, kind, local
 
-__all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "move_fact", "read_update"]
+__all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update", "update_of"]
 
 
 @dataclass(eq=False, slots=True)
@@ -34,37 +33,41 @@ class UpdateReading:
     framework_step: int
     slots: list[int | None]  # None: its tensor has left, or has another shape
     counts: list[int]
-    starts: Callable[[], list[float]]  # norms before the step
+    starts: Callable[[], Floats]  # norms before the step
     norm: range
     size: range
     moved: range
 
-    def changes(self, readout: Readout) -> dict[int, tuple[float, float, float, float]]:
-        """By slot: norm before, norm of the change, norm after, fraction moved; once the readout was received."""
-        numbers = zip(self.starts(), *map(readout.get, (self.size, self.norm, self.moved)), self.counts, strict=True)
-        return {
-            slot: (start, size, norm, moved / count)
-            for slot, (start, size, norm, moved, count) in zip(self.slots, numbers, strict=True)
-            if slot is not None
-        }
 
-
-def move_fact(norm: float | None, moved: float | None) -> MoveFact | None:
-    """The kind of a change.
+def update_of(
+    readings: Sequence[UpdateReading], received: Sequence[Callable[[Floats], None]], readout: Readout, size: int
+) -> Update | None:
+    """Put the readings of one step together, once the readout was received.
 
     Args:
-        norm: Euclidean norm of the tensor after it; None where there was none.
-        moved: Elements whose bits changed, as a fraction of all.
+        readings: One an optimizer.
+        received: What enters the norms of the gradients that it got into a column.
+        readout: Received.
+        size: Number of slots.
 
     Returns:
-        One of eight objects, so that equal ones are compared quickly; None likewise.
+        The columns; None if no optimizer has stepped.
     """
-    if norm is None or moved is None:
+    if not readings:
         return None
-    return _MOVES[moved > 0, moved >= 0.5, norm < math.inf]
-
-
-_MOVES = {kind: MoveFact(*kind) for kind in itertools.product((False, True), repeat=3)}
+    stepped = np.zeros(size, np.bool_)
+    start, change, norm, fraction, gradient = (np.full(size, np.nan) for _ in range(5))
+    for reading, enter in zip(readings, received, strict=True):
+        there = np.array([slot is not None for slot in reading.slots], np.bool_)
+        slots = [slot for slot in reading.slots if slot is not None]
+        stepped[slots] = True
+        start[slots] = reading.starts()[there]
+        change[slots] = readout.get(reading.size)[there]
+        norm[slots] = readout.get(reading.norm)[there]
+        fraction[slots] = readout.get(reading.moved)[there] / np.array(reading.counts, np.float64)[there]
+        enter(gradient)
+    gradient[~stepped] = np.nan
+    return Update(readings[0].step, readings[0].framework_step, stepped, start, change, norm, fraction, gradient)
 
 
 def copy_before(held: Held, readout: Readout) -> CopiesBefore:
@@ -129,7 +132,7 @@ class Fingerprints:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = dict(tensors)
-        self._last: list[float] | None = None
+        self._last: Sequence[float] | None = None
 
     @property
     def size(self) -> int:
@@ -142,8 +145,9 @@ class Fingerprints:
         first, second = readout.add_norms(values, 1), readout.add_norms(values, 2)
         return range(first.start, second.stop)
 
-    def changed(self, values: list[float]) -> tuple[str, ...]:
+    def changed(self, values: Sequence[float] | Floats) -> tuple[str, ...]:
         """Names of the tensors whose norms differ from the last reading."""
+        values = [float(v) for v in values]
         last, self._last = self._last, values
         if last is None:
             return ()
@@ -173,7 +177,7 @@ class Followers:
         tickets = [readout.add(_sum_of_bits(tensors).reshape(1)) for tensors in self._adapters.values()]
         return range(tickets[0].start, tickets[-1].stop)
 
-    def advance(self, sums: Sequence[float], step: int, *, moved: bool) -> None:
+    def advance(self, sums: Sequence[float] | Floats, step: int, *, moved: bool) -> None:
         """Count one more look.
 
         Args:

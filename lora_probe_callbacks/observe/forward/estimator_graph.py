@@ -10,26 +10,26 @@ from torch import nn
 
 from lora_probe_callbacks.observe.forward.graph import walk
 from lora_probe_callbacks.observe.forward.hooks import Candidate, ForwardObserver
-from lora_probe_callbacks.observe.model.targets import Scene
+from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.observe.model.unused import adapters_alive
 
 __all__ = ["direction_fact", "gradient_fact", "graph_fact"]
 
 
-def graph_fact(S: torch.Tensor, scene: Scene, observer: ForwardObserver, *, own: bool = False) -> dict[str, Any]:
+def graph_fact(S: torch.Tensor, targets: Targets, observer: ForwardObserver, *, own: bool = False) -> dict[str, Any]:
     """Where the graph of a tensor leads, and which forwards made it.
 
     Args:
         S: What an estimator differentiates.
-        scene: What is expected to train.
+        targets: What is expected to train.
         observer: Who watched the forwards.
         own: The observer saw the estimator's forwards and no others; else the graph tells which they were.
 
     Returns:
         Fields of an :class:`EstimatorFact`.
     """
-    slot_of = scene.slot_of()
-    held = {id(p) for _, root in scene.roots for p in root.parameters()}
+    slot_of = targets.slot_of()
+    held = {id(p) for _, root in targets.roots for p in root.parameters()}
     found = walk([S], marks=not own)
     candidates = observer.candidates if own else [m for m in found.marks if isinstance(m, Candidate)]
     if not own and not S.requires_grad:
@@ -46,17 +46,17 @@ def graph_fact(S: torch.Tensor, scene: Scene, observer: ForwardObserver, *, own:
         if not S.requires_grad:
             fields["without_grad"], fields["inference"] = observer.without_grad, S.is_inference()
         if not fields.get("without_grad") and not fields.get("inference"):
-            alive = adapters_alive([layer.module for layer in scene.inventory.layers])
+            alive = adapters_alive([layer.module for layer in targets.inventory.layers])
             fields["elsewhere"] = alive or (("something that is not the trained model",) if own else ())
     return fields
 
 
-def direction_fact(direction: object, scene: Scene) -> dict[str, Any]:
+def direction_fact(direction: object, targets: Targets) -> dict[str, Any]:
     """Which slots a direction was built on.
 
     Args:
         direction: An update direction (something with ``owners``), or a mapping by parameter, id or name.
-        scene: What is expected to train.
+        targets: What is expected to train.
 
     Returns:
         Fields of an :class:`EstimatorFact`.
@@ -64,25 +64,25 @@ def direction_fact(direction: object, scene: Scene) -> dict[str, Any]:
     Raises:
         TypeError: If it is neither.
     """
-    slots, foreign = _resolved(direction, scene)
+    slots, foreign = _resolved(direction, targets)
     return {"direction": frozenset(slots), "direction_foreign": tuple(foreign)}
 
 
-def gradient_fact(gradients: Mapping[Any, torch.Tensor | None], scene: Scene) -> dict[str, Any]:
+def gradient_fact(gradients: Mapping[Any, torch.Tensor | None], targets: Targets) -> dict[str, Any]:
     """Which slots got a gradient of the estimator's loss.
 
     Args:
         gradients: By parameter, id or name; None where there is none.
-        scene: What is expected to train.
+        targets: What is expected to train.
 
     Returns:
         Fields of an :class:`EstimatorFact`; ``zero`` is 1 where every gradient is exactly zero.
     """
-    slots, foreign = _resolved(gradients, scene)
+    slots, foreign = _resolved(gradients, targets)
     present = {slot for slot, gradient in slots.items() if gradient is not None}
     values = [g for slot, g in slots.items() if slot in present]
     return {
-        "missing": frozenset(i for i, s in enumerate(scene.slots) if i not in present and _trains(s.tensor)),
+        "missing": frozenset(i for i, s in enumerate(targets.slots) if i not in present and _trains(s.tensor)),
         "zero": int(bool(values) and not any(bool(g.any()) for g in values)),
         "foreign": len(foreign),
     }
@@ -92,22 +92,22 @@ def _trains(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
-def _resolved(mapping: object, scene: Scene) -> tuple[dict[int, Any], list[str]]:
+def _resolved(mapping: object, targets: Targets) -> tuple[dict[int, Any], list[str]]:
     """Slot to value, and the names of what is no parameter of the watched modules."""
     owners = getattr(mapping, "owners", None)
     if isinstance(owners, Mapping):
         tensors = getattr(mapping, "tensors", {})
         entries = [(name, None if p is None else id(p), tensors.get(name)) for name, p in owners.items()]
     elif isinstance(mapping, Mapping):
-        names = {name: id(p) for _, root in scene.roots for name, p in root.named_parameters()}
+        names = {name: id(p) for _, root in targets.roots for name, p in root.named_parameters()}
         entries = [(str(_shown(key)), _id_of(key, names), value) for key, value in mapping.items()]
     else:
         raise TypeError(
             f"got a direction of type {type(mapping).__name__}, expected an UpdateDirection or a mapping by parameter, "
             "id or name"
         )
-    slot_of = scene.slot_of()
-    held = {id(p) for _, root in scene.roots for p in root.parameters()}
+    slot_of = targets.slot_of()
+    held = {id(p) for _, root in targets.roots for p in root.parameters()}
     slots = {slot_of[i]: value for _, i, value in entries if i is not None and i in slot_of}
     return slots, [name for name, i, _ in entries if i is None or (i not in slot_of and i not in held)]
 

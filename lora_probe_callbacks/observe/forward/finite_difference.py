@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.facts import StepResponse
 from lora_probe_callbacks.observe.forward.hooks import tensors_in
-from lora_probe_callbacks.observe.forward.replay import MOST_BYTES, KeptForward, holding
+from lora_probe_callbacks.observe.forward.replay import MOST_BYTES, KeptForward
+from lora_probe_callbacks.restore.model import holding, own_gradients
 
 __all__ = ["ResponseObserver", "aliased"]
 
@@ -326,21 +327,14 @@ class _Trial:
         """The gradient of ``<c, out>`` alone: nothing in it that did not leave through the outputs."""
         kept, cotangents = self.forward.kept, self.forward.cotangents
         leaves = [p for p in kept.module.parameters() if p.requires_grad]
-        former = [p.grad for p in leaves]
-        with holding(self.tensors, self.theta):
-            try:
-                for p in leaves:
-                    p.grad = None
-                with kept.again(), torch.enable_grad():
-                    outputs = kept.call()
-                    chosen = [(outputs[i], c) for i, c in cotangents.items() if outputs[i].requires_grad]
-                    if chosen:
-                        torch.autograd.backward([o for o, _ in chosen], [c for _, c in chosen])
-                moving = [self.tensors[i] for i in self.moving]
-                return [torch.zeros_like(t).float() if t.grad is None else t.grad.float() for t in moving]
-            finally:
-                for p, gradient in zip(leaves, former, strict=True):
-                    p.grad = gradient
+        with holding(self.tensors, self.theta), own_gradients(leaves):
+            with kept.again(), torch.enable_grad():
+                outputs = kept.call()
+                chosen = [(outputs[i], c) for i, c in cotangents.items() if outputs[i].requires_grad]
+                if chosen:
+                    torch.autograd.backward([o for o, _ in chosen], [c for _, c in chosen])
+            moving = [self.tensors[i] for i in self.moving]
+            return [torch.zeros_like(t).float() if t.grad is None else t.grad.float() for t in moving]
 
     def _at(self, values: list[torch.Tensor]) -> _Place:
         """What comes out where those that move hold other values."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lora_probe_callbacks.engine.collection import no_collection
+from lora_probe_callbacks._gc import no_collection
 
 __all__ = ["Walk", "capturing", "in_backward", "mark", "runs_to_all", "walk", "walk_from_here"]
 

@@ -3,35 +3,29 @@
 Two questions need it. *Does the forward see the parameters?* (here) One autocast block around several
 steps keeps its cache of cast weights, keyed by tensor and not by version, so the forward goes on with
 the weights of the first step; a repeat in a nested region without that cache tells
-(https://github.com/X-GenGroup/Flow-Factory/issues/186). *Is the gradient right?* (``response.py``)
+(https://github.com/X-GenGroup/Flow-Factory/issues/186). *Is the gradient right?* (``finite_difference.py``)
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import is_
-from types import FunctionType, ModuleType, NoneType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map_only
 
 from lora_probe_callbacks.observe.forward.hooks import tensors_in
 from lora_probe_callbacks.observe.model.wrappers import data_parallel, is_compiled, tensor_parallel
-from lora_probe_callbacks.restore.random import Buffers, RandomState
+from lora_probe_callbacks.restore.module_state import ModuleState
+from lora_probe_callbacks.restore.random import RandomState
 
 __all__ = [
     "MOST_BYTES",
     "ForwardRepeat",
     "KeptForward",
-    "holding",
-    "module_state_restored",
-    "random_state",
 ]
 
 MOST_BYTES = 256 * 2**20  # of outputs, and of buffers
@@ -169,34 +163,6 @@ class KeptForward:
         return [t for t in tensors_in(self.module(*self._args, **self._kwargs)) if t.is_floating_point()]
 
 
-@contextmanager
-def holding(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Inside, parameters hold other values; on exit they hold their own again, bit by bit.
-
-    Their version counters stay as well, as the contents do: a graph that was built before stays valid.
-
-    Args:
-        tensors: Parameters.
-        values: What each of them holds inside.
-
-    Yields:
-        Nothing.
-    """
-    own = [tensor.detach().clone() for tensor in tensors]
-    with _unsafe_preserve_version_counter(tuple(tensors)):
-        try:
-            _write(tensors, values)
-            yield
-        finally:
-            _write(tensors, own)
-
-
-@torch.no_grad()
-def _write(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    if tensors:
-        torch._foreach_copy_(list(tensors), list(values))
-
-
 def _hooks(module: nn.Module) -> Iterator[object]:
     yield from module._forward_hooks.values()
     yield from module._forward_pre_hooks.values()
@@ -246,113 +212,3 @@ def _equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
         a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
         for a, b in zip(some, others, strict=True)
     )
-
-
-# --- state --------------------------------------------------------------------------------------
-
-
-def random_state(module: nn.Module) -> RandomState:
-    """The random state of this moment, that of the generators included which modules keep in their attributes."""
-    return RandomState({v for m in module.modules() for v in _unusual(m.__dict__) if isinstance(v, torch.Generator)})
-
-
-class ModuleState:
-    """All state that a forward may leave: random numbers, buffers, and what modules keep in their attributes.
-
-    The last are a router's auxiliary loss, a counter, a list of features, or an object with such things.
-
-    Args:
-        module: What may be run.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._random = random_state(module)
-        self._buffers = Buffers(module.modules())
-        holders = [m.__dict__ for m in module.modules()]
-        kept = {id(v): v.__dict__ for held in holders for v in _unusual(held) if _is_an_object(v)}
-        self._attributes = [_Attributes(held) for held in (*holders, *kept.values())]
-
-    def put_back(self) -> None:
-        """Make it what it was."""
-        self._random.put_back()
-        for attributes in self._attributes:
-            attributes.put_back()
-        self._buffers.put_back()
-
-
-class _Attributes:
-    """The attributes of one object, and the contents of the containers among them. There are many thousands."""
-
-    __slots__ = ("_containers", "_former", "_present")
-
-    def __init__(self, present: dict[str, Any]) -> None:
-        self._present = present
-        self._former = dict(present)
-        self._containers = [
-            (value, contents)
-            for key, value in present.items()
-            if key not in _TORCHS and (contents := _contents(value)) is not None
-        ]
-
-    def put_back(self) -> None:
-        present, former = self._present, self._former
-        if len(present) != len(former) or not all(map(is_, present.values(), former.values())):
-            present.clear()
-            present.update(former)
-        for value, contents in self._containers:
-            _put_back(value, contents)
-
-
-@contextmanager
-def module_state_restored(module: nn.Module) -> Iterator[None]:
-    """End with all state that was there before.
-
-    Args:
-        module: What is run inside.
-
-    Yields:
-        Nothing.
-    """
-    state = ModuleState(module)
-    try:
-        yield
-    finally:
-        state.put_back()
-
-
-# What torch keeps in every module and a forward does not touch; parameters and buffers may be exchanged.
-_TORCHS = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers"}
-_USUAL = (bool, int, float, str, bytes, NoneType, tuple, list, dict, set, OrderedDict, type, FunctionType, nn.Parameter)
-
-
-def _unusual(attributes: dict[str, Any]) -> list[Any]:
-    """Values of other types than most: told by their very type, since asking torch's classes is slow."""
-    return [value for value in attributes.values() if type(value) not in _USUAL]
-
-
-def _is_an_object(value: object) -> bool:
-    """An instance of somebody's class, such as a buffer of samples with a place in it."""
-    kinds = type | ModuleType | FunctionType | torch.Tensor | nn.Module
-    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, kinds)
-
-
-def _contents(value: object) -> list[Any] | None:
-    kind = type(value)
-    if kind is dict or kind is OrderedDict:
-        return [*value, *value.values()]  # type: ignore[attr-defined, misc]
-    return list(value) if kind is list or kind is set else None  # type: ignore[call-overload]
-
-
-def _put_back(value: Any, contents: list[Any]) -> None:
-    """Compares by identity: comparing tensors by value would not give one answer."""
-    if not contents and not value:
-        return
-    now = _contents(value)
-    if now is None or (len(now) == len(contents) and all(map(is_, now, contents))):
-        return
-    value.clear()
-    if isinstance(value, dict):
-        half = len(contents) // 2
-        value.update(zip(contents[:half], contents[half:], strict=True))
-    else:
-        (value.extend if isinstance(value, list) else value.update)(contents)

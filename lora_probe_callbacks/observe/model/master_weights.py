@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from lora_probe_callbacks.facts import CopiesFact
+from lora_probe_callbacks.facts import CopiesFact, Floats
 from lora_probe_callbacks.observe.device.transfer import Readout
 from lora_probe_callbacks.observe.device.updates import Fingerprints
 from lora_probe_callbacks.observe.model.wrappers import is_shard
@@ -49,10 +49,10 @@ class Copies:
         first, last = self._live.read(readout), self._stepped.read(readout)
         return range(first.start, last.stop)
 
-    def advance(self, values: Sequence[float]) -> None:
+    def advance(self, values: Floats) -> None:
         """Take in one look: before a step, after what the loop did since the last one."""
         size = self._live.size
-        moved, stepped = self._live.changed(list(values[:size])), self._stepped.changed(list(values[size:]))
+        moved, stepped = self._live.changed(values[:size]), self._stepped.changed(values[size:])
         if moved:
             self._followed, self._still, self._starved = True, 0, None
         elif stepped:

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["Ownership", "found_inf", "grad_scale", "ownership", "unwrap_optimizer"]
+__all__ = [
+    "Ownership",
+    "found_inf",
+    "grad_scale",
+    "groups_of",
+    "owner_of",
+    "ownership",
+    "tensors_of",
+    "unwrap_optimizer",
+]
 
 
 class Ownership(NamedTuple):
@@ -44,6 +53,47 @@ def unwrap_optimizer(optimizer: object) -> Optimizer:
     return inner
 
 
+def groups_of(optimizers: Sequence[Optimizer]) -> list[Ownership]:
+    """The settings of every parameter group, those of the first optimizer first.
+
+    Args:
+        optimizers: Torch optimizers.
+
+    Returns:
+        One entry a group.
+    """
+    found = []
+    for index, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            rate = group.get("lr", float("nan"))
+            # A tensor rate on a device would cost a transfer of its own; such a group is read as unknown.
+            known = not isinstance(rate, torch.Tensor) or rate.device.type == "cpu"
+            found.append(
+                Ownership(
+                    optimizer=index,
+                    learning_rate=float(rate) if known else float("nan"),
+                    weight_decay=float(group.get("weight_decay") or 0.0),
+                )
+            )
+    return found
+
+
+def owner_of(optimizers: Sequence[Optimizer]) -> dict[int, int]:
+    """Map the id of every tensor that an optimizer owns to its parameter group.
+
+    Args:
+        optimizers: Torch optimizers.
+
+    Returns:
+        Tensor id to the index in :func:`groups_of` of the first group that holds it.
+    """
+    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    owners: dict[int, int] = {}
+    for number in range(len(groups) - 1, -1, -1):  # the first owner has the last word
+        owners.update(dict.fromkeys(map(id, groups[number]), number))
+    return owners
+
+
 def ownership(optimizers: Sequence[Optimizer]) -> dict[int, Ownership]:
     """Map the id of every tensor that an optimizer owns to its settings.
 
@@ -51,21 +101,10 @@ def ownership(optimizers: Sequence[Optimizer]) -> dict[int, Ownership]:
         optimizers: Torch optimizers.
 
     Returns:
-        Tensor id to the first optimizer that owns it.
+        Tensor id to the first group that holds it.
     """
-    owners: dict[int, Ownership] = {}
-    for index, optimizer in reversed(list(enumerate(optimizers))):  # the first owner has the last word
-        for group in reversed(optimizer.param_groups):
-            rate = group.get("lr", float("nan"))
-            # A tensor rate on a device would cost a transfer of its own; such a group is read as unknown.
-            known = not isinstance(rate, torch.Tensor) or rate.device.type == "cpu"
-            entry = Ownership(
-                optimizer=index,
-                learning_rate=float(rate) if known else float("nan"),
-                weight_decay=float(group.get("weight_decay") or 0.0),
-            )
-            owners.update(dict.fromkeys(map(id, group["params"]), entry))
-    return owners
+    groups = groups_of(optimizers)
+    return {tensor: groups[number] for tensor, number in owner_of(optimizers).items()}
 
 
 def tensors_of(optimizers: Iterable[Optimizer]) -> list[torch.Tensor]:

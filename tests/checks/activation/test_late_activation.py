@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from support.facts import ALL, NONE, bad, estimator, expect, facts
+from support.facts import ALL, GRADIENT, NONE, bad, estimator, expect, facts, unread
 
 from lora_probe_callbacks.checks.activation.late_activation import CHECK
 
@@ -75,12 +75,12 @@ def test_switched_layers_are_told_apart() -> None:
 
 def test_switched_and_the_gradients_arrive_all_the_same_passes() -> None:
     expect(CHECK.judge(facts(forward=SWITCHED)), "pass")
-    expect(CHECK.judge(facts(gradients=[NONE, facts().gradients[0]] * 2, forward=SWITCHED)), "pass")
+    expect(CHECK.judge(facts(gradients=[NONE, GRADIENT] * 2, forward=SWITCHED)), "pass")
 
 
 def test_gradients_that_were_not_read_prove_nothing() -> None:
-    expect(CHECK.judge(dataclasses.replace(facts(forward=SWITCHED), gradients=())), "pass")
-    expect(CHECK.judge(dataclasses.replace(facts(forward=SWITCHED), gradients=(None,) * 4)), "pass")
+    expect(CHECK.judge(unread(facts(forward=SWITCHED))), "pass")
+    expect(CHECK.judge(unread(facts(forward=SWITCHED))), "pass")
 
 
 def test_switched_in_one_forward_of_two_passes() -> None:

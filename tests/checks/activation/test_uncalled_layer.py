@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
-from support.facts import ALL, GRADIENT, NONE, ZERO, bad, expect, facts
+from support.facts import ALL, GRADIENT, NONE, ZERO, bad, expect, facts, unread
 
 from lora_probe_callbacks.checks.activation.uncalled_layer import CHECK, judge
 from lora_probe_callbacks.facts import Facts
@@ -106,7 +105,7 @@ def test_layer_with_a_gradient_passes_though_it_was_not_called() -> None:
 
 
 def test_gradients_that_were_not_read_prove_nothing() -> None:
-    expect(judge(dataclasses.replace(second(history=NEVER, reads=LONG, step=120), gradients=(None,) * 4)), "pass")
+    expect(judge(unread(second(history=NEVER, reads=LONG, step=120))), "pass")
 
 
 def test_frozen_by_intent_passes() -> None:

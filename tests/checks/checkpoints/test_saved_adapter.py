@@ -43,7 +43,7 @@ def test_whole_model_without_the_adapter_fails() -> None:
     told(
         "fail",
         "out/adapter.safetensors is the base model without the adapter 'default'",
-        of={"form": "model", "values": "base"},
+        of={"form": "model", "values": None},
         cause="base model",
         got="adapted weights equal to the base's",
         expected="the adapter merged into them",

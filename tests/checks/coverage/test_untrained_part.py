@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
-from support.facts import bad, expect, facts
+from support.facts import bad, expect, facts, with_slots
 
 from lora_probe_callbacks.checks.coverage.untrained_part import CHECK, judge
 from lora_probe_callbacks.facts import (
@@ -16,20 +17,19 @@ PART = "lora_magnitude_vector"
 NEW = {"had_gradient": False, "had_signal": False}
 
 
-def parts(magnitude: bool, a: bool = True, **changes: Any) -> Facts:
+def parts(magnitude: bool, a: bool = True, at: Mapping[int, Any] | None = None, **changes: Any) -> Facts:
     """A, and a magnitude in place of B, in each of two layers."""
-    what = facts(slot={"part": "lora_A"}, **changes)
-    slots = tuple(
-        s._replace(requires_grad=a) if s.role == "A" else s._replace(role="other", part=PART, requires_grad=magnitude)
-        for s in what.slots
-    )
-    return dataclasses.replace(what, slots=slots)
+    own = {"role": "other", "part": PART, "requires_grad": magnitude}
+    both = {"part": "lora_A", "requires_grad": a}, own
+    return facts(at={i: {**both[i % 2], **(at or {}).get(i, {})} for i in range(4)}, **changes)
 
 
 def changed(what: Facts, slot: int, **changes: Any) -> Facts:
-    slots = list(what.slots)
-    slots[slot] = slots[slot]._replace(**changes)
-    return dataclasses.replace(what, slots=tuple(slots))
+    columns = {name: list(getattr(what.slots, name)) for name in changes}
+    for name, value in changes.items():
+        columns[name][slot] = value
+    texts = {name: tuple(column) for name, column in columns.items() if name in ("part", "name", "adapter")}
+    return with_slots(what, **{name: np.array(column) for name, column in columns.items()} | texts)
 
 
 def test_part_that_is_frozen_as_a_whole_fails_and_is_told_once() -> None:
@@ -77,8 +77,8 @@ def test_part_that_trained_before_has_its_turn_again() -> None:
 )
 def test_part_of_another_optimizer_waits_for_its_event(optimizers: int, owner: int | None, status: str) -> None:
     what = parts(magnitude=False, history=NEW, optimizers=optimizers)
-    slots = tuple(s._replace(owner=owner) if s.role == "other" else s for s in what.slots)
-    assert judge(dataclasses.replace(what, slots=slots)).status == status
+    others = np.where(what.slots.role == "other", -1 if owner is None else owner, what.slots.owner)
+    assert judge(with_slots(what, owner=others)).status == status
 
 
 def test_part_that_is_meant_to_stay_passes() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from support.facts import ALL, GRADIENT, NONE, bad, expect, facts
+from support.facts import ALL, GRADIENT, NONE, bad, expect, facts, unread
 
 from lora_probe_callbacks.checks.identity.other_module import CHECK
 
@@ -42,7 +42,7 @@ def test_model_that_is_never_called_fails_after_four_steps(missing: int) -> None
 
 
 def test_gradients_that_were_not_read_prove_nothing() -> None:
-    what = dataclasses.replace(facts(history=MISSING, forwards=()), gradients=(None,) * 4)
+    what = unread(facts(history=MISSING, forwards=()))
     expect(CHECK.judge(what), "pending", "the model was not called in this step")
 
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-import dataclasses
+import math
 
+import numpy as np
 import pytest
-from support.facts import bad, expect, facts
+from support.facts import bad, expect, facts, with_slots
 
 from lora_probe_callbacks.checks.identity.uneven_rate import CHECK, judge
 from lora_probe_callbacks.facts import (
@@ -14,11 +15,9 @@ from lora_probe_callbacks.facts import (
 def rates(*units: tuple[str, float | None, float | None]) -> Facts:
     """Part of B, rate of A, rate of B, of each unit."""
     what = facts(units=len(units))
-    return dataclasses.replace(
-        what,
-        slots=tuple(slot._replace(part=units[slot.unit][0]) for slot in what.slots),
-        rates=tuple(rate for _, a, b in units for rate in (a, b)),
-    )
+    part = tuple(units[unit][0] for unit in what.slots.unit)
+    rate = np.array([math.nan if rate is None else rate for _, a, b in units for rate in (a, b)])
+    return with_slots(what, part=part, rate=rate)
 
 
 LINEAR = ("lora_B", 1e-4, 1e-3)
@@ -69,8 +68,7 @@ def test_layers_without_a_rate_are_left_out() -> None:
 
 def test_what_stays_frozen_is_left_out() -> None:
     what = rates(LINEAR, EMBEDDING)
-    frozen = tuple(s._replace(frozen_by_intent=s.unit == 1) for s in what.slots)
-    assert judge(dataclasses.replace(what, slots=frozen)).status == "pass"
+    assert judge(with_slots(what, frozen_by_intent=what.slots.unit == 1)).status == "pass"
 
 
 @pytest.mark.parametrize("rate", [0.0, None, float("nan"), -1.0])

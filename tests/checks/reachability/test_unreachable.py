@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from support.facts import ALL, GRADIENT, NONE, bad, expect, facts
+from support.facts import ALL, GRADIENT, NONE, bad, expect, facts, unread
 
 from lora_probe_callbacks.checks.reachability.unreachable import CHECK
 
@@ -54,12 +54,11 @@ def test_whole_adapter_after_gradients_were_seen_warns_then_fails() -> None:
 
 
 def test_exception_is_judged_by_the_graph_alone() -> None:
-    what = dataclasses.replace(facts(reads=(0,) * 4, forward=NOWHERE), gradients=(), moment="exception")
+    what = unread(facts(reads=(0,) * 4, forward=NOWHERE, moment="exception"))
     assert (CHECK.judge(what).status, CHECK.judge(what).slots) == ("fail", ALL)
-    unread = dataclasses.replace(what, moment="step")
-    expect(CHECK.judge(unread), "pass")
+    expect(CHECK.judge(dataclasses.replace(what, moment="step")), "pass")
     none_received = facts(reads=(0,) * 4, forward={**NOWHERE, "received": False})
-    verdict = CHECK.judge(dataclasses.replace(none_received, gradients=(None,) * 4, moment="exception"))
+    verdict = CHECK.judge(unread(dataclasses.replace(none_received, moment="exception")))
     assert "graph of its forward" in verdict.message
 
 
@@ -112,7 +111,7 @@ def test_part_that_learned_before_is_pending_at_first() -> None:
 
 
 def test_exception_tells_what_was_got_and_expected() -> None:
-    what = dataclasses.replace(facts(reads=(0,) * 4, forward=NOWHERE), gradients=(), moment="exception")
+    what = unread(facts(reads=(0,) * 4, forward=NOWHERE, moment="exception"))
     expect(
         CHECK.judge(what), "fail", GRAPH, slots=ALL, got="0 of 4 adapter tensors in the graph", expected="all of them"
     )

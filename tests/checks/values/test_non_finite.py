@@ -3,12 +3,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from support.facts import GRADIENT, MOVED, bad, expect, facts
+from support.facts import GRADIENT, INFINITE, MOVED, bad, expect, facts, unread
 
 from lora_probe_callbacks.checks.values.non_finite import CHECK
-from lora_probe_callbacks.observe.device.gradients import gradient_fact
 
-INFINITE = gradient_fact(float("inf"))
 BROKEN = MOVED._replace(norm=float("nan"))
 SECOND = [GRADIENT, INFINITE, GRADIENT, GRADIENT]
 
@@ -48,12 +46,12 @@ def test_gradients_that_may_still_change_are_pending() -> None:
 
 @pytest.mark.parametrize("update", [True, False])
 def test_nothing_was_read(update: bool) -> None:
-    what = dataclasses.replace(facts(), gradients=(None,) * 4)
+    what = unread(facts())
     if update:
         expect(CHECK.judge(what), "pass")
         return
     expect(
-        CHECK.judge(dataclasses.replace(what, update=None, moves=())),
+        CHECK.judge(dataclasses.replace(what, update=None)),
         "pending",
         "no gradient was read at this decision",
     )

@@ -55,7 +55,7 @@ def seen(run: Training, steps: int = STEPS, *, fit: Callable[..., None] = fit_pl
     fit(run, probe, steps, scaler)
     assert not probe.report.internal_errors, probe.report.internal_errors
     found = [(f.code, f.status, f.step) for f in probe.report.with_status("fail", "warn")]
-    return Seen(probe.report, probe._session._responses, found)
+    return Seen(probe.report, probe._session._collector.looks.responses, found)
 
 
 def model(dtype: torch.dtype = torch.float32, dropout: float = 0.3, **changes: Any) -> nn.Module:
@@ -436,7 +436,7 @@ def test_training_is_bit_equal(build: Callable[[], nn.Module]) -> None:
         made = probe(run.model, optimizer)
         fit_plain(run, made, 8)
         if made is not None and hasattr(made, "_session"):
-            assert any(r.central is not None for r in made._session._responses)
+            assert any(r.central is not None for r in made._session._collector.looks.responses)
         state = copy.deepcopy([run.model.state_dict(), optimizer.state_dict()["state"]])
         return [*state, torch.get_rng_state()]
 
@@ -487,8 +487,7 @@ def test_no_hook_and_no_tensor_is_left() -> None:
         next_token_loss(watched, batches(1)[0], 0).backward()
         assert any(p._backward_hooks for p in watched.parameters())
     assert not any(p._backward_hooks for p in watched.parameters())
-    assert not probe._session._response._before
-    assert not probe._session._response._gradients
+    assert probe._session._reruns._response is None
 
 
 def test_preflight_measures_it_too() -> None:

@@ -1,0 +1,71 @@
+"""When to look: which steps are probed, and what is looked at more rarely than that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["ALWAYS", "Cadence"]
+
+ALWAYS = 4  # the first steps are always probed: most faults are there from the start
+_WARM_UP = 16  # and as many more, up to this one, as it takes until every claim is proven
+_REPEATS_EVERY = 16  # after them, one probed step in so many runs a forward a second time
+_CLOSELY_EVERY = 16  # and after so many steps the graph is walked although gradients show that it is whole
+
+
+class Cadence:
+    """Which steps are probed.
+
+    Args:
+        every_n_steps: The cadence after the first steps.
+        alone: One process: nobody else must come to the same answer.
+        borrows: Whether the estimator waits for the inputs of a step's forward.
+        proven: Whether everything has been proven that applies.
+        stepped: Whether an optimizer that owns the adapter has stepped.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        *,
+        alone: Callable[[], bool],
+        borrows: Callable[[int], bool],
+        proven: Callable[[], bool],
+        stepped: Callable[[], bool],
+    ) -> None:
+        self._every = every_n_steps
+        self._alone = alone
+        self._borrows = borrows
+        self._proven = proven
+        self._stepped = stepped
+        self._last_closely = 0
+        self._now: tuple[int, bool] = (-1, False)
+        self.probed_steps = 0  # so far
+
+    def probed(self, step: int) -> bool:
+        """Whether a step is probed; the answer stays while the step lasts.
+
+        Args:
+            step: Its number in this session.
+
+        Returns:
+            The same on all ranks, as it follows from numbers alone where there are several.
+        """
+        if self._now[0] != step:
+            self._now = step, self._is_probed(step)
+        return self._now[1]
+
+    def _is_probed(self, step: int) -> bool:
+        if step < ALWAYS or step % self._every == 0 or self._borrows(step):
+            return True
+        return self._alone() and (not self._stepped() or (step < _WARM_UP and not self._proven()))
+
+    def closely(self, step: int) -> bool:
+        """Walk the graph of this step's forwards, whether or not gradients show that it is whole."""
+        due = step < ALWAYS or step - self._last_closely >= _CLOSELY_EVERY
+        if due:
+            self._last_closely = step
+        return due
+
+    def repeats(self, step: int) -> bool:
+        """Run a forward of this step a second time."""
+        return step < ALWAYS or self.probed_steps % _REPEATS_EVERY == _REPEATS_EVERY - 1

@@ -1,0 +1,340 @@
+"""The facts of one decision: asks every observer for its part and puts them together.
+
+The order is that of one transfer: what travels from the device is gathered and sent, what needs no values is looked at
+while the device is still busy, then the values are received. There is no judgement here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lora_probe_callbacks.checks._base import Need
+from lora_probe_callbacks.config import ProbeConfig
+from lora_probe_callbacks.distributed.consensus import Agreement
+from lora_probe_callbacks.engine.errors import Errors
+from lora_probe_callbacks.engine.run_state import RunState
+from lora_probe_callbacks.engine.saves import Checkpoints
+from lora_probe_callbacks.facts import (
+    DeviceFacts,
+    EstimatorFact,
+    EstimatorFacts,
+    Facts,
+    FileFacts,
+    ForwardFact,
+    ForwardFacts,
+    History,
+    Mode,
+    ModelFacts,
+    Moment,
+    ReferenceFact,
+    StartFact,
+    StepResponse,
+    UnitFact,
+    When,
+)
+from lora_probe_callbacks.facts.model import Coverage
+from lora_probe_callbacks.observe.device.step_reader import DeviceReader, Readings
+from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
+from lora_probe_callbacks.observe.forward.replay import ForwardRepeat
+from lora_probe_callbacks.observe.model.layers import Layers, Part
+from lora_probe_callbacks.observe.model.others import OtherAdapters
+from lora_probe_callbacks.observe.model.owners import Owners
+from lora_probe_callbacks.observe.model.ownership import grad_scale, tensors_of
+from lora_probe_callbacks.observe.model.targets import Targets
+from lora_probe_callbacks.observe.model.unused import AdaptersElsewhere
+
+__all__ = ["Collector", "Observers"]
+
+
+class Observers:
+    """Everything that looks at one run.
+
+    Args:
+        targets: What is expected to train.
+    """
+
+    def __init__(self, targets: Targets) -> None:
+        self.targets = targets
+        self.owners = Owners(targets)
+        self.layers = Layers(targets)
+        self.others = OtherAdapters(targets)
+        self.reader = DeviceReader(targets, self.owners, self.others)
+
+    def settle(self) -> None:
+        """Begin anew with what is expected now."""
+        self.owners.settle()
+        self.layers.settle()
+        self.others.settle()
+
+
+@dataclass(slots=True)
+class StepLooks:
+    """What is looked at in the present step beside hooks, and what waits to be judged.
+
+    Attributes:
+        replay: Repeats a forward, to see whether it uses the present weights.
+        responses: What the last steps did to the loss, where it was measured.
+        estimates: Estimators looked at since the last decision.
+    """
+
+    replay: ForwardRepeat | None = None
+    responses: tuple[StepResponse, ...] = ()
+    estimates: list[EstimatorFact] = dataclasses.field(default_factory=list)
+
+
+class Collector:
+    """Makes the facts of a decision.
+
+    Args:
+        config: What was meant.
+        needs: What the selected checks cannot do without.
+        state: Where the run is.
+        observers: What looks at it.
+        hooks: Who watches the forwards.
+        agreement: The other ranks.
+        errors: Errors of our own.
+        scaler: A gradient scaler, if the loop has one.
+    """
+
+    def __init__(
+        self,
+        config: ProbeConfig,
+        needs: frozenset[Need],
+        state: RunState,
+        observers: Observers,
+        hooks: ForwardObserver,
+        agreement: Agreement,
+        errors: Errors,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self._config = config
+        self._needs = needs
+        self._state = state
+        self._observers = observers
+        self._hooks = hooks
+        self._agreement = agreement
+        self._errors = errors
+        self._scaler = scaler
+        self._looked_at_start = False
+        self._start: StartFact | None = None
+        self._coverage: Coverage | None = None
+        self._reference = None if config.reference is None else ReferenceFact(disabled=False, active=0)
+        self._elsewhere = AdaptersElsewhere()
+        self.looks = StepLooks()
+        self.checkpoints: Checkpoints | None = None
+
+    # --- what is watched --------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Observe the units that are expected now, from a clean slate."""
+        observers = self._observers
+        self._state.history = History.empty(len(observers.targets.slots))
+        self._hooks.sharded = bool(observers.owners.shards())
+        self._hooks.watch(observers.targets.inventory, observers.targets.units)
+
+    def _refresh(self) -> None:
+        """Look at the slots, and begin anew if a layer was exchanged."""
+        observers, state = self._observers, self._state
+        if not observers.targets.refresh():
+            observers.owners.look()
+            return
+        observers.settle()
+        history = state.history
+        self.watch()
+        if len(history) == len(state.history):
+            state.history = history
+        else:
+            observers.reader.forget_readings()
+
+    # --- collecting -------------------------------------------------------------------------
+
+    def collect(self, moment: Moment, optimizer: int | None, step: int, *, probed: bool, final: bool) -> Facts:
+        """All that is known now.
+
+        Args:
+            moment: What the decision is made for.
+            optimizer: Whose event it is.
+            step: The step being decided.
+            probed: Gradients of this step are read.
+            final: Nothing can change them between this reading and the update.
+
+        Returns:
+            The facts of this rank.
+        """
+        self._refresh()
+        reader, owners, targets = self._observers.reader, self._observers.owners, self._observers.targets
+        if moment == "waiting":
+            for owner in owners.owning():
+                reader.read_gradients(owner, unowned=False)
+        if probed and optimizer is not None:
+            reader.read_gradients(optimizer, unowned=True)
+            reader.copy(optimizer)
+        if self._agreement.several:
+            reader.read_samples(optimizer if probed else None)
+        reader.send(cotangents=self._hooks.cotangents(), sample=probed)
+        # An accelerator is still busy with the backward at this time: what needs no values is looked at meanwhile.
+        if not self._looked_at_start:
+            self._looked_at_start = True
+            with self._errors.contain("initial look"):
+                self._look_at_start()
+        forwards = self._hooks.facts(owners.seen())
+        model = self._model_facts()
+        called = self._hooks.called()
+        parts = self._observers.layers.left_out(forwards, called), self._observers.layers.factors()
+        readings = reader.receive(final=optimizer if final and probed else None, merges=self._state.merges)
+        self._advance(model, readings, step)
+        facts = Facts.of(
+            When(moment, optimizer, step, self._state.framework_step()),
+            dataclasses.replace(model, units=self._units(parts, readings)),
+            self._forward_facts(forwards, moment),
+            self._device_facts(readings, moment, replaced=bool(model.replaced), final=final),
+            self._run_facts(readings, moment, forwards),
+            EstimatorFacts(tuple(self.looks.estimates)),
+            self._agreement.facts(targets, owners, called, readings),
+        )
+        self.looks.estimates.clear()
+        return self._with_files(self._with_elsewhere(facts))
+
+    def _look_at_start(self) -> None:
+        """Values and names, once; models differ most here, and what cannot be read ends these checks alone."""
+        layers, reader = self._observers.layers, self._observers.reader
+        self._start = layers.start(self._state.framework_step())
+        self._coverage = layers.coverage()
+        reader.token_rows = layers.token_rows()
+        self._hooks.watch_tokens(reader.token_rows)
+
+    def _model_facts(self) -> ModelFacts:
+        targets, owners, layers = self._observers.targets, self._observers.owners, self._observers.layers
+        inventory = targets.inventory
+        modes, active = self._hooks.state()
+        replaced, foreign = owners.replaced()
+        start = self._start if self._start and len(self._start.units) == len(targets.units) else None
+        return ModelFacts(
+            expected=targets.expected,
+            declared=self._config.names is not None,
+            resumed=self._config.resumed,
+            new_tokens=tuple(self._config.new_token_ids),
+            slots=owners.columns(),
+            modes=modes,
+            active=active,
+            trainable_bases=layers.trainable_bases(),
+            replaced=replaced,
+            foreign_in_optimizer=foreign,
+            optimizer_tensors=len(tensors_of(targets.optimizers)),
+            optimizers=len(targets.optimizers),
+            why_not_owned=owners.why_not_owned(),
+            nested=tuple(inventory.nested),
+            rewrapped=tuple(inventory.rewrapped),
+            unloaded=tuple(inventory.unloaded),
+            vanished=() if inventory.unloaded else owners.vanished(),
+            packed=layers.packed(),
+            start=start,
+            coverage=self._coverage,
+        )
+
+    def _advance(self, model: ModelFacts, readings: Readings, step: int) -> None:
+        """What is counted from decision to decision."""
+        state, owners = self._state, self._observers.owners
+        state.history = state.history.after(model.slots, readings.gradients, readings.update, step)
+        if readings.followers is not None:
+            moved = readings.update is not None and bool(readings.update.moved.any())
+            self._observers.others.followers.advance(readings.followers, step, moved=moved)
+        if readings.copies is not None and owners.copies is not None:
+            owners.copies.advance(readings.copies)
+        if readings.skipped_inside:
+            state.skipped_in_a_row += 1
+        elif readings.skipped_inside is not None:
+            state.has_stepped()
+
+    def _units(self, parts: tuple[list[Part] | None, list[float | None]], readings: Readings) -> tuple[UnitFact, ...]:
+        used = {} if self._hooks.witness is None else self._hooks.witness.seen
+        return self._observers.layers.facts(*parts, readings.gradients, used)
+
+    def _forward_facts(self, forwards: tuple[ForwardFact, ...], moment: Moment) -> ForwardFacts:
+        self._look_beside(forwards, moment)
+        replay = self.looks.replay
+        return ForwardFacts(
+            forwards=forwards,
+            forwards_without_grad=self._hooks.without_grad,
+            unobservable=self._hooks.unobservable,
+            reference=self._reference,
+            stale_forward=None if replay is None else replay.stale,
+            why_not_repeated=None if replay is None else replay.why_not,
+            responses=self.looks.responses,
+        )
+
+    def _look_beside(self, forwards: tuple[ForwardFact, ...], moment: Moment) -> None:
+        """Did a forward run with the adapters disabled, where the loss compares with it?"""
+        if self._reference is None:
+            return
+        modes = {*self._hooks.beside, *(m for f in forwards for m in _ran_in(f))}
+        # With gradients and never differentiated: a reference that is detached afterwards.
+        if any(f.received for f in forwards):
+            units = range(len(self._observers.targets.units))
+            aside = [f for f in forwards if not f.received]
+            modes |= {f.mode(u) for f in aside for u in units if f.called(u) is not False}
+        active = "active" in modes and moment in ("step", "skipped")
+        self._reference = ReferenceFact(
+            disabled=self._reference.disabled or "disabled" in modes, active=self._reference.active + active
+        )
+
+    def _device_facts(self, readings: Readings, moment: Moment, *, replaced: bool, final: bool) -> DeviceFacts:
+        owners, optimizers = self._observers.owners, self._observers.targets.optimizers
+        was_active = self._state.was_active | self._hooks.active_seen
+        nothing = moment in ("step", "waiting") and not readings.gradients.present.any()
+        return DeviceFacts(
+            gradients=readings.gradients,
+            gradients_final=final,
+            no_gradient_at_all=nothing and not any(map(owners.has_gradients, range(len(optimizers)))),
+            all_non_finite=readings.all_non_finite,
+            update=readings.update,
+            others=self._observers.others.facts(readings.others_before, readings.others_after, was_active, owners),
+            base_drift=readings.drift,
+            copies=None if owners.copies is None or replaced else owners.copies.fact(),
+            token_rows=tuple(rows.fact() for rows in self._observers.reader.token_rows),
+        )
+
+    def _run_facts(self, readings: Readings, moment: Moment, forwards: tuple[ForwardFact, ...]) -> object:
+        optimizers = self._observers.targets.optimizers
+        scaler = self._scaler is not None or any(grad_scale(o) is not None for o in optimizers)
+        overflow = scaler and bool(readings.gradients.broken.any())
+        skipped = self._state.skipped_in_a_row + (moment == "skipped" or overflow)
+        return self._state.facts(
+            skipped=skipped,
+            passes=self._state.passes + sum(f.received for f in forwards),
+            scaler=scaler,
+            # Reading the scale costs a transfer: only when steps are being skipped.
+            loss_scale=float(self._scaler.get_scale()) if self._scaler is not None and skipped else None,
+        )
+
+    def _with_elsewhere(self, facts: Facts) -> Facts:
+        owners, optimizers = self._observers.owners, self._observers.targets.optimizers
+        if not facts.nobody_called or any(map(owners.has_gradients, range(len(optimizers)))):
+            return facts  # else something beside the adapter is trained first
+        layers = self._observers.targets.inventory.layers
+        return dataclasses.replace(facts, elsewhere=self._elsewhere.look([layer.module for layer in layers]))
+
+    def _with_files(self, facts: Facts) -> Facts:
+        """What was saved and restored since the last decision."""
+        checkpoints = self.checkpoints
+        if checkpoints is None:
+            return facts
+        moved = facts.history.had_move & facts.slots.of_role("B")
+        checkpoints.moved = checkpoints.moved or bool(moved.any())
+        found = FileFacts()
+        with self._errors.contain("files"):
+            found = FileFacts(checkpoints.take(again=True, end=facts.moment == "end"), checkpoints.resumed())
+        if not found.saves and found.restored is None:
+            return facts
+        return dataclasses.replace(facts, saves=found.saves, restored=found.restored)
+
+
+def _ran_in(forward: ForwardFact) -> Iterator[Mode]:
+    """Other states in which layers ran inside one forward."""
+    for _, _, other in forward.calls or ():
+        if other is not None:
+            yield other

@@ -1,0 +1,56 @@
+"""Where a run is, and what has happened in it so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lora_probe_callbacks.facts.columns import History
+from lora_probe_callbacks.facts.words import Moment
+
+__all__ = ["RunFacts", "When"]
+
+
+@dataclass(frozen=True, eq=False)
+class When:
+    """Which decision this is.
+
+    Attributes:
+        moment: What it was made for.
+        optimizer: Whose event it is; None at the start, at the end and after an exception.
+        step: The step being decided, of this session, from 0.
+        framework_step: The framework's own number of it.
+    """
+
+    moment: Moment = "step"
+    optimizer: int | None = None
+    step: int = 0
+    framework_step: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class RunFacts:
+    """What has happened in the run up to now.
+
+    Attributes:
+        history: How often something was seen of each slot.
+        ever_stepped: An optimizer that owns expected tensors has stepped.
+        skipped_in_a_row: Steps up to now that were skipped.
+        scaler: The loss is scaled.
+        loss_scale: By how much, where steps are being skipped.
+        steps_of: How often each optimizer has stepped.
+        waited_for: Optimizers that own expected tensors, have not stepped once, and are no longer waited for.
+        passes: Backward passes since an optimizer that owns expected tensors has stepped last.
+        cleared: How often since then the gradients of the adapter were thrown away between two of them.
+        accumulation: Backward passes to a step, as the framework says; None where nothing says it.
+    """
+
+    history: History = field(default_factory=lambda: History.empty(0))
+    ever_stepped: bool = False
+    skipped_in_a_row: int = 0
+    scaler: bool = False
+    loss_scale: float | None = None
+    steps_of: tuple[int, ...] = ()
+    waited_for: tuple[int, ...] = ()
+    passes: int = 0
+    cleared: int = 0
+    accumulation: int | None = None

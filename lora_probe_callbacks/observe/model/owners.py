@@ -1,0 +1,243 @@
+"""Who owns the expected tensors: one look at the slots and at the optimizers, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from lora_probe_callbacks.facts import Slots
+from lora_probe_callbacks.observe.device.batching import Held, held
+from lora_probe_callbacks.observe.device.transfer import local
+from lora_probe_callbacks.observe.model.master_weights import Copies, find_copies
+from lora_probe_callbacks.observe.model.ownership import groups_of, owner_of, tensors_of
+from lora_probe_callbacks.observe.model.targets import Targets
+from lora_probe_callbacks.observe.model.wrappers import is_shard, master_copies, replicas
+
+__all__ = ["Owners"]
+
+
+class Owners:
+    """Which tensors the slots hold, and which optimizer owns each. What is asked between two looks is of the last one.
+
+    Args:
+        targets: What is expected to train.
+    """
+
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
+        self.inside_forward = False  # a module has been called: its tensors may be stand-ins
+        self.copies: Copies | None = None
+        self.settle()
+
+    def settle(self) -> None:
+        """Begin anew with the slots that are expected now."""
+        targets = self._targets
+        self.copies, self._looked_for_copies = None, False
+        slots, units = targets.slots, targets.units
+        self._frozen = np.array([targets.is_frozen(slot) for slot in slots], np.bool_)
+        self._role = np.array([slot.role for slot in slots], "<U5")
+        self._unit = np.repeat(np.arange(len(units)), [len(unit.slots) for unit in units])
+        self._words = (
+            tuple(slot.name for slot in slots),
+            tuple(slot.adapter for slot in slots),
+            tuple(slot.path[0] for slot in slots),
+        )
+        self._outside: list[torch.Tensor | None] = []  # the tensors of the last look
+        self._looked: object = None  # what it saw
+        self._kinds: list[tuple[torch.dtype, int] | None] | None = None
+        self.look()
+
+    # --- looking ----------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """See which tensors the slots hold now, and who owns them."""
+        optimizers = self._targets.optimizers
+        self._group_of = owner_of(optimizers)
+        tensors = [slot.tensor for slot in self._targets.slots]
+        if self.inside_forward and len(tensors) == len(self._outside):
+            tensors = [self._behind_stand_in(now, before) for now, before in zip(tensors, self._outside, strict=True)]
+        self.tensors = self._outside = tensors
+        self._groups = groups_of(optimizers)
+        self._sizes = self._group_sizes()
+        find = self._group_of.get
+        mine = [find(id(tensor), -1) for tensor in tensors]
+        behind = {} if self.copies is None else {i: find(id(t), -1) for i, t in self.copies.holders.items()}
+        self._behind = {i: group for i, group in behind.items() if group >= 0}
+        seen = list(map(id, tensors)), mine, self._behind
+        self._known_kinds: set[tuple[int, bool]] = set()  # see held()
+        if seen == self._looked:  # the tensors of the last look were held up to now: an id stands for one of them
+            return
+        self._looked = seen
+        of_group = np.array([*(group.optimizer for group in self._groups), -1])
+        self._own_group = np.array(mine, np.int64)
+        self._own = of_group[self._own_group]  # optimizer by slot, -1 without one
+        self._step_group = self._own_group.copy()  # of the tensor itself, or of its copy
+        for slot, group in self._behind.items():
+            if self._step_group[slot] < 0:
+                self._step_group[slot] = group
+        owning = {int(o) for o in of_group[self._step_group] if o >= 0}
+        self._owning = owning or set(range(len(optimizers)))
+        self._of: dict[tuple[int, bool], dict[int, torch.Tensor]] = {}  # see of_optimizer()
+        self._held: dict[tuple[int, bool], Held] = {}
+
+    def _behind_stand_in(self, now: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
+        """torch.func.functional_call puts others in the place of what an optimizer owns, for one forward."""
+        return before if id(now) not in self._group_of and id(before) in self._group_of else now
+
+    def _group_sizes(self) -> list[int]:
+        return [len(group["params"]) for optimizer in self._targets.optimizers for group in optimizer.param_groups]
+
+    def owning(self) -> set[int]:
+        """The optimizers that own expected tensors; all of them if none does.
+
+        Asked in every step: between looks, only the sizes of the groups tell that something has changed.
+
+        Returns:
+            Their numbers.
+        """
+        if self._group_sizes() != self._sizes:
+            self.look()
+        return self._owning
+
+    def has_gradients(self, optimizer: int) -> bool:
+        """Some tensor of an optimizer has a gradient."""
+        return any(t.grad is not None for t in tensors_of([self._targets.optimizers[optimizer]]))
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Some optimizer holds this very object."""
+        return id(tensor) in self._group_of
+
+    # --- the tensors ------------------------------------------------------------------------
+
+    def of_optimizer(self, optimizer: int, *, unowned: bool = False) -> Mapping[int, torch.Tensor]:
+        """Slots whose tensors an optimizer owns, and on request those that nobody owns."""
+        unowned = unowned and bool((self._own < 0).any())
+        found = self._of.get((optimizer, unowned))
+        if found is None:
+            chosen = self._own == optimizer
+            chosen = chosen | (self._own < 0) if unowned else chosen
+            there = ((i, self.tensors[i]) for i in np.flatnonzero(chosen).tolist())
+            found = self._of[optimizer, unowned] = {i: t for i, t in there if t is not None}
+        return found
+
+    def held(self, optimizer: int, *, unowned: bool = False) -> Held:
+        """The same, grouped for reading. For use under ``no_grad``."""
+        which = (optimizer, unowned and bool((self._own < 0).any()))
+        found = self._held.get(which)
+        if found is None or (which not in self._known_kinds and not found.fits()):
+            found = self._held[which] = held(self.of_optimizer(optimizer, unowned=unowned))
+        self._known_kinds.add(which)
+        return found
+
+    def forget_kinds(self) -> None:
+        """A step was made, and user code runs until the next one: what is held may be of other kinds by then."""
+        self._known_kinds.clear()
+
+    def whole(self) -> dict[int, torch.Tensor]:
+        """Slots that are meant to train and of which this rank holds all."""
+        intended = enumerate(zip(self.tensors, self._frozen.tolist(), strict=True))
+        return {i: t for i, (t, frozen) in intended if t is not None and not frozen and not is_shard(t)}
+
+    def shards(self) -> dict[int, float]:
+        """Slots of which this rank holds a part, and by how many ranks that part is held, inverted."""
+        return {i: 1 / replicas(t) for i, t in enumerate(self.tensors) if t is not None and is_shard(t)}
+
+    # --- facts ------------------------------------------------------------------------------
+
+    def columns(self) -> Slots:
+        """Every expected slot as it is now."""
+        kinds = [None if t is None else (t.dtype, local(t).numel()) for t in self.tensors]
+        if kinds != self._kinds:
+            self._kinds = kinds
+            halves = (torch.float16, torch.bfloat16)
+            self._half = np.array([k is not None and k[0] in halves for k in kinds], np.bool_)
+            self._numel = np.array([0 if k is None else k[1] for k in kinds], np.int64)
+        name, adapter, part = self._words
+        owner = np.array([*(group.optimizer for group in self._groups), -1], np.int64)
+        rate = np.array([*(group.learning_rate for group in self._groups), np.nan], np.float64)
+        decay = np.array([*(group.weight_decay for group in self._groups), np.nan], np.float64)
+        return Slots(
+            name=name,
+            adapter=adapter,
+            part=part,
+            role=self._role,
+            unit=self._unit,
+            frozen_by_intent=self._frozen,
+            requires_grad=np.array([t is not None and t.requires_grad for t in self.tensors], np.bool_),
+            owner=owner[self._step_group],
+            rate=rate[self._step_group],
+            weight_decay=decay[self._step_group],
+            half=self._half,
+            numel=self._numel,
+        )
+
+    def why_not_owned(self) -> str:
+        """Say why no tensor of the adapter can be told apart in the optimizer, or give the empty string.
+
+        Returns:
+            The reason.
+        """
+        if (self._step_group >= 0).any():
+            return ""
+        return master_copies(root for _, root in self._targets.roots)
+
+    def vanished(self) -> tuple[str, ...]:
+        """Names of tensors that an optimizer steps although their layer has left the model."""
+        left = self._targets.left
+        if not left:
+            return ()
+        held = {id(p) for _, root in self._targets.roots for p in root.parameters()}
+        return tuple(name for name, t in left.items() if self.owns(t) and id(t) not in held)
+
+    def replaced(self) -> tuple[tuple[int, ...], int]:
+        """Slots whose former tensor, or a twin of it, is what an optimizer holds.
+
+        Returns:
+            The slots, and how many tensors of the optimizers belong to no watched module.
+        """
+        lost: list[int] = np.flatnonzero(self._own < 0).tolist()
+        first, self._looked_for_copies = not self._looked_for_copies, True
+        if not lost:
+            return (), 0
+        known = {id(p): p for _, root in self._targets.roots for p in root.parameters()}
+        foreign = [t for t in tensors_of(self._targets.optimizers) if id(t) not in known]
+        if first and foreign:  # before the first step
+            wanted = {i: t for i in lost if (t := self.tensors[i]) is not None and not self._frozen[i]}
+            self.copies = find_copies(wanted, foreign, [p for p in known.values() if p.requires_grad])
+            self.look()
+        if self._have_copies(lost):
+            return (), len(foreign)
+        return tuple(self._with_twins(lost, foreign)), len(foreign)
+
+    def _with_twins(self, lost: Sequence[int], foreign: Sequence[torch.Tensor]) -> list[int]:
+        shapes = [t.shape for t in foreign]
+        found = []
+        for i in lost:
+            tensor, former = self.tensors[i], self._targets.start_tensors[i]
+            if former is not None and former is not tensor and self.owns(former):
+                found.append(i)
+            elif tensor is not None and tensor.shape in shapes:
+                shapes.remove(tensor.shape)
+                found.append(i)
+        return found
+
+    def _have_copies(self, lost: Sequence[int]) -> bool:
+        """The tensors that nobody owns are stepped by copies, all of them."""
+        copies = self.copies
+        return copies is not None and all(
+            self._frozen[i] or (i in self._behind and self.tensors[i] is copies.tensors[i]) for i in lost
+        )
+
+    def seen(self) -> dict[int, int]:
+        """Tensor id to slot, as of the last look."""
+        return {id(t): i for i, t in enumerate(self.tensors) if t is not None}
+
+    def guarded_forward(self, work: Callable[[], None]) -> None:
+        """Do something while a module has been called, whose tensors may be stand-ins."""
+        self.inside_forward = True
+        try:
+            work()
+        finally:
+            self.inside_forward = False
