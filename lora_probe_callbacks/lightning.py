@@ -68,11 +68,8 @@ class LoraProbe(Door, Callback):
             self._shown = None
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        # Not in on_train_start: the module's own on_train_start comes after the callbacks'.
-        if self._session is not None and self._session.running:
-            self._session.saves_written()
-            return
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The module's own on_train_start comes after the callbacks': what it changes is seen at the first forward.
         self._session = ProbeSession(self._config, log=self._keep, main_rank=trainer.is_global_zero)
         if self._restored is not None:
             self._session.load_state_dict(self._restored, whole=True)
@@ -83,7 +80,14 @@ class LoraProbe(Door, Callback):
             trainer.optimizers,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             framework_step=lambda: trainer.global_step,
+            accumulation=trainer.accumulate_grad_batches if pl_module.automatic_optimization else None,
         )
+        self._session.judge_ownership()
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self._session is not None:
+            self._session.saves_written()
 
     @override
     def on_before_optimizer_step(

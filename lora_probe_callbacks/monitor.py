@@ -129,7 +129,14 @@ class LoraProbeMonitor:
         if self._entered:
             raise RuntimeError("got a monitor that was entered before, expected a new one: make one for each run")
         names = [""] if len(self._models) == 1 else [f"model{i}" for i in range(len(self._models))]
-        self._session.start(zip(names, self._models, strict=True), self._optimizers, scaler=self._scaler)
+        # Accelerate's default of 1 says nothing: a loop may count by itself.
+        accumulation = getattr(self._accelerator, "gradient_accumulation_steps", 1)
+        self._session.start(
+            zip(names, self._models, strict=True),
+            self._optimizers,
+            scaler=self._scaler,
+            accumulation=accumulation if accumulation > 1 else None,
+        )
         self._entered = True
         if self._accelerator is not None:
             self._saves = self._accelerator.register_save_state_pre_hook(self._announce)

@@ -159,6 +159,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
             [kwargs["optimizer"]],
             scaler=getattr(kwargs["optimizer"], "scaler", None),
             framework_step=lambda: state.global_step,
+            accumulation=args.gradient_accumulation_steps,
         )
         if state.global_step and "fingerprint" not in stored:  # written without this callback
             session.restored_from(checkpoint)

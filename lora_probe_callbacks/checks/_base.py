@@ -100,6 +100,8 @@ class Check:
         explained_by: Codes of nearer causes: where one of them reports the same slots, this is silent.
         judge: The verdict on a set of facts.
         needs: What it cannot do without.
+        early: It is judged when training starts already, where a framework tells of that, if nothing of the adapter is
+            owned at all: what may still change before the first forward does not mend that.
         sets_ranks_apart: A mere warning of it on one rank explains that the ranks differ.
     """
 
@@ -113,6 +115,7 @@ class Check:
     threads: tuple[str, ...] = ()
     explained_by: tuple[str, ...] = ()
     needs: tuple[Need, ...] = ()
+    early: bool = False
     sets_ranks_apart: bool = False
 
     @property

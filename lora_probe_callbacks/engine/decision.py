@@ -123,7 +123,26 @@ class Decisions:
 
     # --- deciding ---------------------------------------------------------------------------
 
-    def decide(self, moment: Moment, optimizer: int | None, step: int, *, probed: bool, final: bool = False) -> None:
+    def decide_ownership(self) -> None:
+        """Before the first forward: does an optimizer own anything of the adapter at all?
+
+        Raises:
+            LoraProbeError: If none does, and ``on_failure`` is ``"raise"``.
+        """
+        early = [check for check in self._judge.checks if check.early]
+        if early and not self._state.broken:
+            self.decide("start", None, 0, probed=False, only=early)
+
+    def decide(
+        self,
+        moment: Moment,
+        optimizer: int | None,
+        step: int,
+        *,
+        probed: bool,
+        final: bool = False,
+        only: Sequence[Check] | None = None,
+    ) -> None:
         """Judge everything observed up to now, once; tell it, and act on it.
 
         Args:
@@ -132,6 +151,7 @@ class Decisions:
             step: The step being decided.
             probed: It is a probed one.
             final: Nothing can change its gradients before the update.
+            only: The checks to ask; default: all.
 
         Raises:
             LoraProbeError: If something fails and ``on_failure`` is ``"raise"``.
@@ -141,7 +161,7 @@ class Decisions:
             return
         began = time.perf_counter()
         with no_collection():  # up to where the facts of the last decision are let go
-            facts, verdicts = self._look(moment, optimizer, step, probed=probed, final=final)
+            facts, verdicts = self._look(moment, optimizer, step, probed=probed, final=final, only=only)
             if together:
                 between = partial(self._judge.verdicts, checks=self._judge.with_need("ranks"))
                 facts, verdicts = self._agreement.decide(facts, verdicts, broken=state.broken, judge=between)
@@ -157,14 +177,21 @@ class Decisions:
         self.act(verdicts, changed, moment)
 
     def _look(
-        self, moment: Moment, optimizer: int | None, step: int, *, probed: bool, final: bool
+        self,
+        moment: Moment,
+        optimizer: int | None,
+        step: int,
+        *,
+        probed: bool,
+        final: bool,
+        only: Sequence[Check] | None,
     ) -> tuple[Facts, dict[str, Verdict]]:
         """The facts and verdicts of this rank; nothing at all if its probe is broken."""
         state = self._state
         if not state.broken:
             with self._errors.contain():
                 facts = self._collector.collect(moment, optimizer, step, probed=probed, final=final)
-                return facts, self._judge.verdicts(facts)
+                return facts, self._judge.verdicts(facts, only)
         return Facts.of(When(moment, optimizer, step, state.framework_step())), {}
 
     def _emit(self, facts: Facts, *, probed: bool) -> None:

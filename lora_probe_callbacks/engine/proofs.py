@@ -1,8 +1,8 @@
 """For which adapter tensors has each claim been proven, and since when not?
 
-A proof is given by an observation, never by the absence of a complaint, and it ages: where the others of its claim are
-renewed and it could have been, and is not, it stops counting after ``PATIENCE`` probed steps. A tensor that rests for
-longer and comes back (layers that train in turns) shows a pattern; from then on it may rest twice as long as it has.
+A proof is given by an observation, never by the absence of a complaint, and it ages: where it could have been renewed
+and is not, it stops counting after ``PATIENCE`` probed steps. A tensor that rests for longer and comes back (layers
+that train in turns, batches without a signal) shows a pattern; from then on it may rest twice as long as it has.
 
 All of it is columns over the slots, so that a run with thousands of tensors costs a few array operations more.
 """
@@ -20,7 +20,7 @@ from lora_probe_callbacks.facts.proof import Claim, Proof
 
 __all__ = ["PATIENCE", "ProofBook", "claims_of"]
 
-PATIENCE = 16  # probed steps in which the others were renewed
+PATIENCE = 16  # probed steps in which it could have been renewed
 _STEPPED: tuple[Claim, ...] = ("active", "reached", "owned", "moved", "seen")
 _OF_FAMILY: Mapping[str, tuple[Claim, ...]] = {
     "activation": ("active",),
@@ -49,7 +49,7 @@ class _Column:
     """What is known of one claim, one entry a slot."""
 
     last: Ints  # the step at which it was observed last, -1 if it never was
-    missed: Ints  # in a row up to now: others were renewed, this one could have been, and was not
+    missed: Ints  # in a row up to now: it could have been renewed, and was not
     rested: Ints  # the longest such row after which it came back
 
     @classmethod
@@ -57,8 +57,6 @@ class _Column:
         return cls(np.full(size, -1), np.zeros(size, np.int64), np.zeros(size, np.int64))
 
     def enter(self, seen: Bools, could: Bools, step: int) -> None:
-        if not seen.any():
-            return
         self.rested = np.where(seen, np.maximum(self.rested, self.missed), self.rested)
         self.last = np.where(seen, step, self.last)
         self.missed = np.where(seen, 0, self.missed + could)
@@ -69,7 +67,7 @@ class _Column:
 
     @property
     def stale(self) -> Bools:
-        """The others were renewed for too long without it."""
+        """It was not renewed for too long."""
         over: Bools = self.missed >= np.maximum(PATIENCE, 2 * self.rested)
         return over
 
@@ -336,7 +334,7 @@ class ProofBook:
             (lambda: never & ~columns["moved"].holds, "that no step moves any more"),
             (lambda: never & self._is_stale, "whose forward went on with old values"),
             (lambda: never, "with no training forward since they moved"),
-            (lambda: columns[claim].stale, "not renewed while the others were"),
+            (lambda: columns[claim].stale, "not observed any more"),
             (lambda: np.ones(len(self), np.bool_), "not observed so far"),
         ]
 

@@ -125,6 +125,15 @@ class ProbeSession:
         self._events.begin_step()
         self._teller.begin(self._judge.checks, targets, lambda: state.step)
 
+    def judge_ownership(self) -> None:
+        """Where a framework tells that training starts: say now what cannot be mended before the first forward.
+
+        Raises:
+            LoraProbeError: If no optimizer owns anything of the adapter, and ``on_failure`` is ``"raise"``.
+        """
+        if self.running and not self._targets.owned(self._targets.expected):
+            self._decisions.decide_ownership()
+
     def _assemble(self, targets: Targets, scaler: torch.amp.GradScaler | None) -> None:
         state, config = self._state, self.config
         needs: frozenset[Need] = frozenset(need for check in self._judge.checks for need in check.needs)
@@ -166,10 +175,13 @@ class ProbeSession:
     def _settle(self) -> None:
         """The module's own hooks may have activated another adapter since the session began."""
         targets = self._targets
+        exchanged = targets.exchanged()
         names, former = targets.active_names(), targets.expected
         # ... or this is the forward of a reference, which no optimizer owns.
-        if names != former and (targets.owned(names) or not targets.owned(former)):
+        renamed = names != former and (targets.owned(names) or not targets.owned(former))
+        if renamed:
             targets.expect(names)
+        if renamed or exchanged:
             self._observers.settle()
             self._begin_saving()
             self._collector.watch()

@@ -371,14 +371,16 @@ def test_what_moves_without_a_gradient_is_not_proven_to_move() -> None:
     assert [int(made.proofs(ended=False)[c].proven) for c in ("reached", "moved")] == [2, 2]  # type: ignore[index]
 
 
-def test_proof_ages_only_while_the_others_are_renewed() -> None:
+def test_proof_ages_while_it_could_be_renewed() -> None:
     first = [step(3), step(4)]
     still = [step(5 + i, gradients=[GRADIENT] * 3 + [NONE], updates=[MOVED] * 3 + [STILL]) for i in range(PATIENCE)]
     assert book(*first, *still[:-1]).proofs(ended=False)["reached"].complete
     aged = book(*first, *still).proofs(ended=False)["reached"]
     assert aged.missing == ("layer.1.lora_B",)
-    nobody = [step(5 + i, gradients=[ZERO] * 4, updates=[STILL] * 4) for i in range(2 * PATIENCE)]
-    assert book(*first, *nobody).proofs(ended=False)["reached"].complete, "no signal for anybody ages nothing"
+    nobody = [step(5 + i, gradients=[ZERO] * 4, updates=[STILL] * 4) for i in range(PATIENCE)]
+    assert book(*first, *nobody[:-1]).proofs(ended=False)["reached"].complete, "a pause without a signal"
+    assert not book(*first, *nobody).proofs(ended=False)["reached"].proven
+    assert book(*first, *nobody, step(60)).proofs(ended=False)["reached"].complete, "and the next signal"
 
 
 def test_layers_that_take_turns_are_learned() -> None:

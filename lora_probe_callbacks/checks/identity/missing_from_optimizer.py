@@ -36,5 +36,6 @@ CHECK = Check(
     threads=("adapter-hub/adapters#260", "Lightning-Universe/lightning-GPT#17"),
     explained_by=("LP101", "LP102", "LP105", "LP106", "LP202", "LP203"),
     needs=("owned",),
+    early=True,
     judge=judge,
 )

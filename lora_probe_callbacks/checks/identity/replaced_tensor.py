@@ -77,5 +77,6 @@ CHECK = Check(
     threads=("huggingface/lerobot#3459", "huggingface/peft#793", "pytorch/pytorch#149205"),
     explained_by=("LP107",),
     needs=("owned",),
+    early=True,
     judge=judge,
 )

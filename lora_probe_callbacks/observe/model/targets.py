@@ -152,14 +152,25 @@ class Targets:
         if self.inventory.in_place:
             self.look_behind()
             return False
+        self._take(take_inventory(self.roots))
+        return True
+
+    def exchanged(self) -> bool:
+        """Look through the whole model for other layers than are known; returns whether there are."""
+        found = take_inventory(self.roots)
+        if [id(layer.module) for layer in found.layers] == [id(layer.module) for layer in self.inventory.layers]:
+            return False
+        self._take(found)
+        return True
+
+    def _take(self, inventory: Inventory) -> None:
         former = {slot.name: t for slot, t in zip(self.slots, self.start_tensors, strict=True) if t is not None}
-        self.inventory = take_inventory(self.roots)
+        self.inventory = inventory
         self._find_shards()
         self.expect(self.expected)
         self.left.update(former)
         for slot in self.slots:
             self.left.pop(slot.name, None)
-        return True
 
     @property
     def device(self) -> torch.device:
