@@ -15,6 +15,7 @@ __all__ = [
     "Need",
     "Status",
     "Verdict",
+    "absent",
     "fail",
     "ok",
     "pending",
@@ -125,9 +126,9 @@ class Check:
 
 
 @lru_cache
-def _plain(status: Status, reason: str = "") -> Verdict:
+def _plain(status: Status, reason: str = "", *, nothing_new: bool = False) -> Verdict:
     """One object for all that say the same: some fifty do at every decision."""
-    return Verdict(status, reason)
+    return Verdict(status, reason, nothing_new=nothing_new)
 
 
 def ok() -> Verdict:
@@ -138,6 +139,11 @@ def ok() -> Verdict:
 def pending(reason: str) -> Verdict:
     """Too early to say, and why."""
     return _plain("pending", reason)
+
+
+def absent(reason: str) -> Verdict:
+    """There was nothing to look at so far, and why; when the run has ended the check did not apply."""
+    return _plain("pending", reason, nothing_new=True)
 
 
 def skipped(reason: str) -> Verdict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_probe_callbacks.checks._base import Check, Verdict
+from lora_probe_callbacks.checks._base import Check, Verdict, skipped
 from lora_probe_callbacks.facts import Facts, count
 from lora_probe_callbacks.report.findings import Finding
 
@@ -83,10 +83,19 @@ class Ledger:
                     continue
                 self.news = self.news or verdict is not before
                 self._others[code] = verdict, facts.step, facts.framework_step
+        if facts.moment == "end":
+            self._close()
         healthy = not any(v.status == "fail" for v in verdicts.values())
         if healthy and any(f.received for f in facts.forwards):
             self._healthy = facts
         return changed
+
+    def _close(self) -> None:
+        """The run has ended: what had nothing to look at did not apply."""
+        for code, (verdict, *when) in self._others.items():
+            if verdict.status == "pending" and verdict.nothing_new:
+                reason = f"not applicable: {verdict.message.removesuffix(' yet')}"
+                self._others[code] = skipped(reason), when[0], when[1]
 
     def not_judged(self, reason: str, step: int, framework_step: int, checks: Sequence[Check] | None = None) -> None:
         """Say of checks that from here on they cannot be judged; what they passed before is no pass of the run.

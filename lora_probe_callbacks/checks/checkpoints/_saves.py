@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from lora_probe_callbacks.checks._base import Verdict, pending, skipped, worst
+from lora_probe_callbacks.checks._base import Verdict, absent, skipped, worst
 from lora_probe_callbacks.facts import Facts, SavedFact
 
 __all__ = ["Values", "each_save", "values_of"]
@@ -29,7 +29,7 @@ def each_save(facts: Facts, judge: Callable[[SavedFact], Verdict | None]) -> Ver
         A verdict.
     """
     if not facts.saves:
-        return pending("nothing was saved yet")
+        return absent("nothing was saved yet")
     verdicts = []
     for save in facts.saves:
         verdict = None

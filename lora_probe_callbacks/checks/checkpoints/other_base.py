@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped
+from lora_probe_callbacks.checks._base import Check, Verdict, absent, fail, ok, skipped
 from lora_probe_callbacks.facts import Facts
 
 MOST = 0.02  # relative: rounding to 16 bits is below 0.5 %, PiSSA takes away more than a tenth
@@ -14,7 +14,7 @@ def judge(facts: Facts) -> Verdict:
     """Compare sampled base weights with those under the saved adapter."""
     resumed = facts.restored
     if resumed is None:
-        return pending("no saved state was restored")
+        return absent("no saved state was restored")
     if resumed.base is None:
         return skipped(resumed.why_no_base or "no base weight was sampled")
     if facts.trainable_bases:

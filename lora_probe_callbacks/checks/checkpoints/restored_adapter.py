@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped, some
+from lora_probe_callbacks.checks._base import Check, Verdict, absent, fail, ok, skipped, some
 from lora_probe_callbacks.checks.checkpoints._saves import Values, values_of
 from lora_probe_callbacks.facts import Facts, SavedFact
 
@@ -23,7 +23,7 @@ def judge(facts: Facts) -> Verdict:
     if resumed is None:
         if any(save.before_steps and values_of(save) == "equal" for save in facts.saves):
             return ok()
-        return pending("no saved state was restored")
+        return absent("no saved state was restored")
     if resumed.fresh:
         return fail(
             f"the run goes on from {resumed.source}, and its adapter is fresh: every B is exactly zero, and was not when it was saved",

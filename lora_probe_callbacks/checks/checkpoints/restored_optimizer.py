@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped, some, warn
+from lora_probe_callbacks.checks._base import Check, Verdict, absent, fail, ok, skipped, some, warn
 from lora_probe_callbacks.facts import Facts
 
 
@@ -10,7 +10,7 @@ def judge(facts: Facts) -> Verdict:
     """Compare the optimizer's state of every adapter tensor with what was saved under its name."""
     resumed = facts.restored
     if resumed is None:
-        return pending("no saved state was restored")
+        return absent("no saved state was restored")
     if not resumed.optimizer:
         return skipped(f"{resumed.source} tells of no optimizer state")
     total = len(resumed.optimizer)

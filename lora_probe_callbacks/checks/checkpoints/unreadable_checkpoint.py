@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped, warn
+from lora_probe_callbacks.checks._base import Check, Verdict, absent, fail, ok, skipped, warn
 from lora_probe_callbacks.facts import Facts, SavedFact
 
 
 def judge(facts: Facts) -> Verdict:
     """Was every saved file complete?"""
     if not facts.saves:
-        return pending("nothing was saved yet")
+        return absent("nothing was saved yet")
     for save in facts.saves:
         if save.unreadable is not None:
             return dataclasses.replace(_verdict(save), seen=(save.step, save.framework_step))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from lora_probe_callbacks.checks._base import Verdict, pending, skipped, worst
+from lora_probe_callbacks.checks._base import Verdict, absent, skipped, worst
 from lora_probe_callbacks.facts import EstimatorFact, Facts, Gradients
 
 __all__ = ["also_at_estimators", "at", "each"]
@@ -58,7 +58,7 @@ def each(facts: Facts, judge: Callable[[Facts, EstimatorFact], Verdict | None]) 
         A verdict.
     """
     if not facts.estimators:
-        return dataclasses.replace(pending("no estimator was looked at yet"), nothing_new=True)
+        return absent("no estimator was looked at yet")
     verdicts = []
     for estimator in facts.estimators:
         verdict = judge(facts, estimator)
