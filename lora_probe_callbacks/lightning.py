@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -69,24 +70,34 @@ class LoraProbe(Door, Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The module's own on_train_start comes after the callbacks': what it changes is seen at the first forward.
-        self._session = ProbeSession(self._config, log=self._keep, main_rank=trainer.is_global_zero)
+        self._session = None
+        try:
+            self._open(trainer, pl_module)
+        except ValueError:
+            # The module's own on_train_start comes after the callbacks': it may attach the adapter.
+            if not is_overridden("on_train_start", pl_module):
+                raise
+
+    def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        session = ProbeSession(self._config, log=self._keep, main_rank=trainer.is_global_zero)
         if self._restored is not None:
-            self._session.load_state_dict(self._restored, whole=True)
-            self._restored = None  # of this fit alone
+            session.load_state_dict(self._restored, whole=True)
         self._trainer = trainer
-        self._session.start(
+        session.start(
             _roots(trainer, pl_module),
             trainer.optimizers,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             framework_step=lambda: trainer.global_step,
             accumulation=trainer.accumulate_grad_batches if pl_module.automatic_optimization else None,
         )
-        self._session.judge_ownership()
+        self._session, self._restored = session, None  # what was restored is of this fit alone
+        session.judge_ownership()
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if self._session is not None:
+        if self._session is None:
+            self._open(trainer, pl_module)
+        else:
             self._session.saves_written()
 
     @override

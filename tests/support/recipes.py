@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 from lora_probe_callbacks import faults
-from lora_probe_callbacks.faults.selftest import trial_of
+from lora_probe_callbacks.faults.trials import trial_of
 
 
 @dataclass(frozen=True)
