@@ -70,8 +70,9 @@ def debug(
     """Look at an adapter alone, on synthetic tokens: is the fault in it, or in the code around it?"""
     with _reported(show_traceback):
         from lora_probe_callbacks.debug import diagnosis as written
-        from lora_probe_callbacks.debug.debugger import Tokens, run
+        from lora_probe_callbacks.debug.debugger import run
         from lora_probe_callbacks.debug.loading import Source
+        from lora_probe_callbacks.debug.results import Tokens
 
         source = Source(
             base=base,

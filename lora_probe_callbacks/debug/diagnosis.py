@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_probe_callbacks.debug.debugger import SCHEMA, Diagnosis
+from lora_probe_callbacks.debug.results import SCHEMA, Diagnosis
 from lora_probe_callbacks.report.record import plain
 
 __all__ = ["as_json", "rendered"]

@@ -13,8 +13,9 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_probe_callbacks.debug.debugger import Diagnosis, Tokens, diagnose, run
+from lora_probe_callbacks.debug.debugger import diagnose, run
 from lora_probe_callbacks.debug.loading import CannotLoadError, Source, load
+from lora_probe_callbacks.debug.results import Diagnosis, Tokens
 
 TOKENS = Tokens(batch=2, G=2, prompt_lens=(5, 3), gen_lens=(4, 6))
 Change = Callable[[str, torch.Tensor], None]

@@ -18,7 +18,7 @@ from lora_probe_callbacks.report.page import page
 from lora_probe_callbacks.report.runs import read_runs
 
 SECTIONS = (
-    "findings timeline gradients updates estimator step-response metrics not-judged environment".split()  # noqa: SIM905
+    "findings proofs timeline gradients updates estimator step-response metrics not-judged environment".split()  # noqa: SIM905
 )
 HOSTILE = (
     "</title></style></pre><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&\x00\u202e\ud800"
@@ -213,7 +213,7 @@ def test_last_of_several_runs_is_shown_and_the_others_are_mentioned(healthy: Pat
 
 def test_run_that_was_never_judged_is_not_called_healthy(healthy: Path, folder: Path) -> None:
     html = drawn(changed(healthy, folder / "began.jsonl", lambda line: line if line["kind"] == "start" else None))
-    assert "<h1>Could not judge</h1>" in html
+    assert "<h1>Unproven</h1>" in html
     assert "No decision was recorded" in section(html, "timeline")
 
 

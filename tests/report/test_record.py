@@ -132,7 +132,9 @@ def test_run_without_its_last_line_gives_the_same_verdicts(tmp_path: Path) -> No
     path.write_text("".join(text[:-1]))
     (run,) = read_runs(path)
     assert not run.ended
-    assert {f.code: f.status for f in run.report.findings} == {f.code: f.status for f in report.findings}
+    # That a check had nothing to look at is certain only when the run has ended.
+    ended = {f.code: "pending" if f.message.startswith("not applicable") else f.status for f in report.findings}
+    assert {f.code: f.status for f in run.report.findings} == ended
 
 
 def test_half_line_at_the_end_is_passed_over(healthy: Path, tmp_path: Path) -> None:
