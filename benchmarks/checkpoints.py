@@ -84,16 +84,18 @@ def measured(shape: str, saves: int) -> dict[str, Any]:
     names = ("save_pretrained", "optimizer.pt", "sample", "read", "fingerprint", "judge")
     times: dict[str, list[float]] = {name: [] for name in names}
     with probe, tempfile.TemporaryDirectory() as place:
-        start = seconds(session._begin_saving)
+        start = seconds(lambda: session.files.begin(session._targets, session._collector))
         for number in range(saves + 2):
             folder = Path(place) / str(number % 2)
             row = [
                 seconds(lambda: adapted.save_pretrained(folder)),  # noqa: B023
                 seconds(lambda: torch.save(optimizer.state_dict(), folder / "optimizer.pt")),  # noqa: B023
-                seconds(lambda: session.save_announced(folder)),  # noqa: B023
-                seconds(session.saves_written),
-                seconds(session.state_dict),
-                seconds(session._decide_on_files),  # the case of a save between two probed steps
+                seconds(lambda: session.files.announced(folder)),  # noqa: B023
+                seconds(session.files.written),
+                seconds(session.files.state_dict),
+                seconds(
+                    lambda: session._decisions.decide_on_files(session._collector.checkpoints.take())
+                ),  # the case of a save between two probed steps
             ]
             if number >= 2:
                 for name, value in zip(names, row, strict=True):

@@ -34,7 +34,7 @@ class Door:
             self._session.watch(value, name=name, direction=direction)
 
     def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
-        """Read a saved file back and compare it with the adapter, see :meth:`ProbeSession.check_saved`.
+        """Read a saved file back and compare it with the adapter, see :meth:`RunFiles.check`.
 
         Args:
             path: A folder or file of an adapter, or a checkpoint. Also after training has ended.
@@ -42,4 +42,4 @@ class Door:
         Returns:
             What was found in this file.
         """
-        return (self._session or ProbeSession(self._config)).check_saved(path)
+        return (self._session or ProbeSession(self._config)).files.check(path)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.engine.session import ProbeSession
-from lora_probe_callbacks.observe.forward.hooks import tensors_in
+from lora_probe_callbacks.observe.forward.candidate import tensors_in
 from lora_probe_callbacks.observe.model.ownership import tensors_of, unwrap_optimizer
 from lora_probe_callbacks.report.report import ProbeReport
 from lora_probe_callbacks.restore.model import own_gradients, untouched

@@ -81,7 +81,7 @@ class LoraProbe(Door, Callback):
     def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         session = ProbeSession(self._config, log=self._keep, main_rank=trainer.is_global_zero)
         if self._restored is not None:
-            session.load_state_dict(self._restored, whole=True)
+            session.files.load_state_dict(self._restored, whole=True)
         self._trainer = trainer
         session.start(
             _roots(trainer, pl_module),
@@ -98,7 +98,7 @@ class LoraProbe(Door, Callback):
         if self._session is None:
             self._open(trainer, pl_module)
         else:
-            self._session.saves_written()
+            self._session.files.written()
 
     @override
     def on_before_optimizer_step(
@@ -115,7 +115,7 @@ class LoraProbe(Door, Callback):
             return
         if trainer._logger_connector.should_update_logs:
             self._flush(trainer)
-        healthy = self._session.metrics.get("lora_probe/healthy")
+        healthy = self._session.report.metrics.get("lora_probe/healthy")
         # Logging takes half a millisecond, and the bar keeps a value to the end of the epoch.
         if healthy is not None and not trainer.barebones and (healthy != self._shown or batch_idx == 0):
             self._shown = healthy
@@ -142,7 +142,7 @@ class LoraProbe(Door, Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._session is not None:
-            self._session.saves_written()
+            self._session.files.written()
 
     @override
     def on_save_checkpoint(
@@ -150,17 +150,17 @@ class LoraProbe(Door, Callback):
     ) -> None:
         path = _path_of_save()
         if self._session is not None and path is not None:
-            self._session.save_announced(path)
+            self._session.files.announced(path)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._session is not None:
             self._session.close()
-            self._session.saves_written()
+            self._session.files.written()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._restored or {}) if self._session is None else self._session.state_dict()
+        return dict(self._restored or {}) if self._session is None else self._session.files.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ class LoraProbeMonitor:
         self._session.watch(value, name=name, direction=direction)
 
     def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
-        """Read a saved file back and compare it with the adapter, see :meth:`ProbeSession.check_saved`.
+        """Read a saved file back and compare it with the adapter, see :meth:`RunFiles.check`.
 
         Args:
             path: A folder or file of an adapter, or a checkpoint. Also after the context has ended.
@@ -105,7 +105,7 @@ class LoraProbeMonitor:
         Returns:
             What was found in this file.
         """
-        return self._session.check_saved(path)
+        return self._session.files.check(path)
 
     def state_dict(self) -> dict[str, Any]:
         """What tells a later run whether it goes on from this one.
@@ -115,7 +115,7 @@ class LoraProbeMonitor:
         Returns:
             Plain values, for a checkpoint.
         """
-        return self._session.state_dict()
+        return self._session.files.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state of the run that is continued: the adapter and the optimizer must be what they were.
@@ -123,7 +123,7 @@ class LoraProbeMonitor:
         Args:
             state: What :meth:`state_dict` returned.
         """
-        self._session.load_state_dict(state, whole=self._accelerator is not None)
+        self._session.files.load_state_dict(state, whole=self._accelerator is not None)
 
     def __enter__(self) -> LoraProbeMonitor:
         if self._entered:
@@ -153,7 +153,7 @@ class LoraProbeMonitor:
             self._session.abort(error)
 
     def _announce(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
-        self._session.save_announced(folder)
+        self._session.files.announced(folder)
 
     def _stop(self) -> None:
         if self._accelerator is not None:

@@ -146,7 +146,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         checkpoint = _folder(args, state)
         stored = _stored(state, type(self).__name__)
         if state.global_step:  # resumed; else what is stored is this callback's own state of a moment ago
-            session.load_state_dict(stored, source=checkpoint, whole=not args.save_only_model)
+            session.files.load_state_dict(stored, source=checkpoint, whole=not args.save_only_model)
         self._session = session
         weakref.finalize(self, session.close)
         trainer = _trainer_of(state)
@@ -162,7 +162,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
             accumulation=args.gradient_accumulation_steps,
         )
         if state.global_step and "fingerprint" not in stored:  # written without this callback
-            session.restored_from(checkpoint)
+            session.files.restored_from(checkpoint)
 
     @override
     def on_substep_end(
@@ -178,8 +178,8 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._session is not None:
-            self._session.save_announced(_folder(args, state))
-            self._session.saves_written()
+            self._session.files.announced(_folder(args, state))
+            self._session.files.written()
 
     @override
     def on_epoch_end(
@@ -210,7 +210,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
     @override
     def state(self) -> dict[str, Any]:
         intent = {name: _plain(value) for name, value in self._intent.items() if name != "estimator"}
-        baseline = None if self._session is None else self._session.state_dict()
+        baseline = None if self._session is None else self._session.files.state_dict()
         return {"args": intent, "attributes": {"_restored": baseline}}
 
     # --- metrics ----------------------------------------------------------------------------

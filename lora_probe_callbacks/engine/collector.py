@@ -133,7 +133,7 @@ class Collector:
         """Observe the units that are expected now, from a clean slate."""
         observers = self._observers
         self._state.history = History.empty(len(observers.targets.slots))
-        self._hooks.sharded = bool(observers.owners.shards())
+        self._hooks.log.sharded = bool(observers.owners.shards())
         self._hooks.watch(observers.targets.inventory, observers.targets.units)
 
     def _refresh(self) -> None:
@@ -149,6 +149,12 @@ class Collector:
             state.history = history
         else:
             observers.reader.forget_readings()
+
+    def step_of(self, moment: Moment) -> int:
+        """At the end, the step that would come next has not begun unless a forward was seen."""
+        step = self._state.step
+        over = moment == "end" and step and not self._hooks.log.candidates
+        return step - 1 if over else step
 
     # --- collecting -------------------------------------------------------------------------
 
@@ -175,15 +181,15 @@ class Collector:
             reader.copy(optimizer)
         if self._agreement.several:
             reader.read_samples(optimizer if probed else None)
-        reader.send(cotangents=self._hooks.cotangents(), sample=probed)
+        reader.send(cotangents=self._hooks.log.cotangents(), sample=probed)
         # An accelerator is still busy with the backward at this time: what needs no values is looked at meanwhile.
         if not self._looked_at_start:
             self._looked_at_start = True
             with self._errors.contain("initial look"):
                 self._look_at_start()
-        forwards = self._hooks.facts(owners.seen())
+        forwards = self._hooks.log.facts(owners.seen())
         model = self._model_facts()
-        called = self._hooks.called()
+        called = self._hooks.log.called()
         parts = self._observers.layers.left_out(forwards, called), self._observers.layers.factors()
         readings = reader.receive(final=optimizer if final and probed else None, merges=self._state.merges)
         self._advance(model, readings, step)
@@ -210,7 +216,7 @@ class Collector:
     def _model_facts(self) -> ModelFacts:
         targets, owners, layers = self._observers.targets, self._observers.owners, self._observers.layers
         inventory = targets.inventory
-        modes, active = self._hooks.state()
+        modes, active = self._hooks.log.state()
         replaced, foreign = owners.replaced()
         start = self._start if self._start and len(self._start.units) == len(targets.units) else None
         return ModelFacts(
@@ -251,7 +257,7 @@ class Collector:
             state.has_stepped()
 
     def _units(self, parts: tuple[list[Part] | None, list[float | None]], readings: Readings) -> tuple[UnitFact, ...]:
-        used = {} if self._hooks.witness is None else self._hooks.witness.seen
+        used = {} if self._hooks.log.witness is None else self._hooks.log.witness.seen
         return self._observers.layers.facts(*parts, readings.gradients, used)
 
     def _forward_facts(self, forwards: tuple[ForwardFact, ...], moment: Moment) -> ForwardFacts:
@@ -259,8 +265,9 @@ class Collector:
         replay = self.looks.replay
         return ForwardFacts(
             forwards=forwards,
-            forwards_without_grad=self._hooks.without_grad,
-            unobservable=self._hooks.unobservable,
+            forwards_without_grad=self._hooks.log.without_grad,
+            ran_beside=frozenset(self._hooks.log.ran_beside),
+            unobservable=self._hooks.log.unobservable,
             reference=self._reference,
             stale_forward=None if replay is None else replay.stale,
             why_not_repeated=None if replay is None else replay.why_not,
@@ -271,7 +278,7 @@ class Collector:
         """Did a forward run with the adapters disabled, where the loss compares with it?"""
         if self._reference is None:
             return
-        modes = {*self._hooks.beside, *(m for f in forwards for m in _ran_in(f))}
+        modes = {*self._hooks.log.beside, *(m for f in forwards for m in _ran_in(f))}
         # With gradients and never differentiated: a reference that is detached afterwards.
         if any(f.received for f in forwards):
             units = range(len(self._observers.targets.units))
@@ -284,7 +291,7 @@ class Collector:
 
     def _device_facts(self, readings: Readings, moment: Moment, *, replaced: bool, final: bool) -> DeviceFacts:
         owners, optimizers = self._observers.owners, self._observers.targets.optimizers
-        was_active = self._state.was_active | self._hooks.active_seen
+        was_active = self._state.was_active | self._hooks.log.active_seen
         nothing = moment in ("step", "waiting") and not readings.gradients.present.any()
         return DeviceFacts(
             gradients=readings.gradients,

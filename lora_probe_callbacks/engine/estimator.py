@@ -69,7 +69,7 @@ def look(
         fields |= gradient_fact(value, targets)
     if direction is not None:
         fields |= direction_fact(direction, targets)
-    modes, active = observer.state()
+    modes, active = observer.log.state()
     return EstimatorFact(name=name, step=step, framework_step=framework_step, modes=modes, active=active, **fields)
 
 
@@ -210,9 +210,9 @@ class Estimation:
             L = self._probe.loss(module, batch)
             if not seen and isinstance(L, torch.Tensor):
                 seen.update(graph_fact(L, targets, observer, own=True))
-                seen["without_grad"], seen["inference"] = observer.without_grad, L.is_inference()
+                seen["without_grad"], seen["inference"] = observer.log.without_grad, L.is_inference()
                 # Now: afterwards the estimators put back whatever the loss has switched.
-                seen["modes"], seen["active"] = observer.state()
+                seen["modes"], seen["active"] = observer.log.state()
             return L
 
         row: dict[str, float] = {}
@@ -239,7 +239,7 @@ class Estimation:
             why_not = _reason(error)
         # The forwards after all that happened in them, the backward included.
         slot_of = targets.slot_of()
-        seen["forwards"] = tuple(c.fact(slot_of) for c in observer.candidates)
+        seen["forwards"] = tuple(c.fact(slot_of) for c in observer.log.candidates)
         fact = self._fact(step, framework_step, why_not=why_not, **{**made_on, **seen})
         return fact, row
 

@@ -154,7 +154,8 @@ class ProofBook:
         unseen = signal if trained is None else signal & ~trained
         trained = signal if trained is None else trained | signal
         active = active | unseen
-        self._ran |= ran | signal | facts.slots_of_units([i for i, u in enumerate(facts.units) if u.base_weight_used])
+        used = {i for i, unit in enumerate(facts.units) if unit.base_weight_used}
+        self._ran |= ran | signal | facts.slots_of_units(used | facts.ran_beside)
         self._somebody_ran |= bool(trained.any())
         self._signal_at[signal] = facts.step
         self._ran_at[trained] = facts.step

@@ -7,9 +7,7 @@ together.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +22,14 @@ from lora_probe_callbacks.engine.collector import Collector, Observers
 from lora_probe_callbacks.engine.decision import Decisions, Judge
 from lora_probe_callbacks.engine.estimator import Estimates, Estimation
 from lora_probe_callbacks.engine.findings import Ledger
+from lora_probe_callbacks.engine.forward_events import ForwardEvents
 from lora_probe_callbacks.engine.proofs import ProofBook, claims_of
 from lora_probe_callbacks.engine.rerun import Reruns
+from lora_probe_callbacks.engine.run_files import RunFiles
 from lora_probe_callbacks.engine.run_state import RunState
-from lora_probe_callbacks.engine.saves import Checkpoints
 from lora_probe_callbacks.engine.step_events import StepEvents
 from lora_probe_callbacks.engine.telling import Teller
-from lora_probe_callbacks.facts import Claim, Facts, Proof, SavedFact
+from lora_probe_callbacks.facts import Claim, Facts, Proof
 from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
 from lora_probe_callbacks.observe.model.ownership import unwrap_optimizer
 from lora_probe_callbacks.observe.model.targets import NotJudgedError, Targets
@@ -59,7 +58,6 @@ class ProbeSession:
         on_stop: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
-        self._reads_files = main_rank
         self._teller = Teller(config, log, main_rank)
         self._errors = self._teller.errors
         checks = selected(config.select, config.ignore)
@@ -71,14 +69,15 @@ class ProbeSession:
             config, self._judge, self._ledger, self._proofs, self._teller, self._agreement, self._errors, on_stop
         )
         self._state = RunState(framework_step=lambda: self._state.step)
-        self._restored: tuple[Mapping[str, Any], str, bool] | None = None  # before the start
-        self._checkpoints: Checkpoints | None = None
         self._estimates: Estimates | None = None
         self._ended = False
         self._questions: list[str] = []  # what cannot be judged at all, and why
         self._report = _LiveReport(self)
-        for scope, give_up in (("probe", self._break), ("files", self._no_files), ("initial look", self._no_look)):
-            self._errors.on(scope, give_up)  # type: ignore[arg-type]
+        self.files = RunFiles(
+            self._state, self._judge, self._ledger, self._proofs, self._decisions, self._teller, reads=main_rank
+        )
+        self._errors.on("probe", self._break)
+        self._errors.on("initial look", self._no_look)
 
     # --- life -------------------------------------------------------------------------------
 
@@ -117,7 +116,7 @@ class ProbeSession:
         self._assemble(targets, scaler)
         with self._errors.contain():
             self._agreement.enter([root for _, root in targets.roots])
-        self._begin_saving()
+        self.files.begin(self._targets, self._collector)
         self._collector.watch()
         self._proofs.begin(len(targets.slots))
         self._events.install()
@@ -139,8 +138,8 @@ class ProbeSession:
         needs: frozenset[Need] = frozenset(need for check in self._judge.checks for need in check.needs)
         self._observers = Observers(targets)
         self._hooks = ForwardObserver(
-            before=lambda module: self._events.before_forward(module),
-            after=lambda module, args, kwargs, output: self._events.after_forward(module, args, kwargs, output),
+            before=lambda module: self._forwards.before_forward(module),
+            after=lambda module, args, kwargs, output: self._forwards.after_forward(module, args, kwargs, output),
             on_error=lambda error: self._errors.report(error),
         )
         self._collector = Collector(
@@ -168,6 +167,17 @@ class ProbeSession:
             reruns=self._reruns,
             agreement=self._agreement,
             errors=self._errors,
+        )
+        self._forwards = ForwardEvents(
+            steps=self._events,
+            state=state,
+            observers=self._observers,
+            hooks=self._hooks,
+            decisions=self._decisions,
+            estimates=self._estimates,
+            reruns=self._reruns,
+            agreement=self._agreement,
+            errors=self._errors,
             scaler=scaler,
             settle=self._settle,
         )
@@ -183,7 +193,7 @@ class ProbeSession:
             targets.expect(names)
         if renamed or exchanged:
             self._observers.settle()
-            self._begin_saving()
+            self.files.begin(self._targets, self._collector)
             self._collector.watch()
             self._proofs.begin(len(targets.slots))
             self._events.begin_step()
@@ -198,7 +208,7 @@ class ProbeSession:
         if not self.running:
             return
         try:
-            self._decisions.decide("end", None, self._events.step_of("end"), probed=False)
+            self._decisions.decide("end", None, self._collector.step_of("end"), probed=False)
         finally:
             self._finish()
 
@@ -260,11 +270,6 @@ class ProbeSession:
         self._questions.append(question)
 
     @property
-    def metrics(self) -> Mapping[str, float]:
-        """The latest value of every metric."""
-        return self._teller.metrics
-
-    @property
     def should_stop(self) -> bool:
         """Something failed under ``on_failure="stop"``."""
         return self._decisions.should_stop
@@ -274,8 +279,7 @@ class ProbeSession:
     def gradients_ready(self, optimizer: object) -> None:
         """Tell that the gradients of this step are complete and the optimizer is about to step.
 
-        Only a framework that runs forward and backward inside ``step()`` needs to tell; elsewhere
-        torch's own step hooks do. The user's code may still change the gradients (clipping).
+        Only a framework that runs forward and backward inside ``step()`` needs to; elsewhere torch's hooks tell.
 
         Args:
             optimizer: The optimizer, or a wrapper around it.
@@ -290,11 +294,9 @@ class ProbeSession:
         """Look at an estimator of the user's own; it is judged by the next decision, and nothing of it is kept.
 
         Args:
-            value: What it differentiates, a tensor with a graph; or the gradients of its loss, by parameter,
-                id or name.
+            value: A tensor with a graph that it differentiates, or gradients of its loss by parameter, id or name.
             name: What messages call it.
-            direction: The update direction mu_Y that it is projected on, if there is one: an
-                ``UpdateDirection``, or a mapping by parameter, id or name.
+            direction: mu_Y, if it is projected on one: an ``UpdateDirection``, or a mapping by parameter, id or name.
         """
         if self.running and not self._state.broken and self._estimates is not None:
             with self._errors.contain():
@@ -308,105 +310,6 @@ class ProbeSession:
         """
         if self.running:
             self._events.rehearse(stepped)
-
-    # --- saves and resumes ------------------------------------------------------------------
-
-    def _begin_saving(self) -> None:
-        if not self._judge.with_need("files", "resume"):
-            return
-        with self._errors.contain("files"):
-            self._checkpoints = self._collector.checkpoints = Checkpoints(self._targets, reads=self._reads_files)
-            if self._restored is not None:
-                state, source, whole = self._restored
-                self._checkpoints.restored(state, source, whole=whole)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a later session should know: the last healthy state, and a fingerprint of what is trained now."""
-        state: dict[str, Any] = {"baseline": self._ledger.baseline}
-        if self._checkpoints is not None:
-            with self._errors.contain("files"):
-                state["fingerprint"] = self._checkpoints.state()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the checkpoint", whole: bool = False) -> None:
-        """Take over what an earlier session knew; the next decision compares its fingerprint with what is here.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-            source: Where it comes from, for messages.
-            whole: The adapter and the optimizer are restored from the same place, by a framework.
-        """
-        self._ledger.baseline = state.get("baseline")
-        if state.get("fingerprint") is not None:
-            self._restored = (state["fingerprint"], source, whole)
-            if self._checkpoints is not None:
-                self._checkpoints.restored(state["fingerprint"], source, whole=whole)
-
-    def restored_from(self, path: str | os.PathLike[str]) -> None:
-        """The run goes on from a checkpoint that holds no state of this probe: the adapter should be its own.
-
-        Args:
-            path: The checkpoint.
-        """
-        checkpoints, state = self._checkpoints, self._state
-        if checkpoints is not None and self._reads_files and os.path.exists(path):
-            with self._errors.contain("files"):
-                checkpoints.check(path, state.step, state.framework_step(), running=True)
-
-    def save_announced(self, path: str | os.PathLike[str]) -> None:
-        """A framework writes a checkpoint: the adapter is sampled now, and the file read at the next event.
-
-        Args:
-            path: The file or folder.
-        """
-        if self._checkpoints is not None and not self._state.broken:
-            with self._errors.contain("files"):
-                self._checkpoints.announced(path, self._events.step_of("end"), self._state.framework_step())
-
-    def saves_written(self) -> None:
-        """What was announced is complete: read it. After the end of the run it is judged at once."""
-        checkpoints = self._checkpoints
-        if checkpoints is None or self._state.broken:
-            return
-        found: list[SavedFact] = []
-        with self._errors.contain("files"):
-            if self.running:
-                checkpoints.look()
-            else:
-                found.extend(checkpoints.take(end=True))
-        self._show(found)
-
-    def _show(self, found: list[SavedFact]) -> None:
-        if found:
-            for finding in self._decisions.on_files(found, self._ledger)[1]:
-                self._teller.finding(finding)
-
-    def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
-        """Read a saved file back and compare every element with the adapter; see :class:`Checkpoints`.
-
-        While training goes on, what fails is acted upon by the next decision as well. Nothing is raised here.
-
-        Args:
-            path: A folder or file of an adapter, or a checkpoint of the whole module.
-
-        Returns:
-            What was found in this file.
-        """
-        checks, state = self._judge.with_need("files"), self._state
-        ledger, proofs = Ledger(checks), ProofBook(claims_of(checks))
-        found: list[SavedFact] = []
-        if self._checkpoints is not None and not state.broken:
-            step = self._events.step_of("end")
-            with self._errors.contain("files"):
-                found += self._checkpoints.check(path, step, state.framework_step(), running=self.running)
-        if found:
-            self._decisions.on_files(found, ledger)
-            proofs.of_file(self._proofs, found)
-            if not self.running:
-                self._show(found)
-        else:
-            ledger.not_judged("could not judge: the probe has not begun, or has stepped aside", state.step, state.step)
-        return ProbeReport(findings=ledger.findings, proofs=proofs.proofs(ended=True), judged_steps=1)
 
     # --- giving up --------------------------------------------------------------------------
 
@@ -422,19 +325,11 @@ class ProbeSession:
         if not hasattr(self, "_hooks"):
             return
         if self._agreement.several:
-            self._hooks.bare = True  # the others count on this rank at every decision
+            self._hooks.log.bare = True  # the others count on this rank at every decision
         else:
             self._hooks.disarm()
         self._hooks.close_witness()
         self._let_go()
-
-    def _no_files(self, error: BaseException) -> None:
-        self._checkpoints = None
-        if hasattr(self, "_collector"):
-            self._collector.checkpoints = None
-        checks = self._judge.with_need("files", "resume")
-        reason = f"could not judge: {type(error).__name__} while a checkpoint was looked at: {error}"
-        self._ledger.not_judged(reason, self._state.step, self._state.framework_step(), checks)
 
     def _no_look(self, error: BaseException) -> None:
         checks = self._judge.with_need("initial state", "coverage")

@@ -1,4 +1,4 @@
-"""What happens in a run, as torch tells it: forwards begin and end, optimizers are about to step and have stepped.
+"""What the optimizers of a run do, as torch tells it: they are about to step, and have stepped.
 
 A step lasts from the end of the last one until every optimizer that owns intended tensors has stepped, or its gradients
 were thrown away. At its first optimizer event the one decision of the step is made. Nothing is judged here.
@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -33,8 +31,6 @@ from lora_probe_callbacks.observe.model.ownership import found_inf, unwrap_optim
 
 __all__ = ["StepEvents"]
 
-_PASSES = 16  # backward passes without a single step after which a run is decided all the same
-
 
 class StepEvents:
     """Follows the steps of one run.
@@ -50,8 +46,6 @@ class StepEvents:
         reruns: What runs a forward again.
         agreement: The other ranks.
         errors: Errors of our own.
-        scaler: A gradient scaler, if the loop has one.
-        settle: Called at the first training forward: what is expected may have changed since the session began.
     """
 
     def __init__(
@@ -67,8 +61,6 @@ class StepEvents:
         reruns: Reruns,
         agreement: Agreement,
         errors: Errors,
-        scaler: torch.amp.GradScaler | None,
-        settle: Callable[[], None],
     ) -> None:
         self._state = state
         self._cadence = cadence
@@ -80,14 +72,9 @@ class StepEvents:
         self._reruns = reruns
         self._agreement = agreement
         self._errors = errors
-        self._scaler = scaler
-        self._scaler_round = None if scaler is None else scaler._per_optimizer_states
-        self._settle = settle
-        self._decided_start = False
         self._last_probed = False
-        self._next_look = max(_PASSES, 2 * (state.accumulation or 0))  # at so many passes without a step
         self._handles: list[RemovableHandle] = []
-        self._now = StepTracker()
+        self.now = StepTracker()
 
     def install(self) -> None:
         """Hang hooks on the optimizers."""
@@ -108,16 +95,10 @@ class StepEvents:
     def _probed(self) -> bool:
         return self._cadence.probed(self._state.step)
 
-    def step_of(self, moment: Moment) -> int:
-        """At the end, the step that would come next has not begun unless a forward was seen."""
-        step = self._state.step
-        over = moment == "end" and step and not self._hooks.candidates
-        return step - 1 if over else step
-
     def begin_step(self) -> None:
         """A new step: arm what is due in it."""
         state = self._state
-        self._now = StepTracker()
+        self.now = StepTracker()
         self._reruns.forget()
         self._hooks.reset()
         if not self._probed or (state.broken and not self._agreement.several):
@@ -129,42 +110,40 @@ class StepEvents:
 
     def _prepare(self) -> None:
         layers, state = self._observers.layers, self._state
-        self._hooks.closely = self._cadence.closely(state.step) or layers.packed()[0] > 0
+        self._hooks.log.closely = self._cadence.closely(state.step) or layers.packed()[0] > 0
         suspected = layers.suspected_weights()
         if suspected and not self._observers.targets.inventory.compiled:
-            self._hooks.witness = WeightWitness(suspected)
+            self._hooks.log.witness = WeightWitness(suspected)
         if self._cadence.repeats(state.step):
             self._reruns.prepare(first=state.step == 0)
 
-    def _end_step(self) -> None:
+    def end_step(self) -> None:
+        """The step is over: count it, and begin the next one."""
         state, hooks = self._state, self._hooks
         self._reruns.forget()
-        if not self._now.stepped & self._observers.owners.owning():
+        if not self.now.stepped & self._observers.owners.owning():
             state.skipped_in_a_row += 1
-            state.cleared += bool(self._now.discarded - state.given_up)
-            state.passes += sum(c.received for c in hooks.candidates)
-        elif not self._now.left_to_it:  # else the next decision reads what it did
-            self._has_stepped()
-        state.was_active |= hooks.active_seen
-        state.merges += hooks.merged_seen
+            state.cleared += bool(self.now.discarded - state.given_up)
+            state.passes += sum(c.received for c in hooks.log.candidates)
+        elif not self.now.left_to_it:  # else the next decision reads what it did
+            state.has_stepped()
+        state.was_active |= hooks.log.active_seen
+        state.merges += hooks.log.merged_seen
         self._last_probed = self._probed or self._estimates.due(state.step)
         state.step += 1
         self.begin_step()
 
-    def _has_stepped(self) -> None:
-        self._state.has_stepped()
-        self._next_look = max(_PASSES, 2 * (self._state.accumulation or 0))
-
     @property
-    def _waited_for(self) -> set[int]:
+    def waited_for(self) -> set[int]:
+        """The optimizers whose step ends this one."""
         return self._observers.owners.owning() - self._state.given_up
 
     def _end_step_if_done(self) -> None:
-        if self._now.done(self._waited_for):
-            self._end_step()
+        if self.now.done(self.waited_for):
+            self.end_step()
 
     def _begins_again(self, index: int) -> None:
-        self._state.given_up |= self._now.begins_again(index, self._waited_for, self._observers.owners.has_gradients)
+        self._state.given_up |= self.now.begins_again(index, self.waited_for, self._observers.owners.has_gradients)
         self._end_step_if_done()
 
     # --- optimizers -------------------------------------------------------------------------
@@ -192,14 +171,14 @@ class StepEvents:
                     with self._errors.contain():
                         reader.read_scaled(index)
             else:  # the gradients of this step are made inside: only the tensors can be looked at
-                if index in self._now.stepped:
+                if index in self.now.stepped:
                     self._begins_again(index)
                 if self._probed:
                     with self._errors.contain():
                         self._observers.owners.look()
                         reader.copy(index)
                 self._before_update(inside=True)
-            self._now.inside.add(index)
+            self.now.inside.add(index)
 
         return hook
 
@@ -208,17 +187,17 @@ class StepEvents:
             state = self._state
             if not state.running or capturing():
                 return
-            if index not in self._now.ready:  # a closure: only now the gradients of this step can be seen
+            if index not in self.now.ready:  # a closure: only now the gradients of this step can be seen
                 self._optimizer_event(index, final=False)
             if self._collector.checkpoints is not None:
                 self._collector.checkpoints.stepped_at = time.time()
-            self._now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
+            self.now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
             state.steps_of[index] += 1
             state.given_up.discard(index)
             self._read_after(index)
-            if self._now.done(self._waited_for):
+            if self.now.done(self.waited_for):
                 self._measure()
-                self._end_step()
+                self.end_step()
 
         return hook
 
@@ -243,17 +222,17 @@ class StepEvents:
 
     def _optimizer_event(self, index: int, *, final: bool) -> None:
         self._hooks.close_witness()
-        if index in self._now.stepped:
+        if index in self.now.stepped:
             self._begins_again(index)
-        elif not final and self._now.announced_twice(index):
-            self._now.discarded.add(index)
+        elif not final and self.now.announced_twice(index):
+            self.now.discarded.add(index)
             self._end_step_if_done()
-        first = index not in self._now.ready
-        self._now.ready.add(index)
+        first = index not in self.now.ready
+        self.now.ready.add(index)
         self._decisions.raise_again()
         state, reader = self._state, self._observers.reader
-        if not self._now.decided:
-            self._now.decided = True
+        if not self.now.decided:
+            self.now.decided = True
             self._decide_step(index, final=final)
         elif first and self._probed:  # a further optimizer of a step that is decided already
             with self._errors.contain():
@@ -270,16 +249,17 @@ class StepEvents:
         # Whether something waits may differ between ranks, of which one may have skipped its last step.
         waiting = self._last_probed if together else self._waits
         if self._probed or waiting:
-            self._decide("step", index, final=final)
+            self.decide("step", index, final=final)
         elif checkpoints is not None and not self._state.broken and not together:
             with self._errors.contain("files"):
                 found = checkpoints.take()
             if self._collector.checkpoints is not None:
                 self._decisions.decide_on_files(found)
 
-    def _decide(self, moment: Moment, optimizer: int | None, *, final: bool = False) -> None:
+    def decide(self, moment: Moment, optimizer: int | None, *, final: bool = False) -> None:
+        """Decide on the present step."""
         probed = self._probed
-        self._decisions.decide(moment, optimizer, self.step_of(moment), probed=probed, final=final)
+        self._decisions.decide(moment, optimizer, self._collector.step_of(moment), probed=probed, final=final)
         self._cadence.probed_steps += probed and moment in ("step", "skipped")
 
     def _before_update(self, *, inside: bool = False) -> None:
@@ -296,83 +276,6 @@ class StepEvents:
         restored = checkpoints is not None and checkpoints.to_compare
         return self._observers.reader.waiting or bool(self._collector.looks.estimates) or restored
 
-    # --- forwards ---------------------------------------------------------------------------
-
-    def before_forward(self, module: nn.Module) -> None:
-        """A candidate for a training forward is about to run.
-
-        Args:
-            module: The outermost module.
-        """
-        owners = self._observers.owners
-        owners.inside_forward = True
-        try:
-            self._forward_begins(module)
-        finally:
-            owners.inside_forward = False
-
-    def _forward_begins(self, module: nn.Module) -> None:
-        state = self._state
-        if not self._decided_start:
-            self._decided_start = True
-            if not state.broken:
-                with self._errors.contain():
-                    self._settle()
-            self._decide("start", None)
-        self._look_back()
-        self._decisions.raise_again()
-        self._agreement.forward_begins()
-        if state.broken:
-            return
-        self._estimates.forward_begins()
-        self._reruns.forward_begins(module)
-
-    def _look_back(self) -> None:
-        """Was the step that went before this forward skipped? Or are there passes and passes, and never a step?"""
-        owners = self._observers.owners
-        received = sum(c.received for c in self._hooks.candidates)
-        discarded = self._scaler_went_on()  # zeros in place of gradients do not tell
-        waited = self._waited_for
-        self._now.next_forward(received > 0, waited, lambda o: not discarded and owners.has_gradients(o))
-        if self._now.done(waited) and (waited or received):  # the update never came
-            if not self._now.decided:
-                self._now.decided = True
-                self._decide("skipped", None)
-            self._end_step()
-        elif self._state.passes + received >= self._next_look and not (
-            self._has_any_stepped or self._agreement.several
-        ):
-            self._next_look *= 2
-            self._decide("waiting", None)
-
-    @property
-    def _has_any_stepped(self) -> bool:
-        return any(self._state.steps_of[owner] for owner in self._observers.owners.owning())
-
-    def _scaler_went_on(self) -> bool:
-        """The scaler was updated since the last training forward: what it had to step is stepped or skipped."""
-        if self._scaler is None:
-            return False
-        # torch 2.13: update() begins a new table of what every optimizer has been through.
-        before, self._scaler_round = self._scaler_round, self._scaler._per_optimizer_states
-        return before is not self._scaler_round
-
-    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Directly after a candidate, before its backward: run it again where that is due.
-
-        Args:
-            module: The outermost module.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-            output: What it returned.
-
-        Returns:
-            The output to hand on.
-        """
-        if not self._state.broken:
-            self._estimates.forward_ends(args, kwargs)
-        return self._reruns.after_forward(module, args, kwargs, output)
-
     # --- a step that is taken back ----------------------------------------------------------
 
     def rehearse(self, stepped: Callable[[Optimizer], bool]) -> None:
@@ -384,8 +287,8 @@ class StepEvents:
         for index, optimizer in enumerate(self._observers.targets.optimizers):
             self._optimizer_event(index, final=True)
             if stepped(optimizer):
-                self._now.has_stepped(index)
+                self.now.has_stepped(index)
                 self._state.steps_of[index] += 1
                 self._read_after(index)
         self._measure()
-        self._end_step()
+        self.end_step()

@@ -77,10 +77,8 @@ class UpdateDirection:
         self._versions = {name: owned[name]._version for name in tensors}
 
     def __repr__(self) -> str:
-        return (
-            f"UpdateDirection({len(self.tensors)} tensors, norm={self.norm():.3g}, scale={self.scale:.3g}, "
-            f"{self.source} on {self.made_on}, {self.made_at})"
-        )
+        size = f"{len(self.tensors)} tensors, norm={self.norm():.3g}, scale={self.scale:.3g}"
+        return f"UpdateDirection({size}, {self.source} on {self.made_on}, {self.made_at})"
 
     @classmethod
     def from_gradients(cls, model: nn.Module, *, lr: float) -> UpdateDirection:
@@ -122,23 +120,7 @@ class UpdateDirection:
         Raises:
             ValueError: if the losses depend on no trainable parameter, or there are none.
         """
-        inside, trained = tree(unwrapped(model)), _trainable(model)
-        everywhere = [*wrappers(model), *inside.modules.values()]
-        count = 0
-        with untouched(inside), eager(everywhere), torch.enable_grad(), own_gradients(trained.values()):
-            for loss_fn in [loss_fns] if callable(loss_fns) else loss_fns:
-                L = loss_fn(inside.root)
-                if not L.requires_grad:
-                    raise ValueError(
-                        "loss_fn returned values that depend on no trainable parameter of "
-                        f"{described(inside.root)} (no_grad, merged or disabled adapter, detached)"
-                    )
-                backward(L.sum(), list(trained.values()))
-                count += L.numel()
-            summed = {name: _gradient(name, p) for name, p in trained.items() if p.grad is not None}
-        if not summed or not count:
-            raise ValueError("got no gradient from loss_fns; expected at least one loss_fn(model) -> [b]")
-        mean = {name: gradient / count for name, gradient in summed.items()}
+        mean = _mean_gradient(model, [loss_fns] if callable(loss_fns) else loss_fns)
         return cls(mean, scale=lr, source="from_loss", model=model)
 
     @classmethod
@@ -171,15 +153,8 @@ class UpdateDirection:
                 f"got {type(optimizer).__name__}, expected torch.optim.Adam or AdamW: the second moments of "
                 "others are kept in other ways. Use UpdateDirection.from_optimizer_step."
             )
-        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         owners = direction.owned_by(model)
-        if missing := [name for name, owner in owners.items() if id(owner) not in group_of]:
-            raise ValueError(
-                f"the optimizer does not own {missing[0]} (and {len(missing) - 1} more of "
-                f"{len(owners)} tensors) of {direction.made_on}; "
-                "build it on the parameters of the module that is trained"
-            )
-        groups = {name: group_of[id(owner)] for name, owner in owners.items()}
+        groups = _groups_of(direction, owners, optimizer)
         lr = max(float(group["lr"]) for group in groups.values())
         mu = {}
         for name, g in direction.tensors.items():
@@ -209,20 +184,7 @@ class UpdateDirection:
         optimizer = innermost(optimizer)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = {name: p for name, p in _trainable(model).items() if id(p) in owned}
-        if not trained:
-            raise ValueError(
-                f"{type(optimizer).__name__} owns none of the trainable tensors of "
-                f"{described(unwrapped(model))}; expected the optimizer of that module"
-            )
-        if all(p.grad is None for p in trained.values()):
-            raise ValueError("got no gradients; expected `.grad` from a backward, before zero_grad()")
-        if torch._C._current_graph_task_id() != -1:
-            raise ValueError("a backward is running; call from_optimizer_step after it")
-        if live := [name for name, p in trained.items() if p.grad is not None and p.grad.requires_grad]:
-            raise ValueError(
-                f"the gradient of {live[0]} carries a graph (create_graph=True), which a step would "
-                "invalidate; expected gradients of an ordinary backward"
-            )
+        _refuse_step(optimizer, trained, model)
         before = {name: p.detach().clone() for name, p in trained.items()}
         with trial_step(optimizer):
             mu = {name: _difference(p, before[name]) for name, p in trained.items()}
@@ -243,16 +205,7 @@ class UpdateDirection:
         Raises:
             ValueError: if `before` shares its memory with the parameters (no copy was made).
         """
-        module = unwrapped(model)
-        named = parameters(model) | parameters(module)
-        refuse_unfit(before, named, described(module))
-        names = {id(p): name for name, p in parameters(module).items()}
-        mu = {}
-        for name, old in before.items():
-            if old.data_ptr() == named[name].data_ptr():
-                raise ValueError(f"before[{name!r}] is the parameter itself; expected a copy: clone() it")
-            mu[names[id(named[name])]] = _difference(named[name], old)
-        return cls(mu, scale=1.0, source="from_last_step", model=model)
+        return cls(_since(before, model), scale=1.0, source="from_last_step", model=model)
 
     @property
     def owners(self) -> dict[str, nn.Parameter | None]:
@@ -311,13 +264,11 @@ class UpdateDirection:
         shared = self.tensors.keys() & other.tensors.keys()
         if not shared:
             raise ValueError(f"the directions share no tensor: got {_some(self.tensors)} and {_some(other.tensors)}")
-        total = 0.0
-        for name in sorted(shared):
-            mu, nu = self.tensors[name], other.tensors[name]
-            if mu.shape != nu.shape:
-                raise ValueError(f"{name} has shapes {tuple(mu.shape)} and {tuple(nu.shape)}; expected one")
-            total += float((mu.double() * nu.double().to(mu.device)).sum())
-        return total
+        if unlike := [name for name in sorted(shared) if self.tensors[name].shape != other.tensors[name].shape]:
+            shapes = (tuple(d.tensors[unlike[0]].shape) for d in (self, other))
+            raise ValueError(f"{unlike[0]} has shapes {' and '.join(map(str, shapes))}; expected one")
+        pairs = ((self.tensors[name].double(), other.tensors[name].double()) for name in sorted(shared))
+        return sum(float((mu * nu.to(mu.device)).sum()) for mu, nu in pairs)
 
     def norm(self) -> float:
         """Return the Euclidean norm of mu over all tensors, in float64, without the scale."""
@@ -373,6 +324,73 @@ class UpdateDirection:
             model=model,
             made_at=known["made_at"],
         )
+
+
+def _mean_gradient(model: nn.Module, loss_fns: Iterable[LossFunction]) -> dict[str, torch.Tensor]:
+    """The gradient of the mean over all prompts, by name; the parameters' own `.grad` stays as it was."""
+    inside, trained = tree(unwrapped(model)), _trainable(model)
+    everywhere = [*wrappers(model), *inside.modules.values()]
+    count = 0
+    with untouched(inside), eager(everywhere), torch.enable_grad(), own_gradients(trained.values()):
+        for loss_fn in loss_fns:
+            L = loss_fn(inside.root)
+            if not L.requires_grad:
+                raise ValueError(
+                    "loss_fn returned values that depend on no trainable parameter of "
+                    f"{described(inside.root)} (no_grad, merged or disabled adapter, detached)"
+                )
+            backward(L.sum(), list(trained.values()))
+            count += L.numel()
+        summed = {name: _gradient(name, p) for name, p in trained.items() if p.grad is not None}
+    if not summed or not count:
+        raise ValueError("got no gradient from loss_fns; expected at least one loss_fn(model) -> [b]")
+    return {name: gradient / count for name, gradient in summed.items()}
+
+
+def _refuse_step(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    """Say why the next step cannot be taken and taken back."""
+    if not trained:
+        raise ValueError(
+            f"{type(optimizer).__name__} owns none of the trainable tensors of "
+            f"{described(unwrapped(model))}; expected the optimizer of that module"
+        )
+    if all(p.grad is None for p in trained.values()):
+        raise ValueError("got no gradients; expected `.grad` from a backward, before zero_grad()")
+    if torch._C._current_graph_task_id() != -1:
+        raise ValueError("a backward is running; call from_optimizer_step after it")
+    if live := [name for name, p in trained.items() if p.grad is not None and p.grad.requires_grad]:
+        raise ValueError(
+            f"the gradient of {live[0]} carries a graph (create_graph=True), which a step would "
+            "invalidate; expected gradients of an ordinary backward"
+        )
+
+
+def _groups_of(
+    direction: UpdateDirection, owners: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> dict[str, dict[str, Any]]:
+    """The parameter group of every tensor of a direction."""
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    if missing := [name for name, owner in owners.items() if id(owner) not in group_of]:
+        raise ValueError(
+            f"the optimizer does not own {missing[0]} (and {len(missing) - 1} more of "
+            f"{len(owners)} tensors) of {direction.made_on}; "
+            "build it on the parameters of the module that is trained"
+        )
+    return {name: group_of[id(owner)] for name, owner in owners.items()}
+
+
+def _since(before: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the parameters have changed by, under the names of the innermost module."""
+    module = unwrapped(model)
+    named = parameters(model) | parameters(module)
+    refuse_unfit(before, named, described(module))
+    names = {id(p): name for name, p in parameters(module).items()}
+    mu = {}
+    for name, old in before.items():
+        if old.data_ptr() == named[name].data_ptr():
+            raise ValueError(f"before[{name!r}] is the parameter itself; expected a copy: clone() it")
+        mu[names[id(named[name])]] = _difference(named[name], old)
+    return mu
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -108,6 +108,7 @@ class ForwardFacts:
     Attributes:
         forwards: The candidates for a training forward, in their order.
         forwards_without_grad: Outermost calls without gradients.
+        ran_beside: Units whose layer ran in one of these.
         unobservable: Why forwards cannot be seen at all.
         reference: Forwards of the reference; None where none was declared.
         stale_forward: Whether the forward went on with old weights, and what was compared.
@@ -118,6 +119,7 @@ class ForwardFacts:
 
     forwards: tuple[ForwardFact, ...] = ()
     forwards_without_grad: int = 0
+    ran_beside: frozenset[int] = frozenset()
     unobservable: str | None = None
     reference: ReferenceFact | None = None
     stale_forward: tuple[bool, str] | None = None

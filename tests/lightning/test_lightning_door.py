@@ -659,11 +659,11 @@ def test_error_inside_a_check_is_kept_and_training_goes_on(tmp_path: Path, monke
     assert others >= CORE
 
 
-@pytest.mark.parametrize("method", ["_note_call", "_new_candidate", "_finish", "state", "facts"])
+@pytest.mark.parametrize("method", ["note_call", "new_candidate", "finish", "state", "facts"])
 def test_error_inside_an_observer_ends_the_probe_and_not_the_run(monkeypatch: pytest.MonkeyPatch, method):
-    from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
+    from lora_probe_callbacks.observe.forward.log import ForwardLog
 
-    works, calls = getattr(ForwardObserver, method), []
+    works, calls = getattr(ForwardLog, method), []
 
     def breaks(*args: Any) -> Any:
         calls.append(method)
@@ -671,7 +671,7 @@ def test_error_inside_an_observer_ends_the_probe_and_not_the_run(monkeypatch: py
             raise ZeroDivisionError("inside")
         return works(*args)
 
-    monkeypatch.setattr(ForwardObserver, method, breaks)
+    monkeypatch.setattr(ForwardLog, method, breaks)
     probe = LoraProbe(every_n_steps=1, verbose=False)
     task = Task(peft_llama())
     assert fit(task, probe).global_step == 20

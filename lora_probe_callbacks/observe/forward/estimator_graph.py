@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_probe_callbacks.observe.forward.candidate import Candidate
 from lora_probe_callbacks.observe.forward.graph import walk
-from lora_probe_callbacks.observe.forward.hooks import Candidate, ForwardObserver
+from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
 from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.observe.model.unused import adapters_alive
 
@@ -31,10 +32,10 @@ def graph_fact(S: torch.Tensor, targets: Targets, observer: ForwardObserver, *, 
     slot_of = targets.slot_of()
     held = {id(p) for _, root in targets.roots for p in root.parameters()}
     found = walk([S], marks=not own)
-    candidates = observer.candidates if own else [m for m in found.marks if isinstance(m, Candidate)]
+    candidates = observer.log.candidates if own else [m for m in found.marks if isinstance(m, Candidate)]
     if not own and not S.requires_grad:
         # A forward with an adapter that is off leaves no graph; its output carries no mark.
-        candidates = [c for c in observer.candidates if not c.carries_graph]
+        candidates = [c for c in observer.log.candidates if not c.carries_graph]
     fields: dict[str, Any] = {
         "forwards": tuple(c.fact(slot_of) for c in candidates),
         "graph": S.requires_grad,
@@ -44,7 +45,7 @@ def graph_fact(S: torch.Tensor, targets: Targets, observer: ForwardObserver, *, 
     }
     if not candidates and not fields["reached"] and not found.blind:
         if not S.requires_grad:
-            fields["without_grad"], fields["inference"] = observer.without_grad, S.is_inference()
+            fields["without_grad"], fields["inference"] = observer.log.without_grad, S.is_inference()
         if not fields.get("without_grad") and not fields.get("inference"):
             alive = adapters_alive([layer.module for layer in targets.inventory.layers])
             fields["elsewhere"] = alive or (("something that is not the trained model",) if own else ())

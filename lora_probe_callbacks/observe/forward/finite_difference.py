@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.facts import StepResponse
-from lora_probe_callbacks.observe.forward.hooks import tensors_in
+from lora_probe_callbacks.observe.forward.candidate import tensors_in
 from lora_probe_callbacks.observe.forward.replay import MOST_BYTES, KeptForward
 from lora_probe_callbacks.restore.model import holding, own_gradients
 

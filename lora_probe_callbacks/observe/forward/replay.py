@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from lora_probe_callbacks.observe.forward.hooks import tensors_in
+from lora_probe_callbacks.observe.forward.candidate import tensors_in
 from lora_probe_callbacks.observe.model.wrappers import data_parallel, is_compiled, tensor_parallel
 from lora_probe_callbacks.restore.module_state import ModuleState
 from lora_probe_callbacks.restore.random import RandomState

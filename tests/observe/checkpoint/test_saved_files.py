@@ -611,8 +611,8 @@ def test_of_many_tensors_some_are_compared_at_every_save_and_all_by_hand(tmp_pat
             optimizer.zero_grad()
             if not probe.report.failures and step:
                 saves += 1
-                probe._session.save_announced(rewritten(model, tmp_path / str(step), damage))
-                probe._session.saves_written()
+                probe._session.files.announced(rewritten(model, tmp_path / str(step), damage))
+                probe._session.files.written()
     assert 1 <= saves <= 4
     assert bad(probe.report) == [("LP801", "fail")]
     assert "differs from the live one in 1 of its 80" in probe.report.failures[0].message

@@ -1,0 +1,91 @@
+"""One outermost call with gradients enabled, and the tensors in what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_probe_callbacks.facts import ForwardFact, Mode
+from lora_probe_callbacks.observe.forward.graph import Walk
+
+__all__ = ["Candidate", "tensors_in"]
+
+
+@dataclass(eq=False, slots=True)
+class Candidate:
+    """One outermost call with gradients enabled, as it is being observed."""
+
+    module: str
+    modes: tuple[Mode, ...]
+    active: tuple[str, ...]
+    calls: list[tuple[int, int, Mode | None]] | None
+    with_grad: set[int]  # units whose layer ran with gradients enabled
+    holds_expected: bool
+    received: bool = False
+    carries_graph: bool = True  # some output requires gradients
+    modes_at_backward: tuple[Mode, ...] | None = None
+    active_at_backward: tuple[str, ...] | None = None
+    leaves: set[int] | None = None
+    dropped: set[int] = field(default_factory=set)  # leaves behind an operation without a backward
+    why_unknown: str | None = None
+    cotangent: torch.Tensor | None = None  # of an output of one element: the loss, as a rule
+    called: set[int] = field(default_factory=set)  # ids of the modules that ran inside
+    to_walk: bool = False  # when a gradient arrives, and only where the engine will not come to all slots by itself
+    inside: dict[int, int] = field(default_factory=dict)  # tensor id to slot, as a sharded model shows them inside
+
+    def reaches(self, found: Walk) -> None:
+        """Enter what its graph leads to."""
+        self.leaves, self.dropped = set(found.leaves), found.dropped
+        self.why_unknown = self.why_unknown or found.blind
+
+    def fact(self, slot_of: dict[int, int]) -> ForwardFact:
+        """What the checks may know of it; ``slot_of`` maps a tensor's id to its slot."""
+        reached = None
+        slots = {**slot_of, **self.inside}
+        if self.leaves is not None and self.why_unknown is None:
+            reached = frozenset(slots[i] for i in self.leaves if i in slots)
+        return ForwardFact(
+            module=self.module,
+            received=self.received,
+            modes=self.modes,
+            active=self.active,
+            modes_at_backward=self.modes_at_backward,
+            active_at_backward=self.active_at_backward,
+            calls=None if self.calls is None else tuple(self.calls),
+            holds_expected=self.holds_expected,
+            carries_graph=self.carries_graph,
+            with_grad=None if self.calls is None else frozenset(self.with_grad),
+            reached=reached,
+            why_unknown=self.why_unknown,
+            dropped=frozenset(slots[i] for i in self.dropped if i in slots),
+        )
+
+
+def tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    """Find the tensors in whatever a forward returns.
+
+    Args:
+        value: A tensor, a mapping, a sequence, a dataclass or an object with attributes.
+        depth: How deep to look.
+
+    Yields:
+        The tensors.
+    """
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth == 0 or value is None or isinstance(value, str | bytes | int | float | nn.Module):
+        return
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from tensors_in(item, depth - 1)
