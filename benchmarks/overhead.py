@@ -31,10 +31,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lora_probe_callbacks import LoraProbeMonitor
 from lora_probe_callbacks.distributed.transport import Ranks
+from lora_probe_callbacks.engine.decision import Decisions
+from lora_probe_callbacks.engine.rerun import Reruns
 from lora_probe_callbacks.engine.session import ProbeSession
 from lora_probe_callbacks.observe.device.step_reader import DeviceReader
 from lora_probe_callbacks.observe.device.transfer import Readout
 from lora_probe_callbacks.observe.forward import hooks as forwards
+from lora_probe_callbacks.observe.forward import log
 from lora_probe_callbacks.observe.forward.finite_difference import ResponseObserver
 from lora_probe_callbacks.observe.forward.replay import ForwardRepeat
 
@@ -56,16 +59,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "start": [(ProbeSession, "start")],
-    "hooks on modules": [(forwards.ForwardObserver, name) for name in ("_enter", "_leave", "_receive")],
+    "hooks on modules": [(forwards.ForwardObserver, "_enter"), (forwards.ForwardObserver, "_leave")],
+    "hooks on outputs": [(log.ForwardLog, "_receive")],
     "installing and removing hooks": [(forwards.ForwardObserver, name) for name in ("arm", "disarm")],
-    "graph walk": [(forwards, "walk")],
+    "graph walk": [(log, "walk")],
     "reading tensors": [
         (DeviceReader, name) for name in ("read_gradients", "copy", "send", "read_after", "read_samples")
     ],
     "transfer": [(Readout, "receive")],
-    "decision": [(ProbeSession, "_decide")],
+    "decision": [(Decisions, "decide")],
     "exchange": [(Ranks, "exchange")],
-    "repeats": [(ForwardRepeat, "after"), (ResponseObserver, "after"), (ProbeSession, "_measure_response")],
+    "repeats": [(ForwardRepeat, "after"), (ResponseObserver, "after"), (Reruns, "measure")],
 }
 
 

@@ -215,10 +215,8 @@ class UpdateDirection:
     @property
     def stale(self) -> bool:
         """Whether a parameter has changed, or is gone, since the direction was made."""
-        return any(
-            (owner := self._owners[name]()) is None or owner._version != version
-            for name, version in self._versions.items()
-        )
+        now = ((self._owners[name](), version) for name, version in self._versions.items())
+        return any(owner is None or owner._version != version for owner, version in now)
 
     def owned_by(self, model: nn.Module | Tree) -> dict[str, nn.Parameter]:
         """The very tensors that this direction was made on, if `model` owns them.

@@ -114,3 +114,14 @@ def test_part_that_was_never_made_fails() -> None:
     )
     assert list(bad(what)) == ["LP605"]
     assert judge(facts(coverage=Coverage())).status == "pass"
+
+
+def test_part_of_the_first_optimizer_waits_for_its_event() -> None:
+    what = parts(magnitude=False, history=NEW, optimizers=2, optimizer=1)
+    assert judge(what).status == "pass"
+
+
+def test_rest_that_is_not_active_does_not_count() -> None:
+    """Only what is on at this moment tells whether something trains."""
+    what = parts(magnitude=False, a=False, history=NEW)
+    assert judge(what).status == "pass"

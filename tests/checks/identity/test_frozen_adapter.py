@@ -89,3 +89,8 @@ def test_trainable_adapter_passes() -> None:
 
 def test_disabled_adapter_is_left_to_the_neighbour() -> None:
     assert list(bad(facts(slot=FROZEN, modes=["disabled"] * 2))) == ["LP102"]
+
+
+def test_first_optimizer_is_not_asked_at_the_event_of_the_second() -> None:
+    what = facts(optimizers=2, optimizer=1, slot={"owner": 0, "requires_grad": False})
+    expect(CHECK.judge(what), "pending", "its optimizer has not had its turn")

@@ -53,3 +53,8 @@ def test_tensors_frozen_by_intent_pass() -> None:
 
 def test_owned_tensors_pass() -> None:
     expect(CHECK.judge(facts()), "pass")
+
+
+def test_nothing_to_train_is_not_passed() -> None:
+    what = facts(slot={"frozen_by_intent": True})
+    expect(CHECK.judge(what), "pending", "no adapter tensor is expected to train")

@@ -83,3 +83,8 @@ def test_unmoved_tensors_are_its_consequence() -> None:
 
 def test_frozen_by_intent_passes() -> None:
     assert CHECK.judge(facts(history=never(9), slot={"frozen_by_intent": True})).status == "pending"
+
+
+def test_first_step_with_a_rate_of_zero_is_pending() -> None:
+    verdict = CHECK.judge(facts(history={"rate_zero": 1, "had_rate": True}))
+    expect(verdict, "pending", "the learning rate is 0 in 1 probed step(s): a warm-up may begin so")

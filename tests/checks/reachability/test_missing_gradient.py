@@ -111,6 +111,46 @@ def test_calls_without_gradients_alone_warn_after_sixteen_steps(missing: int) ->
     )
 
 
+@pytest.mark.parametrize("missing", [3, 4])
+def test_calls_without_gradients_fail_where_nothing_else_has_one_either(missing: int) -> None:
+    own = {"forwards": (), "forwards_without_grad": 3, "no_gradient_at_all": True}
+    what = facts(gradients=[NONE] * 4, history={**NEVER, "missing": 4}, at={1: {"missing": missing}}, **own)
+    if missing < 4:
+        words = "the model was called without gradients only, in 3 probed step(s): they may warm up a head"
+        expect(CHECK.judge(what), "pending", words)
+        return
+    assert list(bad(what)) == ["LP302"]
+    fix = (
+        "take no_grad, inference_mode and set_grad_enabled(False) away from the forward that makes the loss; "
+        "loss.requires_grad_(True) silences the error and trains nothing"
+    )
+    assert CHECK.judge(what).fix == fix
+    expect(
+        CHECK.judge(what),
+        "fail",
+        "all 4 adapter tensors got no gradient (None) in 4 probed steps: every call of the model was under no_grad or "
+        "inference_mode, and nothing else has a gradient either: the loss carries no graph",
+        slots=ALL,
+        cause="without gradients",
+        got="3 calls without gradients in this step, 0 with",
+        expected="a call with gradients in every step",
+        fix=fix,
+    )
+    partly = facts(gradients=[NONE, GRADIENT, NONE, NONE], history={**NEVER, "missing": 4}, **own)
+    assert CHECK.judge(partly).slots == {0, 2, 3}
+    frozen = facts(gradients=[NONE] * 4, history={**NEVER, "missing": 4}, at={0: {"requires_grad": False}}, **own)
+    assert CHECK.judge(frozen).slots == {1, 2, 3}
+
+
+def test_warm_up_that_trains_something_else_says_so() -> None:
+    what = facts(gradients=[NONE] * 4, history={**NEVER, "missing": 16}, forwards=(), forwards_without_grad=3)
+    assert CHECK.judge(what).message.endswith("inference_mode, and the loss trains something else")
+    assert CHECK.judge(what).fix == (
+        "if these steps are a warm-up of something else nothing is wrong; else take no_grad, inference_mode and "
+        "set_grad_enabled(False) away from the forward that makes the loss"
+    )
+
+
 def test_warm_up_of_a_head_is_no_fault_of_others() -> None:
     left = {"history": {**NEVER, "missing": 20}, "forwards_without_grad": 3}
     words = "the model was not called in this step"

@@ -115,3 +115,9 @@ def test_exception_tells_what_was_got_and_expected() -> None:
     expect(
         CHECK.judge(what), "fail", GRAPH, slots=ALL, got="0 of 4 adapter tensors in the graph", expected="all of them"
     )
+
+
+def test_whole_is_asked_of_what_was_read() -> None:
+    """After gradients were seen on one tensor the others warn, whatever is unread."""
+    what = facts(gradients=[NONE] * 4, history={"missing": 1, "had_gradient": False}, at={0: {"had_gradient": True}})
+    assert CHECK.judge(what).status == "warn"

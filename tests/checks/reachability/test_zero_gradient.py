@@ -120,3 +120,10 @@ def test_one_tensor_that_had_a_signal_softens_the_verdict() -> None:
 
 def test_healthy_gradients_pass() -> None:
     expect(CHECK.judge(facts()), "pass")
+
+
+def test_first_step_with_gradients_of_zero_is_pending() -> None:
+    verdict = CHECK.judge(facts(gradients=[ZERO] * 4, history={**NEVER, "zero": 1}))
+    expect(
+        verdict, "pending", "every gradient is exactly zero in 1 probed step(s): a batch without a signal is healthy"
+    )

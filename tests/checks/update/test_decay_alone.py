@@ -74,3 +74,10 @@ def test_tensor_that_became_zero_has_no_relative_change() -> None:
 
 def test_moved_by_gradients_passes() -> None:
     expect(CHECK.judge(facts(slot=DECAYED["slot"])), "pass")
+
+
+def test_first_step_by_decay_alone_is_pending() -> None:
+    verdict = CHECK.judge(
+        facts(gradients=[ZERO] * 4, slot={"weight_decay": 0.1}, history={"zero": 1, "had_signal": False})
+    )
+    expect(verdict, "pending", "the adapter moves and its gradients are exactly zero in 1 probed step(s)")

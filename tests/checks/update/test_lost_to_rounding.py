@@ -104,3 +104,8 @@ def test_rate_of_zero_is_left_to_its_own_check() -> None:
 def test_b_is_lost_while_a_is_not() -> None:
     verdict = CHECK.judge(lost(b=0.1, at={0: {"lost": 0}, 2: {"lost": 0}}))
     assert (verdict.status, verdict.cause) == ("fail", "B")
+
+
+def test_first_lost_step_is_pending() -> None:
+    what = facts(slot={"half": True}, history={"lost": 1}, updates=[MOVED._replace(moved=0.1)] * 4)
+    expect(CHECK.judge(what), "pending", "10% of the elements of lora_A were moved by the last update")

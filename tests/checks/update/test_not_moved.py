@@ -155,6 +155,100 @@ def test_steps_that_a_scaler_skips_are_left_to_skipped_steps() -> None:
     assert judge(facts(scaler=True, skipped_in_a_row=20, **NO_STEP)).status == "pending"
 
 
+GIVEN = "call step() on the optimizer that was given to the probe"
+
+
+@pytest.mark.parametrize(
+    ("passes", "accumulation", "status"),
+    [
+        (16, None, "warn"),
+        (127, None, "warn"),
+        (128, None, "fail"),
+        (16, 8, "fail"),
+        (16, 1, "fail"),
+        (16, 9, "warn"),
+        (17, 9, "warn"),
+        (18, 9, "fail"),
+    ],
+)
+def test_backward_passes_without_a_step_warn_and_fail_in_the_end(passes: int, accumulation: int, status: str) -> None:
+    what = facts(moment="waiting", passes=passes, accumulation=accumulation, **NO_STEP)
+    words = f"no optimizer that owns the adapter has stepped: {passes} backward passes and not one update"
+    fix = f"{GIVEN}, or give it the one that the loop steps"
+    if status == "warn":
+        fix = (
+            f"if gradients are accumulated over more than {passes} backward passes nothing is wrong so far; else "
+            f"{GIVEN}, and see that an accumulation is not longer than the data"
+        )
+    assert judge(what).fix == fix
+    expect(
+        judge(what),
+        status,
+        words,
+        slots=ALL,
+        cause="no step",
+        got="0 calls of optimizer.step()",
+        expected="a step after the backward passes that it accumulates",
+        fix=fix,
+    )
+
+
+@pytest.mark.parametrize("passes", [3, 4])
+def test_few_backward_passes_say_nothing(passes: int) -> None:
+    assert judge(facts(moment="waiting", passes=passes, **NO_STEP)).status == ("warn" if passes == 4 else "pending")
+    assert judge(facts(passes=passes, **NO_STEP)).status == "pending"
+
+
+# --- one optimizer of several --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "status"), [(15, "pass"), (16, "warn"), (127, "warn"), (128, "fail")])
+def test_optimizer_that_never_steps_while_another_does(steps: int, status: str) -> None:
+    what = facts(at={2: {"owner": 1}, 3: {"owner": 1}}, steps_of=(steps, 0), optimizers=2)
+    if status == "pass":
+        expect(judge(what), "pass")
+        return
+    assert list(bad(what)) == ["LP401"]
+    expect(
+        judge(what),
+        status,
+        f"the optimizer of 2 adapter tensors has not stepped once, while another has made {steps} steps: "
+        "layer.1.lora_A, layer.1.lora_B",
+        slots=[2, 3],
+        cause="optimizer",
+        got="0 calls of its step()",
+        expected="a step after the backward passes that it accumulates",
+        fix="call step() on each optimizer that owns a part of the adapter; if its turn is still to come nothing is",
+    )
+
+
+def test_optimizer_whose_turn_may_come_is_left_alone() -> None:
+    own = {"at": {2: {"owner": 1}, 3: {"owner": 1}}, "steps_of": (20, 0), "optimizers": 2}
+    expect(judge(facts(modes=["active", "inactive"], **own)), "pass")
+    expect(judge(facts(called=[True, False], **own)), "pass")
+    expect(judge(facts(moment="end", **own)), "pass")
+    frozen = {**own, "at": {i: {"owner": 1, "requires_grad": False} for i in (2, 3)}}
+    expect(judge(facts(**frozen)), "pass")
+    kept = {**own, "at": {i: {"owner": 1, "frozen_by_intent": True} for i in (2, 3)}}
+    expect(judge(facts(**kept)), "pass")
+    assert judge(facts(forward={"calls": None}, **own)).status == "warn", "what cannot be seen may have run"
+
+
+def test_idle_optimizer_is_told_where_no_update_was_read_and_after_worse() -> None:
+    own = {"at": {2: {"owner": 1}, 3: {"owner": 1}}, "steps_of": (20, 0), "optimizers": 2}
+    assert judge(facts(update=None, **own)).cause == "optimizer"
+    lost = {i: {"owner": 1} for i in (2, 3)} | {0: {"unmoved": 4}, 1: {"unmoved": 4}}
+    still_too = facts(updates=[STILL, STILL, None, None], **{**own, "at": lost})
+    assert judge(still_too).cause == "", "what no step moves is the nearer cause"
+
+
+def test_steps_of_an_optimizer_without_an_adapter_do_not_count() -> None:
+    what = facts(steps_of=(0, 20), optimizers=2, moment="waiting", passes=16, **NO_STEP)
+    assert judge(what).cause == "no step"
+    stepped = facts(steps_of=(1, 20), optimizers=2, moment="waiting", passes=16, **NO_STEP)
+    expect(judge(stepped), "pending", "no update was seen yet")
+
+
 def test_later_without_an_update_is_pending() -> None:
     assert judge(facts(moment="end", skipped_in_a_row=20, update=None)).status == "pending"
 
