@@ -19,7 +19,6 @@ from lora_probe_callbacks.engine.errors import Errors
 from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.saves import Checkpoints
 from lora_probe_callbacks.facts import (
-    DeviceFacts,
     EstimatorFact,
     EstimatorFacts,
     Facts,
@@ -43,7 +42,8 @@ from lora_probe_callbacks.observe.forward.replay import ForwardRepeat
 from lora_probe_callbacks.observe.model.layers import Layers, Part
 from lora_probe_callbacks.observe.model.others import OtherAdapters
 from lora_probe_callbacks.observe.model.owners import Owners
-from lora_probe_callbacks.observe.model.ownership import grad_scale, tensors_of
+from lora_probe_callbacks.observe.model.ownership import grad_scale
+from lora_probe_callbacks.observe.model.snapshot import model_facts
 from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.observe.model.unused import AdaptersElsewhere
 
@@ -187,18 +187,21 @@ class Collector:
             self._looked_at_start = True
             with self._errors.contain("initial look"):
                 self._look_at_start()
-        forwards = self._hooks.log.facts(owners.seen())
+        seen = self._hooks.log.facts(owners.seen())
         model = self._model_facts()
         called = self._hooks.log.called()
-        parts = self._observers.layers.left_out(forwards, called), self._observers.layers.factors()
-        readings = reader.receive(final=optimizer if final and probed else None, merges=self._state.merges)
+        parts = self._observers.layers.left_out(seen.forwards, called), self._observers.layers.factors()
+        was_active = self._state.was_active | self._hooks.log.active_seen
+        readings = reader.receive(
+            When(moment, optimizer if probed else None, step), final=final, merges=self._state.merges, active=was_active
+        )
         self._advance(model, readings, step)
         facts = Facts.of(
             When(moment, optimizer, step, self._state.framework_step()),
             dataclasses.replace(model, units=self._units(parts, readings)),
-            self._forward_facts(forwards, moment),
-            self._device_facts(readings, moment, replaced=bool(model.replaced), final=final),
-            self._run_facts(readings, moment, forwards),
+            self._forward_facts(seen, moment),
+            readings.facts,
+            self._run_facts(readings, moment, seen.forwards),
             EstimatorFacts(tuple(self.looks.estimates)),
             self._agreement.facts(targets, owners, called, readings),
         )
@@ -215,42 +218,14 @@ class Collector:
 
     def _model_facts(self) -> ModelFacts:
         targets, owners, layers = self._observers.targets, self._observers.owners, self._observers.layers
-        inventory = targets.inventory
-        modes, active = self._hooks.log.state()
-        replaced, foreign = owners.replaced()
         start = self._start if self._start and len(self._start.units) == len(targets.units) else None
-        return ModelFacts(
-            expected=targets.expected,
-            declared=self._config.names is not None,
-            resumed=self._config.resumed,
-            new_tokens=tuple(self._config.new_token_ids),
-            slots=owners.columns(),
-            modes=modes,
-            active=active,
-            trainable_bases=layers.trainable_bases(),
-            replaced=replaced,
-            foreign_in_optimizer=foreign,
-            optimizer_tensors=len(tensors_of(targets.optimizers)),
-            optimizers=len(targets.optimizers),
-            why_not_owned=owners.why_not_owned(),
-            nested=tuple(inventory.nested),
-            rewrapped=tuple(inventory.rewrapped),
-            unloaded=tuple(inventory.unloaded),
-            vanished=() if inventory.unloaded else owners.vanished(),
-            packed=layers.packed(),
-            start=start,
-            coverage=self._coverage,
-        )
+        facts = model_facts(targets, owners, layers, *self._hooks.log.state())
+        return dataclasses.replace(facts, start=start, coverage=self._coverage)
 
     def _advance(self, model: ModelFacts, readings: Readings, step: int) -> None:
         """What is counted from decision to decision."""
-        state, owners = self._state, self._observers.owners
-        state.history = state.history.after(model.slots, readings.gradients, readings.update, step)
-        if readings.followers is not None:
-            moved = readings.update is not None and bool(readings.update.moved.any())
-            self._observers.others.followers.advance(readings.followers, step, moved=moved)
-        if readings.copies is not None and owners.copies is not None:
-            owners.copies.advance(readings.copies)
+        state, read = self._state, readings.facts
+        state.history = state.history.after(model.slots, read.gradients, read.update, step)
         if readings.skipped_inside:
             state.skipped_in_a_row += 1
         elif readings.skipped_inside is not None:
@@ -258,16 +233,13 @@ class Collector:
 
     def _units(self, parts: tuple[list[Part] | None, list[float | None]], readings: Readings) -> tuple[UnitFact, ...]:
         used = {} if self._hooks.log.witness is None else self._hooks.log.witness.seen
-        return self._observers.layers.facts(*parts, readings.gradients, used)
+        return self._observers.layers.facts(*parts, readings.facts.gradients, used)
 
-    def _forward_facts(self, forwards: tuple[ForwardFact, ...], moment: Moment) -> ForwardFacts:
-        self._look_beside(forwards, moment)
+    def _forward_facts(self, seen: ForwardFacts, moment: Moment) -> ForwardFacts:
+        self._look_beside(seen.forwards, moment)
         replay = self.looks.replay
-        return ForwardFacts(
-            forwards=forwards,
-            forwards_without_grad=self._hooks.log.without_grad,
-            ran_beside=frozenset(self._hooks.log.ran_beside),
-            unobservable=self._hooks.log.unobservable,
+        return dataclasses.replace(
+            seen,
             reference=self._reference,
             stale_forward=None if replay is None else replay.stale,
             why_not_repeated=None if replay is None else replay.why_not,
@@ -289,26 +261,10 @@ class Collector:
             disabled=self._reference.disabled or "disabled" in modes, active=self._reference.active + active
         )
 
-    def _device_facts(self, readings: Readings, moment: Moment, *, replaced: bool, final: bool) -> DeviceFacts:
-        owners, optimizers = self._observers.owners, self._observers.targets.optimizers
-        was_active = self._state.was_active | self._hooks.log.active_seen
-        nothing = moment in ("step", "waiting") and not readings.gradients.present.any()
-        return DeviceFacts(
-            gradients=readings.gradients,
-            gradients_final=final,
-            no_gradient_at_all=nothing and not any(map(owners.has_gradients, range(len(optimizers)))),
-            all_non_finite=readings.all_non_finite,
-            update=readings.update,
-            others=self._observers.others.facts(readings.others_before, readings.others_after, was_active, owners),
-            base_drift=readings.drift,
-            copies=None if owners.copies is None or replaced else owners.copies.fact(),
-            token_rows=tuple(rows.fact() for rows in self._observers.reader.token_rows),
-        )
-
     def _run_facts(self, readings: Readings, moment: Moment, forwards: tuple[ForwardFact, ...]) -> object:
         optimizers = self._observers.targets.optimizers
         scaler = self._scaler is not None or any(grad_scale(o) is not None for o in optimizers)
-        overflow = scaler and bool(readings.gradients.broken.any())
+        overflow = scaler and bool(readings.facts.gradients.broken.any())
         skipped = self._state.skipped_in_a_row + (moment == "skipped" or overflow)
         return self._state.facts(
             skipped=skipped,

@@ -6,6 +6,7 @@ one readout as small tensors, and fetched together when the decision is made.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.distributed.transport import sample
-from lora_probe_callbacks.facts import SAMPLE, BaseDrift, Floats, Gradients, Role, Sample, Update
+from lora_probe_callbacks.facts import SAMPLE, DeviceFacts, Floats, Gradients, Role, Sample, Update, When
 from lora_probe_callbacks.observe.device.base_drift import BaseSample
 from lora_probe_callbacks.observe.device.gradients import GradientReading, gradients_of, read_gradients
 from lora_probe_callbacks.observe.device.token_rows import TokenRows
@@ -33,30 +34,16 @@ class Readings:
     """What came to the host for one decision.
 
     Attributes:
-        gradients: As the optimizer is about to receive them.
-        update: The last probed update, or None.
-        others_before: Fingerprints of the other adapters before that update.
-        others_after: The same directly after it.
-        drift: Of sampled base weights.
+        facts: What a check may know of it.
         skipped_inside: Whether a fused optimizer left the update out by itself; None where it was not asked to decide.
-        all_non_finite: Nothing that arrived was finite: no change of the loss scale cures that.
         tensor_sample: Of what every rank should hold alike, if it was asked for.
         gradient_sample: The same of the gradients.
-        followers: Sums of the bits of lagged adapters, if there are any.
-        copies: Norms of the adapter and of the copies that an optimizer steps for it, if it does.
     """
 
-    gradients: Gradients
-    update: Update | None
-    others_before: Floats | None
-    others_after: Floats | None
-    drift: BaseDrift | None
+    facts: DeviceFacts
     skipped_inside: bool | None
-    all_non_finite: bool
     tensor_sample: Sample
     gradient_sample: Sample
-    followers: Floats | None
-    copies: Floats | None
 
 
 @dataclass(eq=False, slots=True)
@@ -206,12 +193,14 @@ class DeviceReader:
         sent.arrived = [readout.add(c.reshape(1)) for c in cotangents]
         readout.send()
 
-    def receive(self, *, final: int | None, merges: int) -> Readings:
+    def receive(self, when: When, *, final: bool, merges: int, active: Set[str]) -> Readings:
         """Bring what was sent to the host: the one transfer of a decision, and its one wait for the device.
 
         Args:
-            final: The optimizer whose gradients nothing can change between this reading and the update.
+            when: The decision; its optimizer is the one whose gradients were read for it.
+            final: Nothing can change these between this reading and the update.
             merges: Times that a layer was seen merged.
+            active: Names of the adapters that were active in some forward.
 
         Returns:
             What was read since the last time.
@@ -222,28 +211,42 @@ class DeviceReader:
             rows.advance(readout.get(came), readout.get(sizes), step, framework_step)
         size = len(self._targets.slots)
         gradients = gradients_of(tickets.gradients, readout, size)
-        if final is not None:
-            self._final[final] = gradients.norm
-        hopeless = any(not np.isfinite(readout.get(ticket)).all() for ticket in tickets.arrived)
+        if final and when.optimizer is not None:
+            self._final[when.optimizer] = gradients.norm
         skipped = None if tickets.skipped is None else bool(readout.get(tickets.skipped)[0] > 0)
         update = None if skipped else self._update(tickets, size)
+        self._advance(tickets, update, when.step)
         samples = [
             (0.0,) * SAMPLE if ticket is None else tuple(readout.get(ticket).tolist())
             for ticket in (tickets.tensor_sample, tickets.gradient_sample)
         ]
-        return Readings(
+        before, after = (None if t is None else readout.get(t) for t in (tickets.before, tickets.after))
+        hopeless = any(not np.isfinite(readout.get(ticket)).all() for ticket in tickets.arrived)
+        facts = DeviceFacts(
             gradients=gradients,
-            update=update,
-            others_before=None if tickets.before is None else readout.get(tickets.before),
-            others_after=None if tickets.after is None else readout.get(tickets.after),
-            drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
-            skipped_inside=skipped,
+            gradients_final=final,
+            no_gradient_at_all=when.moment in ("step", "waiting") and self._nothing_anywhere(gradients),
             all_non_finite=hopeless or bool(gradients.present.any() and not np.isfinite(gradients.norm).any()),
-            tensor_sample=samples[0],
-            gradient_sample=samples[1],
-            followers=None if tickets.followers is None else readout.get(tickets.followers),
-            copies=None if tickets.copies is None else readout.get(tickets.copies),
+            update=update,
+            others=self._others.facts(before, after, active, self._owners),
+            base_drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
+            copies=self._owners.copies_fact(),
+            token_rows=tuple(rows.fact() for rows in self.token_rows),
         )
+        return Readings(facts, skipped, samples[0], samples[1])
+
+    def _nothing_anywhere(self, gradients: Gradients) -> bool:
+        optimizers = range(len(self._targets.optimizers))
+        return not gradients.present.any() and not any(map(self._owners.has_gradients, optimizers))
+
+    def _advance(self, tickets: _Tickets, update: Update | None, step: int) -> None:
+        """What is counted from decision to decision."""
+        readout, copies = tickets.readout, self._owners.copies
+        if tickets.followers is not None:
+            moved = update is not None and bool(update.moved.any())
+            self._others.followers.advance(readout.get(tickets.followers), step, moved=moved)
+        if tickets.copies is not None and copies is not None:
+            copies.advance(readout.get(tickets.copies))
 
     def _update(self, tickets: _Tickets, size: int) -> Update | None:
         enter = [partial(_enter, received, tickets.readout) for received in tickets.received]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_probe_callbacks.facts import ForwardFact, Mode
+from lora_probe_callbacks.facts import ForwardFacts, Mode
 from lora_probe_callbacks.observe.forward.candidate import Candidate, tensors_in
 from lora_probe_callbacks.observe.forward.graph import mark, runs_to_all, walk, walk_from_here
 from lora_probe_callbacks.observe.forward.weight_usage import WeightWitness
@@ -199,9 +199,14 @@ class ForwardLog:
             self._state = (modes, self.inventory.active)
         return self._state
 
-    def facts(self, slot_of: dict[int, int]) -> tuple[ForwardFact, ...]:
-        """The candidates since the step began."""
-        return tuple(candidate.fact(slot_of) for candidate in self.candidates)
+    def facts(self, slot_of: dict[int, int]) -> ForwardFacts:
+        """What was seen since the step began; ``slot_of`` maps a tensor's id to its slot."""
+        return ForwardFacts(
+            forwards=tuple(candidate.fact(slot_of) for candidate in self.candidates),
+            forwards_without_grad=self.without_grad,
+            ran_beside=frozenset(self.ran_beside),
+            unobservable=self.unobservable,
+        )
 
     @property
     def unobservable(self) -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from lora_probe_callbacks.facts import Slots
+from lora_probe_callbacks.facts import CopiesFact, Slots
 from lora_probe_callbacks.observe.device.batching import Held, held
 from lora_probe_callbacks.observe.device.transfer import local
 from lora_probe_callbacks.observe.model.master_weights import Copies, find_copies
@@ -230,14 +230,11 @@ class Owners:
             self._frozen[i] or (i in self._behind and self.tensors[i] is copies.tensors[i]) for i in lost
         )
 
+    def copies_fact(self) -> CopiesFact | None:
+        """What became of the copies that an optimizer steps for the adapter; None where there are none, or others."""
+        lost = np.flatnonzero(self._own < 0).tolist()
+        return self.copies.fact() if self.copies is not None and (not lost or self._have_copies(lost)) else None
+
     def seen(self) -> dict[int, int]:
         """Tensor id to slot, as of the last look."""
         return {id(t): i for i, t in enumerate(self.tensors) if t is not None}
-
-    def guarded_forward(self, work: Callable[[], None]) -> None:
-        """Do something while a module has been called, whose tensors may be stand-ins."""
-        self.inside_forward = True
-        try:
-            work()
-        finally:
-            self.inside_forward = False
