@@ -12,7 +12,6 @@ from lora_probe_callbacks.observe.model.inventory import Unit
 
 __all__ = ["conclusion", "judge", "lowest_precision"]
 
-
 # Two ways to one number agree to this, relative to its length: by the lowest precision in the forward.
 _AGREE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.2}
 
@@ -25,6 +24,7 @@ def judge(
     projections: Sequence[Projection],
     dtype: torch.dtype,
 ) -> tuple[list[str], list[str]]:
+    """The problems of an adapter, and notes on what could not be judged; ``called`` are indices of units that ran."""
     agree = _AGREE[dtype]
     problems, notes = [], []
     A, B = variants[0], variants[1]
@@ -89,6 +89,7 @@ def _same(A: VariantResult, B: VariantResult, agree: float) -> bool:
 
 
 def conclusion(problems: Sequence[str], on_off: OnOff, variants: Sequence[VariantResult], tensors: int) -> str:
+    """The answer in one paragraph: is it the adapter, or the code around it?"""
     if problems:
         return (
             f"The fault is in the adapter or its base, not in the code around them: {problems[0]}. Make the adapter "
@@ -120,6 +121,7 @@ def conclusion(problems: Sequence[str], on_off: OnOff, variants: Sequence[Varian
 
 
 def lowest_precision(model: PeftModel) -> torch.dtype:
+    """The type that limits how well two ways to one number agree; quantised layers count as what they compute in."""
     types = {p.dtype for p in model.parameters() if p.is_floating_point()}
     for module in model.modules():
         computed = vars(module).get("compute_dtype")

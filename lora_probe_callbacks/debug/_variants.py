@@ -24,7 +24,6 @@ from lora_probe_callbacks.observe.model.inventory import Unit
 
 __all__ = ["Called", "batches", "on_off_of", "projections_of", "variant_of"]
 
-
 _NUDGE = 1e-2  # standard deviation of what is added to a B of zeros
 
 
@@ -88,6 +87,7 @@ class Called:
 
 
 def on_off_of(model: PeftModel, units: Sequence[Unit], batch: PromptBatch) -> OnOff:
+    """How far the logits move when the adapter is switched on, and where that is 0, with its B nudged."""
     with torch.no_grad():
         with model.disable_adapter():
             off = _logits(model, batch)
@@ -134,6 +134,7 @@ class _Wrapper(nn.Module):
 def variant_of(
     variant: str, what: str, model: PeftModel, units: Sequence[Unit], batch: PromptBatch, reference: Tensor
 ) -> VariantResult:
+    """S `[B, G]` by one of the ways A to D, its backward, and its distance from ``reference``."""
     model.zero_grad(set_to_none=True)
     backward: str | None = None
     S: Tensor
@@ -217,6 +218,8 @@ def _logprobs(call: nn.Module, batch: PromptBatch) -> Tensor:
 def projections_of(
     model: PeftModel, U: PromptBatch, E: PromptBatch, seed: int, progress: Callable[[str], None]
 ) -> tuple[Projection, ...]:
+    """s_n `[B]` of E on the direction of U by every backend, each with its relative error to the loop."""
+
     def policy_loss(module: nn.Module) -> Tensor:
         return policy_gradient_surrogate(sequence_logprobs(module, U, adapter=ADAPTER), U)
 

@@ -29,7 +29,6 @@ from lora_probe_callbacks.observe.model.inventory import take_inventory
 
 __all__ = ["VARIANTS", "diagnose", "run"]
 
-
 VARIANTS = {
     "A": "PEFT module, adapter active before",
     "B": "wrapper, adapter active before",

@@ -9,7 +9,6 @@ from lora_probe_callbacks.estimators.projections import Backend
 
 __all__ = ["SCHEMA", "Diagnosis", "OnOff", "Projection", "TensorGradient", "Tokens", "VariantResult"]
 
-
 SCHEMA = 1
 
 

@@ -18,10 +18,8 @@ exception as a note.
 
 from __future__ import annotations
 
-from lora_probe_callbacks.faults._fault import (
-    FAULTS,
-    Fault,
-)
+from lora_probe_callbacks.faults._fault import Fault
+from lora_probe_callbacks.faults._fault import found as _found
 from lora_probe_callbacks.faults.activation import (
     activated_after_forward,
     added_after_a_frozen_one,
@@ -145,3 +143,6 @@ __all__ = [
     "wrapped_again",
     "wrapped_in_a_second_peft_model",
 ]
+
+FAULTS: dict[str, Fault] = {f.name: f for f in sorted(_found, key=lambda f: (f.entry == "origin", f.entry))}
+"""Name to fault, in the order of the entries; the bug that this package began with comes last."""

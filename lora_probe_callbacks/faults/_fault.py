@@ -1,20 +1,14 @@
-"""What a fault is, and the table of all of them."""
+"""What a fault is, and how a function becomes one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["FAULTS", "Fault", "fault"]
-
+__all__ = ["Fault", "fault", "found"]
 
 P = ParamSpec("P")
-
-
 R = TypeVar("R")
 
 
@@ -23,7 +17,7 @@ class Fault:
     """One fault, for a program that goes through all of them.
 
     Attributes:
-        name: Name of the function in this module.
+        name: Name of the function.
         entry: The public fault that it reproduces, as the test suite counts them.
         code: Code of the check that finds it.
         by_step: The last step, counted from the one in which it takes effect, at which it is found;
@@ -40,14 +34,15 @@ class Fault:
     inject: Callable[..., Any]
 
 
-FAULTS: dict[str, Fault] = {}
-"""Name to fault, in the order of the entries."""
+found: list[Fault] = []  # as the modules of this package are imported
 
 
 def fault(entry: str, code: str, *threads: str, by_step: int = 0) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Enter a function into the table of faults; the arguments are the attributes of :class:`Fault`."""
+
     def enter(inject: Callable[P, R]) -> Callable[P, R]:
         name = getattr(inject, "__name__", entry)
-        FAULTS[name] = Fault(name, entry, code, by_step, threads, inject)
+        found.append(Fault(name, entry, code, by_step, threads, inject))
         return inject
 
     return enter

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lora_probe_callbacks.faults._fault import fault
+
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-from lora_probe_callbacks.faults._fault import fault
 
 
 @fault("A01", "LP101", "huggingface/peft#1444", "unslothai/unsloth#1592")

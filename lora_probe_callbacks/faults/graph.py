@@ -12,9 +12,10 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_probe_callbacks.faults._fault import fault
+
 if TYPE_CHECKING:
     from peft import PeftModel
-from lora_probe_callbacks.faults._fault import fault
 
 
 @fault(

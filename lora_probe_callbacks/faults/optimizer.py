@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lora_probe_callbacks.faults._fault import fault
+
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-from lora_probe_callbacks.faults._fault import fault
 
 
 @fault("E01", "LP201", "adapter-hub/adapters#260")

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_probe_callbacks.faults._fault import fault
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
-from lora_probe_callbacks.faults._fault import fault
 
 
 @fault("J01", "LP601", "huggingface/peft#1959", "huggingface/peft#3658", "huggingface/peft#3554")

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lora_probe_callbacks.faults._fault import fault
+
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-from lora_probe_callbacks.faults._fault import fault
 
 
 @fault("B01", "LP103", "huggingface/trl#2873", "huggingface/trl#6688", "huggingface/peft#2437")

@@ -12,9 +12,7 @@ from lora_probe_callbacks.report.runs import Cell, Decision, Run, Tensor
 
 __all__ = ["maps"]
 
-
 _ROWS = 84
-
 
 _ABOUT = {
     "gradients": "Euclidean norm of every adapter gradient, as it was read at the step. While B is still zero, every "
@@ -24,6 +22,7 @@ _ABOUT = {
 
 
 def maps(run: Run, what: str) -> Html:
+    """Heatmaps of the ``gradients`` or the ``updates``, of A beside B, and their numbers."""
     read: Callable[[Decision], tuple[int | None, Mapping[Tensor, Cell]]] = (
         (lambda d: (d.step, d.gradients)) if what == "gradients" else (lambda d: (d.update_step, d.updates))
     )

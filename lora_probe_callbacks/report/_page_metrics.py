@@ -10,6 +10,7 @@ __all__ = ["estimator", "metrics", "step_response"]
 
 
 def estimator(run: Run) -> Html:
+    """The predicted change over the steps with its interval, or why there is none."""
     steps, values = run.history.series("estimator/delta_1")
     if not steps:
         why = _reasons(run, "LP305", "could not judge")
@@ -37,6 +38,7 @@ def _reasons(run: Run, code: str, beginning: str = "") -> str:
 
 
 def step_response(run: Run) -> Html:
+    """The measured change of the loss at each step beside the predicted one, and their ratio."""
     steps, measured = run.history.series("step_response/measured")
     same, predicted = run.history.series("step_response/predicted")
     if not steps or steps != same:
@@ -56,6 +58,7 @@ def step_response(run: Run) -> Html:
 
 
 def metrics(run: Run) -> Html:
+    """A small curve for each metric that went to the loggers."""
     names = dict.fromkeys(name.removeprefix("lora_probe/") for row in run.history.rows.values() for name in sorted(row))
     shown = sorted(n for n in names if not n.startswith(("step_response/",)))
     if not shown:

@@ -24,6 +24,7 @@ class _Column:
 
 
 def timeline(run: Run) -> Html:
+    """A strip for each check, by family, with the legend and the steps."""
     columns = _columns(run)
     if not columns:
         return tag("p", "No decision was recorded.", class_="empty")

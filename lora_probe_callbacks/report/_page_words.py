@@ -9,15 +9,11 @@ from lora_probe_callbacks.report.html import Html, tag
 
 __all__ = ["COLUMNS", "GLYPHS", "WORDS", "WORST", "axis", "count"]
 
-
 COLUMNS = 72  # more steps, or more layers, are drawn several to a cell
-
 
 WORST = ("fail", "warn", "pass", "pending", "skipped")
 
-
 GLYPHS = {"pass": "✓", "warn": "!", "fail": "✕", "pending": "…", "skipped": ""}
-
 
 WORDS = {
     "pass": "passed",

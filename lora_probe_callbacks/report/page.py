@@ -22,14 +22,12 @@ from lora_probe_callbacks.report.runs import Run
 
 __all__ = ["page"]
 
-
 _MARKS = {
     "pass": "M14 25L22 33L37 17",
     "warn": "M25 13V28M25 36V36.5",
     "fail": "M16 16L34 34M34 16L16 34",
     "unknown": "M19 19Q19 13 25 13Q31 13 31 19Q31 23 25 26V29M25 36V36.5",
 }
-
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 

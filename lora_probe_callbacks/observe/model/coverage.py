@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,35 +82,43 @@ def read_coverage(
     Returns:
         The fact.
     """
+    covered = [_covered(unit) for unit in units]
+    return replace(
+        _of_configurations(roots, units),
+        expected=tuple((part, sum(part in name for name in covered)) for part in expect_targets),
+        untied=tuple(_untied(roots)),
+        fresh_heads=tuple(_fresh_heads(roots)),
+        tokens=tuple(_tables(roots, units, new_token_ids)) if new_token_ids else (),
+    )
+
+
+def _of_configurations(roots: Sequence[tuple[str, nn.Module]], units: Sequence[Unit]) -> Coverage:
+    """What the configurations of the adapters ask for; the rest is left empty."""
     modules = {name: module for prefix, root in roots for name, module in root.named_modules(prefix=prefix)}
     configs = adapter_configs(roots)
-    names = {adapter: [_covered(u) for u in units if u.adapter == adapter] for adapter in {u.adapter for u in units}}
     unmet: list[Request] = []
     experts: list[str] = []
     patterns: list[tuple[str, str]] = []
     unmade: list[tuple[str, tuple[str, ...]]] = []
     sparse: list[tuple[str, int, int]] = []
-    for adapter, covered in names.items():
+    for adapter in dict.fromkeys(unit.adapter for unit in units):
         config = configs.get(adapter)
         if not isinstance(config, LoraConfig):
             continue
+        mine = [unit for unit in units if unit.adapter == adapter]
+        covered = [_covered(unit) for unit in mine]
         fused = list(_experts_left_out(modules, config))
         experts += [name for name, _ in fused]
         taken = {entry for _, entries in fused for entry in entries}
         unmet += [r for r in _unmet(adapter, config, covered, modules) if r.name not in taken]
         patterns += _patterns(config, covered)
-        unmade += _unmade([u for u in units if u.adapter == adapter], config)
+        unmade += _unmade(mine, config)
         sparse += _sparse(covered, config, modules)
-    every = [name for covered in names.values() for name in covered]
     return Coverage(
         unmet=tuple(unmet),
-        expected=tuple((part, sum(part in name for name in every)) for part in expect_targets),
         patterns=tuple(patterns),
         sparse=tuple(sparse),
         experts=tuple(experts),
-        untied=tuple(_untied(roots)),
-        fresh_heads=tuple(_fresh_heads(roots)),
-        tokens=tuple(_tables(roots, units, new_token_ids)) if new_token_ids else (),
         unmade=tuple(unmade),
     )
 
@@ -137,23 +146,22 @@ def _unmet(
     adapter: str, config: LoraConfig, covered: Sequence[str], modules: Mapping[str, nn.Module]
 ) -> Iterator[Request]:
     copies = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
-    adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
-    excluded = config.exclude_modules
     for argument in ("target_modules", "target_parameters", "modules_to_save"):
         for entry in _entries(getattr(config, argument, None)):
             if argument == "modules_to_save":
-                met = any(name.endswith(entry) for name in copies)
-                met = met or (config.task_type is not None and entry in _ADDED_BY_TASK)
+                by_task = config.task_type is not None and entry in _ADDED_BY_TASK
+                met = by_task or any(name.endswith(entry) for name in copies)
             else:
-                # Another adapter on the same layer shows that the name is right, an exclusion that it was seen.
                 met = any(_names_it(name, entry) for name in (*covered, *copies))
-                met = met or (excluded is not None and _excluded(entry, excluded, modules))
-                met = met or (not covered and any(_names_it(name, entry) for name in adapted))
+                met = met or _excluded(entry, config.exclude_modules, modules)
             if not met:
                 yield Request(adapter, argument, entry, any(_names_it(name, entry) for name in modules))
 
 
 def _excluded(entry: str, excluded: Any, modules: Mapping[str, nn.Module]) -> bool:
+    """A name was left out on purpose, so it was seen."""
+    if excluded is None:
+        return False
     names = [name for name in modules if _names_it(name, entry)]
     if isinstance(excluded, str):
         return any(re.search(rf"(^|\.)(?:{excluded})$", name) for name in names)
@@ -371,16 +379,21 @@ def _trained_rows(table: nn.Module, adapters: set[str]) -> set[int] | None:
         if isinstance(part, TrainableTokensLayer):
             for adapter in adapters & set(part.token_indices):
                 rows.update(part.token_indices[adapter])
-        elif isinstance(part, BaseTunerLayer):
-            held = {p for unit in (part.adapter_layer_names or ()) for p in _keys(getattr(part, unit, None))}
-            if held & adapters and any(p.requires_grad for p in part.parameters()):
-                return None
-        elif isinstance(part, ModulesToSaveWrapper) and any(
-            p.requires_grad for a in adapters if a in part.modules_to_save for p in part.modules_to_save[a].parameters()
-        ):
+        elif _trains_whole(part, adapters):
             return None
     weight = _weight(table)
     return None if weight is not None and weight.requires_grad else rows
+
+
+def _trains_whole(part: nn.Module, adapters: set[str]) -> bool:
+    """A low-rank update of every row of a table, or a copy of the table."""
+    trained: Iterable[nn.Parameter] = ()
+    if isinstance(part, BaseTunerLayer):
+        held = {p for unit in (part.adapter_layer_names or ()) for p in _keys(getattr(part, unit, None))}
+        trained = part.parameters() if held & adapters else ()
+    elif isinstance(part, ModulesToSaveWrapper):
+        trained = (p for a in adapters & set(part.modules_to_save) for p in part.modules_to_save[a].parameters())
+    return any(p.requires_grad for p in trained)
 
 
 def _keys(container: object) -> Iterable[str]:
