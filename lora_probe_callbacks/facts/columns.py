@@ -93,6 +93,23 @@ class Slots:
     def __len__(self) -> int:
         return len(self.name)
 
+    def with_state(self, requires_grad: Bools, owner: Ints, rate: Floats, weight_decay: Floats) -> Slots:
+        """The same tensors in another state; what follows from their names alone is not worked out again.
+
+        Args:
+            requires_grad: See the class.
+            owner: Likewise.
+            rate: Likewise.
+            weight_decay: Likewise.
+
+        Returns:
+            The slots.
+        """
+        known = ("intended", "rows", "_roles")
+        found = replace(self, requires_grad=requires_grad, owner=owner, rate=rate, weight_decay=weight_decay)
+        found.__dict__.update({name: self.__dict__[name] for name in known if name in self.__dict__})
+        return found
+
     @classmethod
     def none(cls) -> Slots:
         """No slots at all: of facts that tell of a file alone."""
@@ -129,8 +146,11 @@ class Slots:
 
     def of_units(self, units: Collection[int]) -> Bools:
         """The slots that the given units own."""
-        wanted: Bools = np.isin(self.unit, list(units))
-        return wanted
+        if not units:
+            return np.zeros(len(self), np.bool_)
+        wanted = mask(units, int(self.unit[-1]) + 1)  # units are numbered as their slots are
+        found: Bools = wanted[self.unit]
+        return found
 
     def names(self, slots: Bools | Iterable[int]) -> list[str]:
         """The names of some slots, in their order."""

@@ -84,8 +84,8 @@ class AdaptedLayer:
         if not self.lora:
             return None
         base = self.module
-        while (inner := base._modules.get("base_layer")) is not None:  # get_base_layer(), asked at every step
-            base = inner
+        while "base_layer" in (modules := base._modules):  # get_base_layer(), asked at every step
+            base = modules["base_layer"]  # type: ignore[assignment]
         weight = base._parameters.get("weight")
         if weight is None:  # not a parameter of its own: parametrized, or made by its module
             weight = getattr(base, "weight", None)
@@ -132,12 +132,12 @@ class Slot:
     def shown(self) -> torch.Tensor | None:
         """The tensor that is registered there now."""
         module = self.layer.module
-        for part in self.way:
-            inner = module._modules.get(part)
-            if inner is None:
-                return None
-            module = inner
-        return module._parameters.get(self.path[-1])
+        try:  # asked of every slot at every decision
+            for part in self.way:
+                module = module._modules[part]  # type: ignore[assignment]
+            return module._parameters[self.path[-1]]
+        except (KeyError, AttributeError):  # it is not there any more
+            return None
 
 
 @dataclass(eq=False, slots=True)

@@ -161,11 +161,8 @@ class Layers:
 
     def trainable_bases(self) -> tuple[str, ...]:
         """Names of the expected layers whose base weight requires gradients."""
-        trainable = {}
-        for unit in self._targets.units:
-            weight = unit.layer.base_weight
-            if weight is not None and weight.requires_grad:
-                trainable[unit.layer.name] = id(weight)
+        weights = [(unit.layer.name, unit.layer.base_weight) for unit in self._targets.units]
+        trainable = {name: id(weight) for name, weight in weights if weight is not None and weight.requires_grad}
         if not trainable:
             return ()
         shared = self._shared_weights()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ class Owners:
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
+        self._params: list[list[torch.Tensor]] = []  # of every group, at the last look
+        self._group_of: dict[int, int] = {}
         self.inside_forward = False  # a module has been called: its tensors may be stand-ins
         self.copies: Copies | None = None
         self.settle()
@@ -47,6 +50,7 @@ class Owners:
         self._outside: list[torch.Tensor | None] = []  # the tensors of the last look
         self._looked: object = None  # what it saw
         self._kinds: list[tuple[torch.dtype, int] | None] | None = None
+        self._columns = Slots.none()
         self.look()
 
     # --- looking ----------------------------------------------------------------------------
@@ -54,7 +58,7 @@ class Owners:
     def look(self) -> None:
         """See which tensors the slots hold now, and who owns them."""
         optimizers = self._targets.optimizers
-        self._group_of = owner_of(optimizers)
+        self._group_of = self._owner_of()
         tensors = [slot.tensor for slot in self._targets.slots]
         if self.inside_forward and len(tensors) == len(self._outside):
             tensors = [self._behind_stand_in(now, before) for now, before in zip(tensors, self._outside, strict=True)]
@@ -81,6 +85,16 @@ class Owners:
         self._owning = owning or set(range(len(optimizers)))
         self._of: dict[tuple[int, bool], dict[int, torch.Tensor]] = {}  # see of_optimizer()
         self._held: dict[tuple[int, bool], Held] = {}
+
+    def _owner_of(self) -> dict[int, int]:
+        """Worked out anew only where a group holds other objects than at the last look."""
+        params = [group["params"] for optimizer in self._targets.optimizers for group in optimizer.param_groups]
+        same = list(map(len, params)) == list(map(len, self._params)) and all(
+            all(map(is_, now, before)) for now, before in zip(params, self._params, strict=True)
+        )
+        if not same:
+            self._params, self._group_of = [list(group) for group in params], owner_of(self._targets.optimizers)
+        return self._group_of
 
     def _behind_stand_in(self, now: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
         """torch.func.functional_call puts others in the place of what an optimizer owns, for one forward."""
@@ -150,14 +164,19 @@ class Owners:
         """Every expected slot as it is now."""
         kinds = [None if t is None else (t.dtype, local(t).numel()) for t in self.tensors]
         if kinds != self._kinds:
-            self._kinds = kinds
-            halves = (torch.float16, torch.bfloat16)
-            self._half = np.array([k is not None and k[0] in halves for k in kinds], np.bool_)
-            self._numel = np.array([0 if k is None else k[1] for k in kinds], np.int64)
-        name, adapter, part = self._words
+            self._kinds, self._columns = kinds, self._of_kinds(kinds)
         owner = np.array([*(group.optimizer for group in self._groups), -1], np.int64)
         rate = np.array([*(group.learning_rate for group in self._groups), np.nan], np.float64)
         decay = np.array([*(group.weight_decay for group in self._groups), np.nan], np.float64)
+        requires_grad = np.array([t is not None and t.requires_grad for t in self.tensors], np.bool_)
+        of = self._step_group
+        self._columns = self._columns.with_state(requires_grad, owner[of], rate[of], decay[of])
+        return self._columns
+
+    def _of_kinds(self, kinds: Sequence[tuple[torch.dtype, int] | None]) -> Slots:
+        """What follows from names, types and sizes."""
+        name, adapter, part = self._words
+        halves, size = (torch.float16, torch.bfloat16), len(kinds)
         return Slots(
             name=name,
             adapter=adapter,
@@ -165,12 +184,12 @@ class Owners:
             role=self._role,
             unit=self._unit,
             frozen_by_intent=self._frozen,
-            requires_grad=np.array([t is not None and t.requires_grad for t in self.tensors], np.bool_),
-            owner=owner[self._step_group],
-            rate=rate[self._step_group],
-            weight_decay=decay[self._step_group],
-            half=self._half,
-            numel=self._numel,
+            requires_grad=np.zeros(size, np.bool_),
+            owner=np.full(size, -1),
+            rate=np.full(size, np.nan),
+            weight_decay=np.full(size, np.nan),
+            half=np.array([k is not None and k[0] in halves for k in kinds], np.bool_),
+            numel=np.array([0 if k is None else k[1] for k in kinds], np.int64),
         )
 
     def why_not_owned(self) -> str:
