@@ -39,7 +39,8 @@ class ProbeConfig:
         estimator: An estimator to run, watch and log: a
             :class:`~lora_probe_callbacks.estimators.VarianceProbe`.
         record: Path of the append-only record.
-        verbose: Print findings and the health table (rank 0 only).
+        verbose: What is printed to stderr, on rank 0 only: False (0) nothing, True (1) findings and a summary,
+            2 the table of all checks at the end as well.
 
     Raises:
         ValueError: If an argument has a value that cannot be meant.
@@ -59,7 +60,7 @@ class ProbeConfig:
     ignore: Sequence[str] = ()
     estimator: VarianceProbe | None = None
     record: str | Path | None = None
-    verbose: bool = True
+    verbose: bool | int = True
 
     def __post_init__(self) -> None:
         if isinstance(self.every_n_steps, bool) or not isinstance(self.every_n_steps, int) or self.every_n_steps < 1:

@@ -84,7 +84,7 @@ def _only_without_grad(facts: Facts, read: Bools) -> Verdict | None:
 CHECK = Check(
     code="LP302",
     name="missing-gradient",
-    what="The gradient of an adapter tensor is None when the optimizer is about to step, though its layer was called.",
+    what="The gradient of an adapter tensor is None when the optimizer is about to step, though its layer was called; or the forwards of three steps ran under no_grad and requires_grad_(True) was set on what they returned.",
     why="Optimizers pass over None without a word. One trainable tensor elsewhere (a head, a fusion layer) is enough for backward() to "
     "succeed.",
     fix="See that the loss's backward() runs before the step, that nothing calls zero_grad() in between, and that the layers do not run "

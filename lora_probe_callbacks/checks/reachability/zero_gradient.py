@@ -75,7 +75,7 @@ def _part(facts: Facts, slots: Bools) -> Verdict:
 CHECK = Check(
     code="LP303",
     name="zero-gradient",
-    what="Every adapter gradient is exactly zero in every probed step since the start, four at least.",
+    what="Every adapter gradient is exactly zero in every probed step since the start, four at least. It warns if that holds of a part over 16 probed steps (of rows of a table over 100).",
     why="All labels masked, every advantage zero, a loss multiplied by zero: the loss is printed, backward() succeeds, Adam does nothing.",
     fix="Look at the labels (all -100?), the advantages and the factors of the loss.",
     quiet="lora_A before B has moved; batches without a signal among others; after a signal was seen it only warns.",

@@ -139,7 +139,7 @@ def _put_back(facts: Facts, judged: Bools) -> Verdict:
 CHECK = Check(
     code="LP401",
     name="not-moved",
-    what="An adapter tensor with a gradient and a learning rate above 0 is bit-equal before and after the step, four probed steps in a row; or the steps move it, and each of four begins with the same values again.",
+    what="An adapter tensor with a gradient and a learning rate above 0 is bit-equal before and after the step, four probed steps in a row; or the steps move it, and each of four begins with the same values again; or an optimizer never steps, however many backward passes went by (it warns at 16, and fails at 128 or at twice the accumulation that was declared).",
     why="step() returned. An optimizer that steps a copy, or code that restores weights, leaves the model as it was.",
     fix="See what runs between optimizer.step() and the next forward, and whether the optimizer keeps master copies that are never written back.",
     quiet="Steps skipped for overflow, a learning rate of 0, gradients of exactly zero; rounding is LP403.",

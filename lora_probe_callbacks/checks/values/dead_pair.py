@@ -57,7 +57,7 @@ def _from_the_start(facts: Facts) -> Verdict:
 CHECK = Check(
     code="LP503",
     name="dead-pair",
-    what="Both factors of an adapted layer are exactly zero when training begins.",
+    what="Both factors of an adapted layer are exactly zero when training begins, or after a step.",
     why="The gradient of A is made with B and that of B with A: both are zero for ever, without an error. It happens to adapters that are "
     "made without memory (init_empty_weights, to_empty) and filled with zeros, and to checkpoints of which nothing was loaded.",
     fix="Call reset_lora_parameters(adapter, True) on these layers, or load the adapter again.",
