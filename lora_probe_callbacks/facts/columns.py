@@ -148,7 +148,8 @@ class Slots:
         """The slots that the given units own."""
         if not units:
             return np.zeros(len(self), np.bool_)
-        wanted = mask(units, int(self.unit[-1]) + 1)  # units are numbered as their slots are
+        # A layer that has left the model has a unit without slots: it may have the highest number of all.
+        wanted = mask(units, 1 + max(int(self.unit.max(initial=0)), *units))
         found: Bools = wanted[self.unit]
         return found
 
