@@ -211,6 +211,7 @@ class Update:
         size: Euclidean norm of the change, likewise.
         norm: Euclidean norm after the step, likewise.
         fraction: Elements whose bits changed, as a fraction of all, likewise.
+        received: The optimizer had a gradient for it. A gradient that is not finite has the norm nan, too.
         gradient_norm: Of the gradient as the optimizer received it; nan where there was none.
     """
 
@@ -221,6 +222,7 @@ class Update:
     size: Floats
     norm: Floats
     fraction: Floats
+    received: Bools
     gradient_norm: Floats
 
     @cached_property

@@ -162,10 +162,12 @@ class Facts(When, ModelFacts, ForwardFacts, DeviceFacts, RunFacts, EstimatorFact
         if self.update is None:
             return Sums(gradients=gradients)
         change, known, numel = self.update, self.update.stepped, self.slots.numel.astype(np.float64)
-        got = ~np.isnan(change.gradient_norm)
         return Sums(
             gradients=gradients,
-            received=(_squares(change.gradient_norm, a, got), _squares(change.gradient_norm, b, got)),
+            received=(
+                _squares(change.gradient_norm, a, change.received),
+                _squares(change.gradient_norm, b, change.received),
+            ),
             moved=(_elements(change.fraction, numel * a, known), _elements(change.fraction, numel * b, known)),
             elements=(float((numel * a)[known].sum()), float((numel * b)[known].sum())),
             size=_squares(change.size, shares, known),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from lora_probe_callbacks.facts import Facts, Role, StepResponse, count
 
 __all__ = ["metrics_of_estimators", "metrics_of_response", "metrics_of_step", "metrics_of_update"]
@@ -69,11 +67,9 @@ def metrics_of_update(facts: Facts) -> dict[str, float]:
         return {}
     sums = facts.total
     values = {"update/relative_norm": math.sqrt(sums.size / sums.norm) if sums.norm else 0.0}
-    got = ~np.isnan(facts.update.gradient_norm)
     for index, role in enumerate(_ROLES):
-        if (got & facts.slots.of_role(role)).any() or sums.received[
-            index
-        ]:  # after clipping, which a reading before the step may come before
+        # After clipping, which a reading before the step may come before.
+        if (facts.update.received & facts.slots.of_role(role)).any() or sums.received[index]:
             values[f"gradient/norm_{role}"] = math.sqrt(sums.received[index])
         elements = sums.elements[index]
         values[f"update/moved_fraction_{role}"] = sums.moved[index] / elements if elements else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -678,3 +679,26 @@ def test_tensor_that_changes_its_shape_between_two_updates_of_one_step() -> None
             second.zero_grad()
     assert not probe.report.internal_errors, probe.report.internal_errors
     assert probe.report.healthy is True, str(probe.report)
+
+
+@pytest.mark.filterwarnings("ignore::lora_probe_callbacks.LoraProbeWarning")
+def test_norm_of_gradients_is_nan_where_one_of_them_is() -> None:
+    """A gradient that is NaN was there: the norm over all must not leave it out."""
+    model = lora()
+    optimizer = SGD(trainable(model), lr=1e-2)
+    rows: dict[int, dict[str, float]] = {}
+
+    def log(values: dict[str, float], step: int) -> None:
+        rows.setdefault(step, {}).update(values)
+
+    with monitor(model, optimizer, on_failure="warn", log=log):
+        for number, batch in enumerate(batches(4)):
+            next_token_loss(model, batch, number).backward()
+            if number == 2:
+                broken = next(p for name, p in model.named_parameters() if "lora_A" in name)
+                assert broken.grad is not None
+                broken.grad.fill_(float("nan"))
+            optimizer.step()
+            optimizer.zero_grad()
+    norms = [rows[step]["lora_probe/gradient/norm_A"] for step in sorted(rows)][:3]
+    assert [math.isnan(norm) for norm in norms] == [False, False, True], rows

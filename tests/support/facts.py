@@ -51,8 +51,9 @@ def step_update(updates: Sequence[Change | None], gradients: Sequence[float | st
     """The facts of an update, made in step 3."""
     rows = np.array([u or NOTHING for u in updates], np.float64).reshape(-1, 4)
     received = np.array([g if isinstance(g, float) else math.nan for g in gradients] if len(rows) else [], np.float64)
+    there = np.array([isinstance(g, float) for g in gradients] if len(rows) else [], np.bool_)
     start, moved, size, norm = rows.T
-    return {"update": Update(3, 3, ~np.isnan(start), start, size, norm, moved, received)}
+    return {"update": Update(3, 3, ~np.isnan(start), start, size, norm, moved, there, received)}
 
 
 def read_gradients(gradients: Sequence[float | str | None]) -> Gradients:
@@ -176,7 +177,12 @@ def received(what: Facts, *norms: float | None) -> Facts:
     """The same with other gradients as the optimizer received them."""
     assert what.update is not None
     gradient_norm = np.array([math.nan if norm is None else norm for norm in norms])
-    return dataclasses.replace(what, update=dataclasses.replace(what.update, gradient_norm=gradient_norm))
+    return dataclasses.replace(
+        what,
+        update=dataclasses.replace(
+            what.update, gradient_norm=gradient_norm, received=np.array([norm is not None for norm in norms])
+        ),
+    )
 
 
 def other(name: str = "other", **changes: Any) -> OtherAdapter:

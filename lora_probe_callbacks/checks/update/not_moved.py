@@ -92,7 +92,7 @@ def _idle_optimizer(facts: Facts) -> Verdict | None:
 
 def _still(facts: Facts, update: Update, long: Bools, *, whole: bool) -> Verdict:
     row = int(facts.history.unmoved[np.flatnonzero(long)[0]])
-    gone = np.isnan(update.gradient_norm[long]).all()
+    gone = not update.received[long].any()
     got, expected = (
         f"0 elements moved in {row} probed steps, with a learning rate and a gradient"
         + (" that was gone when step() returned: something clears it after the backward" if gone else ""),

@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from lora_probe_callbacks.distributed.transport import sample
-from lora_probe_callbacks.facts import SAMPLE, DeviceFacts, Floats, Gradients, Role, Sample, Update, When
+from lora_probe_callbacks.facts import SAMPLE, Bools, DeviceFacts, Floats, Gradients, Role, Sample, Update, When
 from lora_probe_callbacks.observe.device.base_drift import BaseSample
 from lora_probe_callbacks.observe.device.gradients import GradientReading, gradients_of, read_gradients
 from lora_probe_callbacks.observe.device.token_rows import TokenRows
@@ -52,8 +52,8 @@ class _Tickets:
 
     readout: Readout = field(default_factory=Readout)
     updates: list[UpdateReading] = field(default_factory=list)
-    # gradients as the optimizer got them, or their norms where these are known
-    received: list[GradientReading | Floats] = field(default_factory=list)
+    # gradients as the optimizer got them, or what is known of them already
+    received: list[GradientReading | Gradients] = field(default_factory=list)
     gradients: list[GradientReading] = field(default_factory=list)
     before: range | None = None
     after: range | None = None
@@ -84,7 +84,7 @@ class DeviceReader:
         self._tickets = self._sent = _Tickets()
         self.token_rows: list[TokenRows] = []
         self._copies: dict[int, CopiesBefore] = {}  # by optimizer
-        self._final: dict[int, Floats] = {}  # norms that nothing can change before the update
+        self._final: dict[int, Gradients] = {}  # those that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
 
     @property
@@ -212,7 +212,7 @@ class DeviceReader:
         size = len(self._targets.slots)
         gradients = gradients_of(tickets.gradients, readout, size)
         if final and when.optimizer is not None:
-            self._final[when.optimizer] = gradients.norm
+            self._final[when.optimizer] = gradients
         skipped = None if tickets.skipped is None else bool(readout.get(tickets.skipped)[0] > 0)
         update = None if skipped else self._update(tickets, size)
         self._advance(tickets, update, when.step)
@@ -253,13 +253,15 @@ class DeviceReader:
         return update_of(tickets.updates, enter, tickets.readout, size)
 
 
-def _enter(received: GradientReading | Floats, readout: Readout, column: Floats) -> None:
-    """Norms of the gradients that one optimizer got, into the column of all."""
+def _enter(received: GradientReading | Gradients, readout: Readout, column: Floats, present: Bools) -> None:
+    """Norms of the gradients that one optimizer got, into the column of all, and which there were."""
     if isinstance(received, GradientReading):
         received.norms(readout, column)
+        present[list(received.slots)] = False
+        present[list(received.present)] = True
     else:
-        known = ~np.isnan(received)
-        column[known] = received[known]
+        column[received.present] = received.norm[received.present]
+        present |= received.present
 
 
 def _flag(optimizer: Optimizer, readout: Readout) -> range | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora_probe_callbacks.facts import Floats, Update
+from lora_probe_callbacks.facts import Bools, Floats, Update
 from lora_probe_callbacks.observe.device.batching import Held
 from lora_probe_callbacks.observe.device.transfer import Readout, batches, kind, local
 
@@ -40,13 +40,13 @@ class UpdateReading:
 
 
 def update_of(
-    readings: Sequence[UpdateReading], received: Sequence[Callable[[Floats], None]], readout: Readout, size: int
+    readings: Sequence[UpdateReading], received: Sequence[Callable[[Floats, Bools], None]], readout: Readout, size: int
 ) -> Update | None:
     """Put the readings of one step together, once the readout was received.
 
     Args:
         readings: One an optimizer.
-        received: What enters the norms of the gradients that it got into a column.
+        received: What enters the norms of the gradients that it got into a column, and which there were into a mask.
         readout: Received.
         size: Number of slots.
 
@@ -55,7 +55,7 @@ def update_of(
     """
     if not readings:
         return None
-    stepped = np.zeros(size, np.bool_)
+    stepped, there_was = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
     start, change, norm, fraction, gradient = (np.full(size, np.nan) for _ in range(5))
     for reading, enter in zip(readings, received, strict=True):
         there = np.array([slot is not None for slot in reading.slots], np.bool_)
@@ -65,9 +65,19 @@ def update_of(
         change[slots] = readout.get(reading.size)[there]
         norm[slots] = readout.get(reading.norm)[there]
         fraction[slots] = readout.get(reading.moved)[there] / np.array(reading.counts, np.float64)[there]
-        enter(gradient)
+        enter(gradient, there_was)
     gradient[~stepped] = np.nan
-    return Update(readings[0].step, readings[0].framework_step, stepped, start, change, norm, fraction, gradient)
+    return Update(
+        readings[0].step,
+        readings[0].framework_step,
+        stepped,
+        start,
+        change,
+        norm,
+        fraction,
+        there_was & stepped,
+        gradient,
+    )
 
 
 def copy_before(held: Held, readout: Readout) -> CopiesBefore:

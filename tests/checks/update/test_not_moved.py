@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from support.facts import ALL, GRADIENT, MOVED, NONE, STILL, ZERO, bad, expect, facts, received
@@ -280,3 +281,8 @@ def test_rate_of_zero_is_left_to_its_own_check() -> None:
 def test_steps_that_a_scaler_skips_are_no_backward_passes() -> None:
     what = facts(moment="end", scaler=True, **NO_STEP)
     assert judge(dataclasses.replace(what, forwards=what.forwards * 3)).status == "pending"
+
+
+def test_gradient_that_is_nan_was_there() -> None:
+    what = facts(updates=[STILL] * 4, history=UNMOVED)
+    assert "gone" not in judge(received(what, *[math.nan] * 4)).evidence["got"]
