@@ -35,9 +35,10 @@ def judge(facts: Facts) -> Verdict:
 def _erased(facts: Facts, update: Update) -> Bools:
     """Next to nothing is left, and the change is larger than rate, gradient and weight decay account for."""
     slots = facts.slots
-    gradient, decay = np.nan_to_num(update.gradient_norm), np.nan_to_num(slots.weight_decay) * update.start
-    # A rate that is NaN explains everything: nothing is above it.
-    explained = FACTOR * slots.rate * np.maximum(np.sqrt(slots.numel), np.maximum(gradient, decay))
+    drive = np.fmax(np.fmax(update.gradient_norm, slots.weight_decay * update.start), np.sqrt(slots.numel))
+    # What is NaN explains everything, since nothing is above it: an unknown rate, a rate of 0 times an infinite gradient.
+    with np.errstate(invalid="ignore"):
+        explained = FACTOR * slots.rate * drive
     erased: Bools = (update.norm < LEFT * update.start) & (update.size > explained)
     return erased
 

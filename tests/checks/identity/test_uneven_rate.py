@@ -80,3 +80,8 @@ def test_rates_of_zero_or_unknown_are_not_judged(rate: float | None) -> None:
 def test_rate_of_zero_is_left_to_its_own_check() -> None:
     what = facts(slot={"learning_rate": 0.0}, history={"rate_zero": 4, "had_rate": False})
     assert list(bad(what)) == ["LP208"]
+
+
+@pytest.mark.parametrize(("of_a", "of_b"), [(None, 1e-3), (1e-4, None), (0.0, 1e-3)])
+def test_without_a_pair_of_rates_there_is_nothing_to_compare(of_a: float | None, of_b: float | None) -> None:
+    expect(judge(rates(("lora_B", of_a, of_b))), "pending", "no pair of A and B has a learning rate above 0")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import pytest
@@ -104,3 +106,11 @@ def test_what_cannot_be_judged_says_why() -> None:
 def test_values_that_are_not_finite_are_left_to_their_own_check() -> None:
     broken = ERASED._replace(norm=float("nan"))
     assert list(bad(facts(updates=[broken] * 4))) == ["LP501"]
+
+
+@pytest.mark.parametrize(("gradient", "status"), [(math.inf, "pass"), (math.nan, "fail"), (1.0, "fail")])
+def test_infinite_gradient_explains_every_change(gradient: float, status: str) -> None:
+    what = facts(updates=[STILL, ERASED] * 2, slot={"learning_rate": 0.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert judge(received(what, *[gradient] * 4)).status == status
