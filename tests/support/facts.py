@@ -13,6 +13,7 @@ from lora_probe_callbacks.checks._base import Verdict
 from lora_probe_callbacks.checks._catalogue import all_checks, explain
 from lora_probe_callbacks.checks.checkpoints._saves import Values
 from lora_probe_callbacks.facts import (
+    Coverage,
     EstimatorFact,
     Facts,
     ForwardFact,
@@ -190,6 +191,11 @@ def other(name: str = "other", **changes: Any) -> OtherAdapter:
     healthy: dict[str, Any] = {"declared": None, "tensors": 4, "trainable": 0, "owned": 0, "changed": ()}
     healthy |= {"was_active": True, "ever_changed": True, "active_now": False}
     return OtherAdapter(name=name, **{**healthy, **changes})
+
+
+def covered(**changes: Any) -> Facts:
+    """A healthy step of a model of which it is known what the configuration asks for; arguments change that."""
+    return facts(coverage=Coverage(**changes))
 
 
 def estimator(**changes: Any) -> EstimatorFact:

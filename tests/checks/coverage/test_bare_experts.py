@@ -1,20 +1,10 @@
 from __future__ import annotations
 
-from typing import Any
-
-from support.facts import bad, expect, facts
+from support.facts import bad, covered, expect, facts
 
 from lora_probe_callbacks.checks.coverage.bare_experts import CHECK, judge
-from lora_probe_callbacks.facts import (
-    Coverage,
-    Facts,
-)
 
 EXPERTS = ("layers.0.experts.down_proj", "layers.1.experts.down_proj")
-
-
-def covered(**changes: Any) -> Facts:
-    return facts(coverage=Coverage(**changes))
 
 
 def test_before_the_first_forward_nothing_is_judged() -> None:

@@ -1,18 +1,8 @@
 from __future__ import annotations
 
-from typing import Any
-
-from support.facts import bad, expect, facts
+from support.facts import bad, covered, expect, facts
 
 from lora_probe_callbacks.checks.coverage.untied_copy import CHECK, judge
-from lora_probe_callbacks.facts import (
-    Coverage,
-    Facts,
-)
-
-
-def covered(**changes: Any) -> Facts:
-    return facts(coverage=Coverage(**changes))
 
 
 def test_before_the_first_forward_nothing_is_judged() -> None:
