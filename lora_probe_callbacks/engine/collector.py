@@ -30,6 +30,7 @@ from lora_probe_callbacks.facts import (
     ModelFacts,
     Moment,
     ReferenceFact,
+    RunFacts,
     StartFact,
     StepResponse,
     UnitFact,
@@ -261,7 +262,7 @@ class Collector:
             disabled=self._reference.disabled or "disabled" in modes, active=self._reference.active + active
         )
 
-    def _run_facts(self, readings: Readings, moment: Moment, forwards: tuple[ForwardFact, ...]) -> object:
+    def _run_facts(self, readings: Readings, moment: Moment, forwards: tuple[ForwardFact, ...]) -> RunFacts:
         optimizers = self._observers.targets.optimizers
         scaler = self._scaler is not None or any(grad_scale(o) is not None for o in optimizers)
         overflow = scaler and bool(readings.facts.gradients.broken.any())

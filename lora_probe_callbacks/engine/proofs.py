@@ -291,6 +291,8 @@ class ProofBook:
             return facts.why_not_owned
         if not self._somebody_ran:
             return facts.unobservable or self._nothing_ran()
+        if not missing.any():  # and nothing is expected either
+            return "every tensor that should train is idle" if self._expected.any() else "no tensor is meant to train"
         left, parts = missing.copy(), []
         for holds, reason in self._reasons(claim):
             mine = left & holds()

@@ -69,6 +69,8 @@ class ProbeReport:
             return [f"the probe could not judge: {last}", *self.open_questions]
         if not self.judged_steps or not self.with_status("pass", "warn", "fail"):
             return self.open_questions or ["no step was judged"]
+        if not self.proofs and not self.open_questions:
+            return ["the checks that were selected prove nothing about training (select, ignore)"]
         gaps = [
             f"{p.claim}: " + (f"{p.expected - p.proven} of {p.expected} tensors, {p.why}" if p.expected else p.why)
             for p in self.proofs.values()

@@ -88,6 +88,20 @@ def test_claims_follow_the_selection() -> None:
     assert report.status == "healthy"
 
 
+def test_run_in_which_nothing_is_meant_to_train_says_so() -> None:
+    report = watch(Training(lora(hook=True)), frozen=("layers.",), on_failure="warn", ignore=("LP404",)).report
+    assert report.status == "unproven", str(report)
+    assert {(p.expected, p.why) for p in report.proofs.values()} == {(0, "no tensor is meant to train")}
+
+
+def test_selection_that_proves_nothing_is_not_called_healthy() -> None:
+    report = watch(Training(lora(hook=True)), select=("LP5",), every_n_steps=1).report
+    assert report.with_status("pass")
+    assert not report.failures
+    assert (report.proofs, report.status, report.exit_code) == ({}, "unproven", 2)
+    assert report.why_unproven() == ["the checks that were selected prove nothing about training (select, ignore)"]
+
+
 # --- nothing was looked at (P1, P3, P6, P7) --------------------------------------------------------
 
 
