@@ -33,6 +33,9 @@ def judge(facts: Facts) -> Verdict:
         return fail(
             f"{row} steps in a row were skipped{why}: nothing is learned",
             facts.intended,
+            fix=""
+            if facts.scaler
+            else "look for what keeps the loop from calling step() on the optimizer that owns the adapter after backward()",
             got=got,
             expected=expected,
         )

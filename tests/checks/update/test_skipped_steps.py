@@ -55,6 +55,9 @@ def test_without_a_scaler_somebody_does_not_step() -> None:
     verdict = CHECK.judge(facts(skipped_in_a_row=5))
     assert (verdict.status, words in verdict.message) == ("warn", True)
     assert verdict.evidence["got"] == "5 steps skipped in a row"
+    certain = CHECK.judge(facts(skipped_in_a_row=16))
+    assert (certain.status, "calling step()" in certain.fix) == ("fail", True)
+    assert not CHECK.judge(facts(skipped_in_a_row=16, scaler=True, loss_scale=1.0)).fix
 
 
 def test_optimizer_that_never_stepped_is_left_to_not_moved() -> None:
