@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from lora_probe_callbacks.distributed.transport import sample
 from lora_probe_callbacks.facts import SAMPLE, Bools, DeviceFacts, Floats, Gradients, Role, Sample, Update, When
 from lora_probe_callbacks.observe.device.base_drift import BaseSample
 from lora_probe_callbacks.observe.device.gradients import GradientReading, gradients_of, read_gradients
+from lora_probe_callbacks.observe.device.rank_sample import rank_sample
 from lora_probe_callbacks.observe.device.token_rows import TokenRows
 from lora_probe_callbacks.observe.device.transfer import Readout, local
 from lora_probe_callbacks.observe.device.updates import CopiesBefore, UpdateReading, copy_before, read_update, update_of
@@ -144,7 +144,7 @@ class DeviceReader:
         by_role: dict[Role, list[torch.Tensor]] = {"A": [], "B": [], "other": []}
         for index, tensor in tensors.items():
             by_role[self._targets.slots[index].role].append(local(tensor))
-        return self._tickets.readout.add(sample(list(by_role.values()), self._targets.device))
+        return self._tickets.readout.add(rank_sample(list(by_role.values()), self._targets.device))
 
     @torch.no_grad()
     def read_after(self, optimizer: int, step: int, framework_step: int) -> None:
