@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_probe_callbacks.checks._catalogue import selected
 
@@ -38,6 +38,7 @@ class ProbeConfig:
         ignore: Codes or prefixes to leave out.
         estimator: An estimator to run, watch and log: a
             :class:`~lora_probe_callbacks.estimators.VarianceProbe`.
+        tokenizer: Of the model, where no framework hands it over: it tells which token ends an answer (LP004).
         record: Path of the append-only record.
         verbose: What is printed to stderr, on rank 0 only: False (0) nothing, True (1) findings and a summary,
             2 the table of all checks at the end as well.
@@ -59,6 +60,7 @@ class ProbeConfig:
     select: Sequence[str] | None = None
     ignore: Sequence[str] = ()
     estimator: VarianceProbe | None = None
+    tokenizer: Any = None
     record: str | Path | None = None
     verbose: bool | int = True
 

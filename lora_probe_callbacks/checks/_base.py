@@ -32,6 +32,7 @@ Status = Literal["pass", "warn", "fail", "pending", "skipped"]
 PERSISTENT = 4
 
 FAMILIES = {
+    "0": "supervision",
     "1": "activation",
     "2": "identity",
     "3": "reachability",
@@ -53,6 +54,7 @@ Need = Literal[
     "replay",  # the training forward, run again
     "finite difference",  # the loss at slightly other weights
     "files",  # a saved file
+    "supervision",  # the gradients of the last hidden states
     "resume",  # a saved state that this run goes on from
     "ranks",  # what the other ranks have sent
 ]

@@ -40,6 +40,7 @@ from lora_probe_callbacks.facts.model import Coverage
 from lora_probe_callbacks.observe.device.step_reader import DeviceReader, Readings
 from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
 from lora_probe_callbacks.observe.forward.replay import ForwardRepeat
+from lora_probe_callbacks.observe.forward.supervision import SupervisionObserver, language_model, stop_tokens
 from lora_probe_callbacks.observe.model.layers import Layers, Part
 from lora_probe_callbacks.observe.model.others import OtherAdapters
 from lora_probe_callbacks.observe.model.owners import Owners
@@ -202,6 +203,7 @@ class Collector:
             dataclasses.replace(model, units=self._units(parts, readings)),
             self._forward_facts(seen, moment),
             readings.facts,
+            readings.supervision,
             self._run_facts(readings, moment, seen.forwards),
             EstimatorFacts(tuple(self.looks.estimates)),
             self._agreement.facts(targets, owners, called, readings),
@@ -215,7 +217,15 @@ class Collector:
         self._start = layers.start(self._state.framework_step())
         self._coverage = layers.coverage()
         reader.token_rows = layers.token_rows()
-        self._hooks.watch_tokens(reader.token_rows)
+        if "supervision" in self._needs:
+            reader.supervision = self._supervision()
+        self._hooks.watch_parts(reader.token_rows, reader.supervision)
+
+    def _supervision(self) -> SupervisionObserver | None:
+        model = language_model([root for _, root in self._observers.targets.roots])
+        if model is None:
+            return None
+        return SupervisionObserver(model, self._hooks.hook, self._errors.report, stop_tokens(self._config.tokenizer))
 
     def _model_facts(self) -> ModelFacts:
         targets, owners, layers = self._observers.targets, self._observers.owners, self._observers.layers

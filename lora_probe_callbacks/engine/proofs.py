@@ -23,6 +23,7 @@ __all__ = ["PATIENCE", "ProofBook", "claims_of"]
 PATIENCE = 16  # probed steps in which it could have been renewed
 _STEPPED: tuple[Claim, ...] = ("active", "reached", "owned", "moved", "seen")
 _OF_FAMILY: Mapping[str, tuple[Claim, ...]] = {
+    "supervision": ("supervised",),
     "activation": ("active",),
     "reachability": ("reached",),
     "identity": ("owned",),
@@ -91,13 +92,13 @@ class ProofBook:
         Args:
             size: Number of slots.
         """
-        self._columns = {claim: _Column.of(size) for claim in (*_STEPPED, "agreed", "saved")}
+        self._columns = {claim: _Column.of(size) for claim in ("supervised", *_STEPPED, "agreed", "saved")}
         self._ran = np.zeros(size, np.bool_)  # its layer has run in some forward
         self._trainable = np.zeros(size, np.bool_)  # it has required gradients at some decision
         self._signal_at = np.full(size, -1)  # the step of the last gradient that was not zero
         self._ran_at = np.full(size, -1)  # the last step in which its layer ran in a training forward
         self._blamed = np.zeros(size, "<U5")  # code of the check that spoke of it last
-        self._somebody_ran = self._is_stale = False
+        self._somebody_ran = self._is_stale = self._supervision_seen = False
         self._calls = [0, 0]  # forwards that were seen with gradients, and without
         self._in_file = np.zeros(size, np.bool_)
         self._facts = Facts()
@@ -161,6 +162,9 @@ class ProofBook:
         self._ran_at[trained] = facts.step
         if facts.stale_forward is not None:
             self._is_stale = facts.stale_forward[0]
+        if facts.supervision is not None:
+            self._supervision_seen = True
+            self._enter("supervised", trained & (not facts.supervision.empty.all()), trained, facts.step)
         self._enter("active", active, trained, facts.step)
         self._enter("reached", signal, trained & facts.gradients.read, facts.step)
         owned = facts.slots.owned & trained
@@ -227,7 +231,8 @@ class ProofBook:
 
     def applying(self) -> list[Claim]:
         """The claims that apply to this run, in the order of the way of a gradient."""
-        there: list[Claim] = [claim for claim in _STEPPED if claim in self._claims]
+        there: list[Claim] = ["supervised"] if "supervised" in self._claims and self._supervision_seen else []
+        there += [claim for claim in _STEPPED if claim in self._claims]
         if "agreed" in self._claims and self._facts.wrapping is not None:
             there.append("agreed")
         if "saved" in self._claims and self._in_file.any():
@@ -321,6 +326,8 @@ class ProofBook:
         ]
         if claim == "active":
             return [*reasons, (lambda: ~columns["active"].holds, "in layers that ran without the adapter")]
+        if claim == "supervised":
+            return [*reasons, (lambda: ~columns["supervised"].holds, "in forwards of which no token is supervised")]
         reasons += [(lambda: ~slots.owned, "in no optimizer")]
         if claim == "owned":
             return reasons

@@ -41,6 +41,7 @@ from lora_probe_callbacks.facts.model import (
 from lora_probe_callbacks.facts.proof import CLAIMS, Claim, Proof
 from lora_probe_callbacks.facts.ranks import NEAR, SAMPLE, RankFacts, RankReport, RanksFact, Sample, Sums, Wrapping
 from lora_probe_callbacks.facts.run import RunFacts, When
+from lora_probe_callbacks.facts.supervision import Supervision, SupervisionFacts, SupervisionTotals
 from lora_probe_callbacks.facts.words import Mode, Moment, Role, WrapperKind
 
 __all__ = [
@@ -82,6 +83,9 @@ __all__ = [
     "StartFact",
     "StepResponse",
     "Sums",
+    "Supervision",
+    "SupervisionFacts",
+    "SupervisionTotals",
     "TokenRowsFact",
     "TokenTable",
     "UnitFact",

@@ -16,13 +16,16 @@ from lora_probe_callbacks.facts.forward import ForwardFact, ForwardFacts
 from lora_probe_callbacks.facts.model import ModelFacts
 from lora_probe_callbacks.facts.ranks import RankFacts, Sums
 from lora_probe_callbacks.facts.run import RunFacts, When
+from lora_probe_callbacks.facts.supervision import SupervisionFacts
 from lora_probe_callbacks.facts.words import Mode
 
 __all__ = ["Facts"]
 
 
 @dataclass(frozen=True, eq=False)  # without slots: what several checks ask for is worked out once
-class Facts(When, ModelFacts, ForwardFacts, DeviceFacts, RunFacts, EstimatorFacts, FileFacts, RankFacts):
+class Facts(
+    When, ModelFacts, ForwardFacts, DeviceFacts, RunFacts, EstimatorFacts, FileFacts, RankFacts, SupervisionFacts
+):
     """All that is known at one decision.
 
     Each room returns its own part; a check reads them as one. ``step`` and ``framework_step`` are of the step being

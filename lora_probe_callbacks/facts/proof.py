@@ -17,7 +17,7 @@ class Proof:
     """For how many of the intended tensors one claim has been proven.
 
     Attributes:
-        claim: ``"active"``, ``"reached"``, ``"owned"``, ``"moved"``, ``"seen"``, ``"agreed"`` or ``"saved"``.
+        claim: What is claimed, one of ``CLAIMS``.
         proven: Number of tensors for which it was observed, and has been renewed since as the others were.
         expected: Number of tensors for which it should be.
         idle: Number of tensors that are not counted, since their layer has run in no forward so far.

@@ -36,6 +36,12 @@ def metrics_of_step(facts: Facts) -> dict[str, float]:
         values["reachability/loss_fraction"] = count(facts.gradients.present & read) / count(read)
         for role, squares in zip(_ROLES, facts.total.gradients, strict=True):
             values[f"gradient/norm_{role}"] = math.sqrt(squares)
+    step = facts.supervision
+    if step is not None and len(step):
+        supervised = int(step.supervised.sum())
+        values["supervision/token_fraction"] = supervised / max(1, int(step.real.sum()))
+        values["supervision/empty_row_fraction"] = count(step.empty) / len(step)
+        values["supervision/stop_token_fraction"] = int(step.stops.sum()) / max(1, supervised)
     return {f"lora_probe/{name}": value for name, value in values.items()}
 
 

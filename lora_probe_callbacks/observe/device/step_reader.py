@@ -14,13 +14,25 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from lora_probe_callbacks.facts import SAMPLE, Bools, DeviceFacts, Floats, Gradients, Role, Sample, Update, When
+from lora_probe_callbacks.facts import (
+    SAMPLE,
+    Bools,
+    DeviceFacts,
+    Floats,
+    Gradients,
+    Role,
+    Sample,
+    SupervisionFacts,
+    Update,
+    When,
+)
 from lora_probe_callbacks.observe.device.base_drift import BaseSample
 from lora_probe_callbacks.observe.device.gradients import GradientReading, gradients_of, read_gradients
 from lora_probe_callbacks.observe.device.rank_sample import rank_sample
 from lora_probe_callbacks.observe.device.token_rows import TokenRows
 from lora_probe_callbacks.observe.device.transfer import Readout, local
 from lora_probe_callbacks.observe.device.updates import CopiesBefore, UpdateReading, copy_before, read_update, update_of
+from lora_probe_callbacks.observe.forward.supervision import SupervisionObserver
 from lora_probe_callbacks.observe.model.others import OtherAdapters
 from lora_probe_callbacks.observe.model.owners import Owners
 from lora_probe_callbacks.observe.model.ownership import found_inf, grad_scale, tensors_of
@@ -35,12 +47,14 @@ class Readings:
 
     Attributes:
         facts: What a check may know of it.
+        supervision: The tokens that the loss is made of.
         skipped_inside: Whether a fused optimizer left the update out by itself; None where it was not asked to decide.
         tensor_sample: Of what every rank should hold alike, if it was asked for.
         gradient_sample: The same of the gradients.
     """
 
     facts: DeviceFacts
+    supervision: SupervisionFacts
     skipped_inside: bool | None
     tensor_sample: Sample
     gradient_sample: Sample
@@ -83,6 +97,7 @@ class DeviceReader:
         self._sample = BaseSample(targets.layers)
         self._tickets = self._sent = _Tickets()
         self.token_rows: list[TokenRows] = []
+        self.supervision: SupervisionObserver | None = None
         self._copies: dict[int, CopiesBefore] = {}  # by optimizer
         self._final: dict[int, Gradients] = {}  # those that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
@@ -191,6 +206,8 @@ class DeviceReader:
         sent.followers = self._others.followers.read(readout) if sample else None
         sent.copies = self._owners.copies.read(readout) if sample and self._owners.copies is not None else None
         sent.arrived = [readout.add(c.reshape(1)) for c in cotangents]
+        if self.supervision is not None:
+            self.supervision.send(readout)
         readout.send()
 
     def receive(self, when: When, *, final: bool, merges: int, active: Set[str]) -> Readings:
@@ -233,7 +250,8 @@ class DeviceReader:
             copies=self._owners.copies_fact(),
             token_rows=tuple(rows.fact() for rows in self.token_rows),
         )
-        return Readings(facts, skipped, samples[0], samples[1])
+        supervision = SupervisionFacts() if self.supervision is None else self.supervision.fact(readout)
+        return Readings(facts, supervision, skipped, samples[0], samples[1])
 
     def _nothing_anywhere(self, gradients: Gradients) -> bool:
         optimizers = range(len(self._targets.optimizers))

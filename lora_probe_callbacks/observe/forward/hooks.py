@@ -27,6 +27,7 @@ from lora_probe_callbacks.observe.forward.graph import (
     in_backward,
 )
 from lora_probe_callbacks.observe.forward.log import ForwardLog
+from lora_probe_callbacks.observe.forward.supervision import SupervisionObserver
 from lora_probe_callbacks.observe.model.inventory import Inventory, Unit
 from lora_probe_callbacks.observe.model.wrappers import hooks_fire
 
@@ -96,6 +97,7 @@ class ForwardObserver:
         self.log = ForwardLog(self.hook, on_error)
         self.paused = False  # while the probe itself runs the model
         self.token_rows: list[TokenRows] = []  # of new tokens, in the embeddings that read them
+        self.supervision: SupervisionObserver | None = None
         self._before = before
         self._after = after
         self._on_error = on_error
@@ -146,6 +148,8 @@ class ForwardObserver:
         """Install the hooks of one step; those of the step before it may stay."""
         for rows in self.token_rows:
             rows.begin()
+        if self.supervision is not None:
+            self.supervision.begin()
         if self._complete and not self.log.traced:
             self._let_outputs_go()
             return
@@ -165,15 +169,24 @@ class ForwardObserver:
             if id(layer.called) not in hooked:
                 hooked.add(id(layer.called))
                 self._hook(layer.called, layer.name)
-        self._hook_tables()
+        self._hook_parts()
 
-    def watch_tokens(self, rows: list[TokenRows]) -> None:
-        """Watch embeddings as well, from the forward on that is about to run."""
-        self.token_rows = rows
+    def watch_parts(self, rows: list[TokenRows], supervision: SupervisionObserver | None) -> None:
+        """Watch embeddings, the body and the head as well, from the forward on that is about to run.
+
+        Args:
+            rows: Of new tokens, in the embeddings that read them.
+            supervision: Of the language model, if it is one.
+        """
+        self.token_rows, self.supervision = rows, supervision
         if self.armed:
-            self._hook_tables()
+            self._hook_parts()
 
-    def _hook_tables(self) -> None:
+    def _hook_parts(self) -> None:
+        for module in () if self.supervision is None else self.supervision.modules:
+            if hooks_fire(module):
+                handle = module.register_forward_hook(_Hook(self, self._ran, None), with_kwargs=True)
+                self._handles.append((module, handle))
         for rows in self.token_rows:
             hook = rows.table.register_forward_hook(_Hook(self, self._embedded, rows))
             self._handles.append((rows.table, hook))
@@ -269,11 +282,23 @@ class ForwardObserver:
         if candidate is not None:
             try:
                 self.log.finish(candidate, output)
+                if self.supervision is not None:
+                    self.supervision.left(kwargs)
                 if self._after is not None:
                     return self._after(module, args, kwargs, output)
             except Exception as failure:
                 self._on_error(failure)
         return None
+
+    def _ran(self, _: None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        frame: _Frame | None = getattr(self._thread, "frame", None)
+        seen = self.supervision
+        if seen is None or self.paused or in_backward() or frame is None or frame.candidate is None:
+            return
+        try:
+            self.log.output_handles += seen.ran(module, args, kwargs, output)
+        except Exception as error:
+            self._on_error(error)
 
     def _embedded(self, rows: TokenRows, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame: _Frame | None = getattr(self._thread, "frame", None)

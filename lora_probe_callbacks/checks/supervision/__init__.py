@@ -1,0 +1,1 @@
+"""Is the loss made of the tokens that were meant?"""

@@ -1,0 +1,49 @@
+"""LP005: positions are taught another token than the next."""
+
+from __future__ import annotations
+
+from lora_probe_callbacks.checks._base import Check, Verdict, absent, fail, ok
+from lora_probe_callbacks.facts import Facts
+
+ENOUGH = 8  # targets that were read
+NEARLY_ALL, FEW = 0.9, 0.5
+
+
+def judge(facts: Facts) -> Verdict:
+    """Compare the tokens that the gradient teaches with those of the row."""
+    step = facts.supervision
+    if step is None or not step.causal or step.read < ENOUGH:
+        return absent("no targets of a causal language model could be read")
+    if step.following > FEW * step.read:
+        return ok()
+    for number, where, fix in (
+        (
+            step.skipping,
+            "the token after the next",
+            "the model shifts its labels itself: pass labels=input_ids, not labels that are shifted already",
+        ),
+        (step.same, "the token that it has just read", "shift: compare logits[:, :-1] with labels[:, 1:]"),
+    ):
+        if number >= NEARLY_ALL * step.read:
+            return fail(
+                f"the targets are shifted: each position is taught {where}",
+                facts.intended,
+                cause=where,
+                got=f"{number} of {step.read} targets are {where}, and {step.following} the next",
+                expected="the next token",
+                fix=fix,
+            )
+    return ok()
+
+
+CHECK = Check(
+    code="LP005",
+    name="shifted-targets",
+    what="In a causal language model nearly all targets, read off the gradient of the logits, are the token after the next, or the one that was just read.",
+    why="Labels that the collator shifted are shifted again by the model (or never): the loss falls as ever, and the model generates garbage.",
+    fix="Shift once: give the model unshifted labels, or shift_labels, or shift logits and labels in a loss of your own.",
+    quiet="Distillation, label smoothing and masked language models, whose targets are none of these; rows of one repeated token.",
+    threads=("NVIDIA-NeMo/Automodel#3796",),
+    needs=("supervision",),
+    judge=judge,
+)
