@@ -160,6 +160,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
             scaler=getattr(kwargs["optimizer"], "scaler", None),
             framework_step=lambda: state.global_step,
             accumulation=args.gradient_accumulation_steps,
+            tokenizer=kwargs.get("processing_class"),
         )
         if state.global_step and "fingerprint" not in stored:  # written without this callback
             session.files.restored_from(checkpoint)
@@ -209,7 +210,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
 
     @override
     def state(self) -> dict[str, Any]:
-        intent = {name: _plain(value) for name, value in self._intent.items() if name != "estimator"}
+        intent = {name: _plain(value) for name, value in self._intent.items() if name not in ("estimator", "tokenizer")}
         baseline = None if self._session is None else self._session.files.state_dict()
         return {"args": intent, "attributes": {"_restored": baseline}}
 

@@ -225,7 +225,7 @@ class Collector:
         model = language_model([root for _, root in self._observers.targets.roots])
         if model is None:
             return None
-        return SupervisionObserver(model, self._hooks.hook, self._errors.report, stop_tokens(self._config.tokenizer))
+        return SupervisionObserver(model, self._hooks.hook, self._errors.report, stop_tokens(self._state.tokenizer))
 
     def _model_facts(self) -> ModelFacts:
         targets, owners, layers = self._observers.targets, self._observers.owners, self._observers.layers

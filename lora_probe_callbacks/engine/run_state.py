@@ -17,6 +17,7 @@ class RunState:
     Attributes:
         framework_step: The framework's own step counter.
         accumulation: Backward passes to a step, as the framework says.
+        tokenizer: Of the model, as the user or the framework hands it over; None if nobody does.
         step: The present step of this session, from 0.
         running: Between start and end.
         broken: The probe has stepped aside after an error of its own.
@@ -33,6 +34,7 @@ class RunState:
 
     framework_step: Callable[[], int]
     accumulation: int | None = None
+    tokenizer: object = None
     step: int = 0
     running: bool = False
     broken: bool = False

@@ -51,7 +51,7 @@ CHECK = Check(
     why="With pad_token = eos_token a collator sets all of them to -100; the loss is fine, and generation never ends.",
     fix="Give padding a token of its own, and end each answer with the stop token.",
     quiet="Plain text without prompts; rows that fill the width of their batch; rows whose stop token lies in the padding.",
-    threads=("huggingface/trl#3067", "unslothai/unsloth#2900"),
+    threads=("mlabonne/llm-course#33", "huggingface/trl#1623", "huggingface/trl#6357"),
     needs=("supervision",),
     judge=judge,
 )

@@ -73,7 +73,7 @@ CHECK = Check(
     why="The loss of such a batch is 0 or nan of an empty mean, its gradient zero: the optimizer steps, by momentum and weight decay.",
     fix="Look at the labels of one row as text. If rows end at the maximum length, the answers were cut off.",
     quiet="Single rows without an answer; losses without labels whose weights are zero for a while (GRPO with equal rewards).",
-    threads=("huggingface/trl#6025", "huggingface/trl#6320", "unslothai/unsloth#2900", "hiyouga/LlamaFactory#2289"),
+    threads=("huggingface/trl#6668", "huggingface/trl#6025", "huggingface/trl#6320", "unslothai/unsloth#2900"),
     needs=("supervision",),
     judge=judge,
 )

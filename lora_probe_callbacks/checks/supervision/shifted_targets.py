@@ -43,7 +43,7 @@ CHECK = Check(
     why="Labels that the collator shifted are shifted again by the model (or never): the loss falls as ever, and the model generates garbage.",
     fix="Shift once: give the model unshifted labels, or shift_labels, or shift logits and labels in a loss of your own.",
     quiet="Distillation, label smoothing and masked language models, whose targets are none of these; rows of one repeated token.",
-    threads=("NVIDIA-NeMo/Automodel#3796",),
+    threads=("huggingface/transformers#47395", "huggingface/transformers#46898", "LLM360/amber-train#6"),
     needs=("supervision",),
     judge=judge,
 )

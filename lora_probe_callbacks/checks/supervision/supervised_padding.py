@@ -32,7 +32,7 @@ CHECK = Check(
     why="With labels=input_ids the loss falls quickly, on padding; the more padding, the less the answers count.",
     fix="Set the labels of padding to -100.",
     quiet="One token of padding behind a row, which may stand for its end; batches without an attention mask; packed rows.",
-    threads=("huggingface/trl#3067", "unslothai/unsloth#2900"),
+    threads=("huggingface/trl#1625", "open-jarvis/OpenJarvis#521"),
     needs=("supervision",),
     judge=judge,
 )

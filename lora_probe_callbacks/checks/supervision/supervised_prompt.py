@@ -29,7 +29,7 @@ CHECK = Check(
     why="The mask is made and never applied: the model learns to write prompts, and the loss looks better than it is.",
     fix="Apply the mask to the labels (labels[mask == 0] = -100) or to the loss; in TRL set completion_only_loss or assistant_only_loss.",
     quiet="Batches without such a mask: training on all tokens is then what was meant.",
-    threads=("huggingface/trl#5988", "huggingface/trl#6668"),
+    threads=("MervinPraison/PraisonAI#4358", "QwenLM/Qwen3-ASR#212"),
     needs=("supervision",),
     judge=judge,
 )
