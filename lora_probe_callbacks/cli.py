@@ -97,6 +97,7 @@ def debug(
 @app.command()
 def preflight(
     config: Annotated[str, typer.Argument(help="FILE.py:function; it returns model, optimizer and batch.")],
+    show_batch: Annotated[bool, typer.Option("--show-batch", help="Show what the loss is made of.")] = False,
     as_json: Json = False,
     show_traceback: Debug = False,
 ) -> None:
@@ -111,6 +112,8 @@ def preflight(
         with _stdout_kept(as_json):
             found = rehearse(**_arguments(config))
         _show(found, "preflight", as_json=as_json)
+        if show_batch and not as_json:
+            typer.echo(f"\n{found.supervision or 'The supervised tokens could not be seen.'}")
     sys.exit(found.exit_code)
 
 

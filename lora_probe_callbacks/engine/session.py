@@ -35,6 +35,7 @@ from lora_probe_callbacks.observe.model.ownership import unwrap_optimizer
 from lora_probe_callbacks.observe.model.targets import NotJudgedError, Targets
 from lora_probe_callbacks.report.findings import Finding, LoraProbeError
 from lora_probe_callbacks.report.report import ProbeReport
+from lora_probe_callbacks.report.supervision import SupervisionReport
 
 __all__ = ["ProbeConfig", "ProbeSession"]
 
@@ -264,6 +265,13 @@ class ProbeSession:
         """What was found and proven so far; it follows the run."""
         return self._report
 
+    def supervision(self) -> SupervisionReport | None:
+        """The tokens that the loss is made of, as far as they were seen."""
+        seen = self._observers.reader.supervision if hasattr(self, "_observers") else None
+        if seen is None or not seen.totals.steps:
+            return None
+        return SupervisionReport(seen.totals, seen.sample, self._state.tokenizer)
+
     def add_open_question(self, question: str) -> None:
         """Say what else keeps this run from being called healthy.
 
@@ -354,6 +362,10 @@ class _LiveReport(ProbeReport):
     @property
     def findings(self) -> list[Finding]:  # type: ignore[override]
         return self._session._ledger.findings
+
+    @property
+    def supervision(self) -> SupervisionReport | None:  # type: ignore[override]
+        return self._session.supervision()
 
     @property
     def proofs(self) -> Mapping[Claim, Proof]:  # type: ignore[override]

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_probe_callbacks.facts.columns import Bools, Ints
 
-__all__ = ["Supervision", "SupervisionFacts", "SupervisionTotals"]
+__all__ = ["SampleRow", "Supervision", "SupervisionFacts", "SupervisionTotals"]
 
 
 def _no_rows() -> Ints:
@@ -74,6 +74,19 @@ class Supervision:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One row to be looked at.
+
+    Attributes:
+        tokens: Ids, without padding.
+        supervised: Of each token, whether the loss asks for it.
+    """
+
+    tokens: tuple[int, ...]
+    supervised: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SupervisionTotals:
     """Sums over all probed steps so far.
 
@@ -134,9 +147,11 @@ class SupervisionFacts:
         supervision_totals: Of all probed steps up to this one.
         stop_tokens: Tokens that end an answer, as the tokenizer or the model's configuration says.
         has_tokenizer: The tokenizer says it.
+        sample: The first rows of the first probed batch.
     """
 
     supervision: Supervision | None = None
     supervision_totals: SupervisionTotals = field(default_factory=SupervisionTotals)
     stop_tokens: tuple[int, ...] = ()
     has_tokenizer: bool = False
+    sample: tuple[SampleRow, ...] = ()

@@ -11,6 +11,7 @@ from lora_probe_callbacks.facts import Claim, Proof
 from lora_probe_callbacks.report.console import details, plain_text, summary
 from lora_probe_callbacks.report.findings import Finding
 from lora_probe_callbacks.report.history import History
+from lora_probe_callbacks.report.supervision import SupervisionReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ class ProbeReport:
         internal_errors: Tracebacks of errors inside the probe itself, each kept once.
         open_questions: What else keeps this run from being called healthy: an estimator that could not be computed,
             a record that ends in the middle.
+        supervision: The tokens that the loss is made of; None where they could not be seen.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -41,6 +43,7 @@ class ProbeReport:
     history: History = field(default_factory=History, repr=False)
     proofs: Mapping[Claim, Proof] = field(default_factory=dict)
     open_questions: list[str] = field(default_factory=list)
+    supervision: SupervisionReport | None = field(default=None, repr=False)
 
     def with_status(self, *statuses: Status) -> list[Finding]:
         """The findings with one of these statuses."""

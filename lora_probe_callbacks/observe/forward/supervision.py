@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_probe_callbacks.facts import Supervision, SupervisionFacts, SupervisionTotals
+from lora_probe_callbacks.facts import Floats, SampleRow, Supervision, SupervisionFacts, SupervisionTotals
 from lora_probe_callbacks.observe.device.transfer import PLAIN, Readout
 
 __all__ = ["LanguageModel", "SupervisionObserver", "language_model", "stop_tokens"]
 
 IGNORED = -100  # the label that cross_entropy leaves out by default, as all of transformers does
 MOST_LOGITS = 2**24  # elements of the gradient of the logits that are read: 32 MiB in bfloat16
+_SHOWN, _LONGEST = 3, 512  # rows of the first batch that are kept to be looked at, and tokens of each
 _MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "response_mask")  # names in TRL, transformers, verl
 _ROWS = ("width", "real", "supervised", "meant", "padding", "masked", "prompt", "stops", "cut_stops")
 
@@ -96,6 +97,7 @@ class _Batch:
         self.shape = shape
         self.rows: torch.Tensor | None = None  # [rows, columns]
         self.sums: torch.Tensor | None = None  # [read, following, same, skipping]
+        self.shown: torch.Tensor | None = None  # [3, rows, positions]: tokens, supervised, no padding
 
     def aligned(self, name: str) -> torch.Tensor | None:
         """An input with one entry a position, if there is one."""
@@ -126,9 +128,11 @@ class SupervisionObserver:
         self._on_error = on_error
         self._has_tokenizer = bool(stops)
         self._stops = tuple(dict.fromkeys((*stops, *model.stops)))
-        self._totals = SupervisionTotals()
+        self.totals = SupervisionTotals()
         self._sent: list[tuple[range, int]] = []
         self._sums: range | None = None
+        self._shown: tuple[range, torch.Size] | None = None
+        self.sample: tuple[SampleRow, ...] = ()
         self.begin()
 
     @property
@@ -185,7 +189,10 @@ class SupervisionObserver:
         if gradient is None:
             return
         try:
-            rows = _counts(batch, (gradient != 0).any(-1), self._stops, causal=self.model.causal)
+            used = (gradient != 0).any(-1)
+            if not self.sample:
+                batch.shown = _shown(batch, used, causal=self.model.causal)
+            rows = _counts(batch, used, self._stops, causal=self.model.causal)
             batch.rows = rows if batch.rows is None else torch.maximum(batch.rows, rows)
         except Exception as error:
             self._on_error(error)
@@ -213,6 +220,8 @@ class SupervisionObserver:
             s for _, b in came if (s := b.sums if b.sums is not None else _compare_labels(b, self.model)) is not None
         ]
         self._sums = readout.add(torch.stack([s.to(sums[0].device) for s in sums]).sum(0)) if sums else None
+        shown = next((b.shown for _, b in came if b.shown is not None), None)
+        self._shown = None if shown is None or self.sample else (readout.add(shown.reshape(-1)), shown.shape)
         self.begin()
 
     def fact(self, readout: Readout) -> SupervisionFacts:
@@ -231,9 +240,12 @@ class SupervisionObserver:
                 skipping=skipping,
                 **columns,
             )
-            self._totals = self._totals.after(step)
-        self._sent, self._sums = [], None
-        return SupervisionFacts(step, self._totals, self._stops, self._has_tokenizer)
+            self.totals = self.totals.after(step)
+        if self._shown is not None:
+            ticket, shape = self._shown
+            self.sample = _sample(readout.get(ticket).reshape(shape))
+        self._sent, self._sums, self._shown = [], None, None
+        return SupervisionFacts(step, self.totals, self._stops, self._has_tokenizer, self.sample)
 
 
 def _hidden(output: Any) -> torch.Tensor | None:
@@ -247,6 +259,25 @@ def _hidden(output: Any) -> torch.Tensor | None:
 def _ahead(values: torch.Tensor, fill: int) -> torch.Tensor:
     """What stands at the next position, [rows, positions]."""
     return torch.cat([values[:, 1:], values.new_full((values.shape[0], 1), fill)], 1)
+
+
+def _shown(batch: _Batch, used: torch.Tensor, *, causal: bool) -> torch.Tensor | None:
+    """The first rows: tokens, whether the loss asks for them, whether they are no padding; [3, rows, positions]."""
+    ids, attention = batch.aligned("input_ids"), batch.aligned("attention_mask")
+    if ids is None:
+        return None
+    asked = torch.cat([torch.zeros_like(used[:, :1]), used[:, :-1]], 1) if causal else used
+    real = torch.ones_like(used) if attention is None else attention.to(used.device) != 0
+    parts = (ids.to(used.device), asked, real)
+    return torch.stack([part[:_SHOWN, :_LONGEST].double() for part in parts])
+
+
+def _sample(parts: Floats) -> tuple[SampleRow, ...]:
+    rows = []
+    for tokens, asked, real in zip(*parts, strict=True):
+        kept = real > 0
+        rows.append(SampleRow(tuple(tokens[kept].astype(int).tolist()), tuple((asked[kept] > 0).tolist())))
+    return tuple(rows)
 
 
 def _counts(batch: _Batch, used: torch.Tensor, stops: Collection[int], *, causal: bool) -> torch.Tensor:
