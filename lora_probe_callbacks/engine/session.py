@@ -265,19 +265,8 @@ class ProbeSession:
         """What was found and proven so far; it follows the run."""
         return self._report
 
-    def supervision(self) -> SupervisionReport | None:
-        """The tokens that the loss is made of, as far as they were seen."""
-        seen = self._observers.reader.supervision if hasattr(self, "_observers") else None
-        if seen is None or not seen.totals.steps:
-            return None
-        return SupervisionReport(seen.totals, seen.sample, self._state.tokenizer)
-
     def add_open_question(self, question: str) -> None:
-        """Say what else keeps this run from being called healthy.
-
-        Args:
-            question: In words.
-        """
+        """Say in words what else keeps this run from being called healthy."""
         self._questions.append(question)
 
     @property
@@ -365,7 +354,11 @@ class _LiveReport(ProbeReport):
 
     @property
     def supervision(self) -> SupervisionReport | None:  # type: ignore[override]
-        return self._session.supervision()
+        session = self._session
+        seen = session._observers.reader.supervision if hasattr(session, "_observers") else None
+        if seen is None or not seen.totals.steps:
+            return None
+        return SupervisionReport(seen.totals, seen.sample, session._state.tokenizer)
 
     @property
     def proofs(self) -> Mapping[Claim, Proof]:  # type: ignore[override]

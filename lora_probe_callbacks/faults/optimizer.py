@@ -74,12 +74,12 @@ def scheduler_never_stepped(optimizer: Optimizer, warmup: int = 100) -> LambdaLR
     return LambdaLR(optimizer, lambda step: min(1.0, step / warmup))
 
 
-@fault("E11", "LP402", "unslothai/unsloth#5747", "unslothai/notebooks#270", by_step=3)
+@fault("E11", "LP001", "unslothai/unsloth#5747", "unslothai/notebooks#270", by_step=3)
 def labels_all_masked(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Mask every label, as a wrong chat template or prompt mask does.
 
-    The gradients are exactly zero, and AdamW's weight decay moves the parameters all the same. LP402
-    reports it after four steps; without weight decay it is LP303, in the same step.
+    The gradients are exactly zero, and AdamW's weight decay moves the parameters all the same. LP001 warns of it
+    at once and fails after four steps; where labels cannot be seen, it is LP402 or LP303 after four steps.
 
     Args:
         batch: Arguments of the model, with ``labels`` or with ``input_ids``.

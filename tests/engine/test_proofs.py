@@ -20,7 +20,7 @@ from lora_probe_callbacks.engine.proofs import PATIENCE, ProofBook, claims_of
 from lora_probe_callbacks.estimators import VarianceProbe
 from lora_probe_callbacks.report.runs import read_runs
 
-CLAIMS = ["active", "reached", "owned", "moved", "seen"]
+CLAIMS = ["supervised", "active", "reached", "owned", "moved", "seen"]
 DOORS = ["lightning", "plain", "trainer"]
 
 
@@ -48,7 +48,7 @@ def test_healthy_run_is_proven_tensor_by_tensor(door: str) -> None:
     assert report.status == "healthy", str(report)
     assert (report.healthy, report.exit_code) == (True, 0)
     assert fractions(report) == dict.fromkeys(CLAIMS, (8, 8))
-    assert [report.proofs[c].step for c in CLAIMS] == [7, 7, 7, 7, 7]  # type: ignore[index]
+    assert [report.proofs[c].step for c in CLAIMS] == [7] * 6  # type: ignore[index]
     assert {report.metrics[f"lora_probe/proven/{claim}"] for claim in CLAIMS} == {1.0}
     assert not any(proof.missing or proof.why for proof in report.proofs.values())
 
@@ -60,6 +60,7 @@ def test_first_steps_are_unproven_and_say_what_is_to_come() -> None:
         statuses.append(report.status)
         if number == 0:
             assert fractions(report) == {
+                "supervised": (8, 8),
                 "active": (8, 8),
                 "reached": (4, 8),
                 "owned": (8, 8),

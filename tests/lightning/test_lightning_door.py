@@ -355,7 +355,8 @@ NAMES = {
     "lora_probe/update/relative_norm",
     "lora_probe/update/moved_fraction_A",
     "lora_probe/update/moved_fraction_B",
-    *(f"lora_probe/proven/{claim}" for claim in ("active", "reached", "owned", "moved", "seen")),
+    *(f"lora_probe/proven/{claim}" for claim in ("supervised", "active", "reached", "owned", "moved", "seen")),
+    *(f"lora_probe/supervision/{name}_fraction" for name in ("token", "empty_row", "stop_token")),
 }
 STEP_RESPONSE = {f"lora_probe/step_response/{name}" for name in ("predicted", "measured", "ratio")}
 

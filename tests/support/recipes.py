@@ -330,14 +330,14 @@ def masked_loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
     return model(**faults.labels_all_masked({"input_ids": batch})).loss
 
 
-@recipe("E11", "LP402", 3, "weight decay alone")
+@recipe("E11", "LP001", 0, "no token of this batch is supervised")
 def masked_with_decay() -> Training:
     model = lora()
     trained(model)
     return Training(model, masked_loss, optimizer=adamw(model, lr=1e-2, weight_decay=0.1))
 
 
-@recipe("E11-no-decay", "LP303", 3, "every adapter gradient is exactly zero")
+@recipe("E11-no-decay", "LP001", 0, "no token of this batch is supervised")
 def masked_without_decay() -> Training:
     model = lora()
     return Training(model, masked_loss, optimizer=adamw(model, weight_decay=0.0))

@@ -45,7 +45,7 @@ CHECK = Check(
     fix="Find out why the gradients are zero: all labels masked (-100), zero advantages, a factor of zero on the loss.",
     quiet="lora_A before B has moved; single batches without a signal.",
     threads=("unslothai/unsloth#5747", "unslothai/notebooks#270"),
-    explained_by=("LP102", "LP103", "LP104", "LP203", "LP502", "LP503"),
+    explained_by=("LP001", "LP102", "LP103", "LP104", "LP203", "LP502", "LP503"),
     needs=("owned",),
     judge=judge,
 )

@@ -183,10 +183,11 @@ class ForwardObserver:
             self._hook_parts()
 
     def _hook_parts(self) -> None:
-        for module in () if self.supervision is None else self.supervision.modules:
-            if hooks_fire(module):
-                handle = module.register_forward_hook(_Hook(self, self._ran, None), with_kwargs=True)
-                self._handles.append((module, handle))
+        compiled = {id(module) for _, module, inside in self.log.inventory.ancestors if inside}
+        parts = [] if self.supervision is None else self.supervision.modules
+        for module in () if any(id(part) in compiled or not hooks_fire(part) for part in parts) else parts:
+            handle = module.register_forward_hook(_Hook(self, self._ran, None), with_kwargs=True)
+            self._handles.append((module, handle))
         for rows in self.token_rows:
             hook = rows.table.register_forward_hook(_Hook(self, self._embedded, rows))
             self._handles.append((rows.table, hook))

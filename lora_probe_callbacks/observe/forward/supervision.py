@@ -19,16 +19,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_probe_callbacks.facts import Floats, SampleRow, Supervision, SupervisionFacts, SupervisionTotals
+from lora_probe_callbacks._gc import no_collection
+from lora_probe_callbacks.facts import Floats, Ints, SampleRow, Supervision, SupervisionFacts, SupervisionTotals
 from lora_probe_callbacks.observe.device.transfer import PLAIN, Readout
 
 __all__ = ["LanguageModel", "SupervisionObserver", "language_model", "stop_tokens"]
 
 IGNORED = -100  # the label that cross_entropy leaves out by default, as all of transformers does
-MOST_LOGITS = 2**24  # elements of the gradient of the logits that are read: 32 MiB in bfloat16
+MOST_LOGITS = 2**22  # elements of the gradient of the logits that are read: 8 MiB in bfloat16, 27 tokens of 152,000
+LOOKS = 4  # probed steps in which targets are read: a collator does not change its mind
 _SHOWN, _LONGEST = 3, 512  # rows of the first batch that are kept to be looked at, and tokens of each
 _MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "response_mask")  # names in TRL, transformers, verl
-_ROWS = ("width", "real", "supervised", "meant", "padding", "masked", "prompt", "stops", "cut_stops")
+_COUNTED = ("supervised", "prompt", "meant", "padding", "masked", "stops", "cut_stops", "real")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +64,9 @@ def language_model(roots: Iterable[nn.Module]) -> LanguageModel | None:
     if len(outer) != 1:
         return None
     model: Any = outer[0]
-    body = model.base_model
-    if body is model:
+    # Those of T5's kind have no body of their own; what their decoder returns goes into the head.
+    body = model.base_model if model.base_model is not model else getattr(model, "decoder", None)
+    if not isinstance(body, nn.Module):
         return None
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     paired = bool(getattr(config, "is_encoder_decoder", False))
@@ -95,15 +98,16 @@ class _Batch:
     def __init__(self, inputs: Mapping[str, Any], shape: torch.Size) -> None:
         self.inputs = dict(inputs)
         self.shape = shape
-        self.rows: torch.Tensor | None = None  # [rows, columns]
+        self.counts: torch.Tensor | None = None  # [columns, rows]
         self.sums: torch.Tensor | None = None  # [read, following, same, skipping]
         self.shown: torch.Tensor | None = None  # [3, rows, positions]: tokens, supervised, no padding
 
-    def aligned(self, name: str) -> torch.Tensor | None:
+    def aligned(self, name: str, device: torch.device | None) -> torch.Tensor | None:
         """An input with one entry a position, if there is one."""
         value = self.inputs.get(name)
-        fits = isinstance(value, torch.Tensor) and value.shape == self.shape
-        return value if fits else None
+        if not isinstance(value, torch.Tensor) or value.shape != self.shape:
+            return None
+        return value if device is None else value.to(device)
 
 
 class SupervisionObserver:
@@ -129,7 +133,8 @@ class SupervisionObserver:
         self._has_tokenizer = bool(stops)
         self._stops = tuple(dict.fromkeys((*stops, *model.stops)))
         self.totals = SupervisionTotals()
-        self._sent: list[tuple[range, int]] = []
+        self._stops_there: torch.Tensor | None = None  # on the device of the model
+        self._sent: list[tuple[range, _Batch]] = []
         self._sums: range | None = None
         self._shown: tuple[range, torch.Size] | None = None
         self.sample: tuple[SampleRow, ...] = ()
@@ -168,7 +173,8 @@ class SupervisionObserver:
             self._open.append(batch)
             self._step.append(batch)
             return [hidden.register_hook(self._hook(self._came, batch))]  # type: ignore[no-untyped-call]
-        if self._open and isinstance(output, torch.Tensor) and output.requires_grad:
+        reads = self.model.causal and self.totals.steps < LOOKS
+        if reads and self._open and isinstance(output, torch.Tensor) and output.requires_grad:
             batch = self._open[-1]
             if output.shape[:2] == batch.shape and output.dim() == 3:
                 return [output.register_hook(self._hook(self._came_to_logits, batch))]  # type: ignore[no-untyped-call]
@@ -192,20 +198,27 @@ class SupervisionObserver:
             used = (gradient != 0).any(-1)
             if not self.sample:
                 batch.shown = _shown(batch, used, causal=self.model.causal)
-            rows = _counts(batch, used, self._stops, causal=self.model.causal)
-            batch.rows = rows if batch.rows is None else torch.maximum(batch.rows, rows)
+            with no_collection():  # of what is made here, nearly nothing stays
+                counts = _counts(batch, used, self._stop_tokens(used.device), causal=self.model.causal)
+            batch.counts = counts if batch.counts is None else torch.maximum(batch.counts, counts)
         except Exception as error:
             self._on_error(error)
 
+    def _stop_tokens(self, device: torch.device) -> torch.Tensor | None:
+        if self._stops and (self._stops_there is None or self._stops_there.device != device):
+            self._stops_there = torch.tensor(self._stops, device=device)
+        return self._stops_there
+
     @torch.no_grad()
     def _came_to_logits(self, batch: _Batch, gradient: torch.Tensor | None) -> None:
-        ids = batch.aligned("input_ids")
-        if gradient is None or ids is None or not self.model.causal:
+        if gradient is None or (ids := batch.aligned("input_ids", gradient.device)) is None:
             return
         try:
             rows, most = gradient.shape[1] * gradient.shape[2], MOST_LOGITS
             some = gradient[: max(1, most // rows), : max(1, most // gradient.shape[2])]
-            batch.sums = _compare(_taught(some), some.ne(0).any(-1), ids[: some.shape[0]])
+            # One entry has a sign of its own, and the others add up to its size: that of the target.
+            size, taught = some.abs().max(-1)
+            batch.sums = _compare(taught, size > 0, ids[: some.shape[0]])
         except Exception as error:
             self._on_error(error)
 
@@ -214,11 +227,11 @@ class SupervisionObserver:
     @torch.no_grad()
     def send(self, readout: Readout) -> None:
         """Add the numbers of this step to what goes to the host, and begin the next."""
-        came = [(b.rows, b) for b in self._step if b.rows is not None]
-        self._sent = [(readout.add(rows.reshape(-1)), rows.shape[0]) for rows, _ in came]
-        sums = [
-            s for _, b in came if (s := b.sums if b.sums is not None else _compare_labels(b, self.model)) is not None
-        ]
+        came = [(b.counts, b) for b in self._step if b.counts is not None]
+        self._sent = [(readout.add(counts.reshape(-1)), b) for counts, b in came]
+        reads = self.totals.steps < LOOKS
+        read = [b.sums if b.sums is not None else _compare_labels(b, self.model) for _, b in came if reads]
+        sums = [s for s in read if s is not None]
         self._sums = readout.add(torch.stack([s.to(sums[0].device) for s in sums]).sum(0)) if sums else None
         shown = next((b.shown for _, b in came if b.shown is not None), None)
         self._shown = None if shown is None or self.sample else (readout.add(shown.reshape(-1)), shown.shape)
@@ -228,8 +241,7 @@ class SupervisionObserver:
         """What was sent, once it has come."""
         step = None
         if self._sent:
-            table = np.concatenate([readout.get(t).reshape(rows, len(_ROWS)) for t, rows in self._sent])
-            columns = {name: table[:, i].astype(np.int64) for i, name in enumerate(_ROWS)}
+            columns = _columns([(readout.get(ticket), batch) for ticket, batch in self._sent])
             counts = (0, 0, 0, 0) if self._sums is None else map(int, readout.get(self._sums))
             read, following, same, skipping = counts
             step = Supervision(
@@ -256,19 +268,29 @@ def _hidden(output: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
-def _ahead(values: torch.Tensor, fill: int) -> torch.Tensor:
-    """What stands at the next position, [rows, positions]."""
-    return torch.cat([values[:, 1:], values.new_full((values.shape[0], 1), fill)], 1)
+def _columns(counted: list[tuple[Floats, _Batch]]) -> dict[str, Ints]:
+    """The columns of a step, those of its forwards joined."""
+    parts: dict[str, list[Ints]] = {name: [] for name in ("width", *_COUNTED)}
+    for values, batch in counted:
+        rows, width = batch.shape
+        found = dict(zip(_COUNTED, values.astype(np.int64).reshape(len(_COUNTED), rows), strict=True))
+        if batch.aligned("attention_mask", None) is None:
+            found["real"] = np.full(rows, width)
+        if batch.aligned("labels", None) is None:
+            found["meant"] = np.full(rows, -1)
+        for name, column in {**found, "width": np.full(rows, width)}.items():
+            parts[name].append(column)
+    return {name: np.concatenate(columns) for name, columns in parts.items()}
 
 
 def _shown(batch: _Batch, used: torch.Tensor, *, causal: bool) -> torch.Tensor | None:
     """The first rows: tokens, whether the loss asks for them, whether they are no padding; [3, rows, positions]."""
-    ids, attention = batch.aligned("input_ids"), batch.aligned("attention_mask")
+    ids, attention = (batch.aligned(name, used.device) for name in ("input_ids", "attention_mask"))
     if ids is None:
         return None
     asked = torch.cat([torch.zeros_like(used[:, :1]), used[:, :-1]], 1) if causal else used
-    real = torch.ones_like(used) if attention is None else attention.to(used.device) != 0
-    parts = (ids.to(used.device), asked, real)
+    real = torch.ones_like(used) if attention is None else attention != 0
+    parts = (ids, asked, real)
     return torch.stack([part[:_SHOWN, :_LONGEST].double() for part in parts])
 
 
@@ -280,81 +302,66 @@ def _sample(parts: Floats) -> tuple[SampleRow, ...]:
     return tuple(rows)
 
 
-def _counts(batch: _Batch, used: torch.Tensor, stops: Collection[int], *, causal: bool) -> torch.Tensor:
-    """The columns of a step, [rows, columns] in float32.
+def _counts(batch: _Batch, used: torch.Tensor, stops: torch.Tensor | None, *, causal: bool) -> torch.Tensor:
+    """Count in each row.
 
     Args:
         batch: The forward.
         used: Positions that received a gradient, [rows, positions].
-        stops: Tokens that end an answer.
+        stops: Tokens that end an answer, on the device of the model.
         causal: A position predicts the token behind it.
 
     Returns:
-        One column for each name in ``_ROWS``.
+        [columns, rows], one column for each name in ``_COUNTED``; 0 where an input is missing.
     """
-    device = used.device
-    attention, ids, labels = (batch.aligned(n) for n in ("attention_mask", "input_ids", "labels"))
-    real = torch.ones_like(used) if attention is None else attention.to(device) != 0
-    nothing = torch.zeros_like(used)
-    mask = next((m for name in _MASKS if (m := batch.aligned(name)) is not None), None)
-    left_out = nothing if mask is None else mask.to(device) == 0
-    is_stop = nothing
-    if ids is not None and stops and causal:
-        is_stop = torch.isin(ids.to(device), torch.tensor(tuple(stops), device=device)) & real
-
-    def behind(values: torch.Tensor, fill: int) -> torch.Tensor:
-        return _ahead(values, fill) if causal else values
-
-    meant = torch.full((used.shape[0],), -1.0, device=device)
+    attention, ids, labels = (batch.aligned(n, used.device) for n in ("attention_mask", "input_ids", "labels"))
+    mask = next((m for name in _MASKS if (m := batch.aligned(name, used.device)) is not None), None)
+    found = used.new_zeros(len(_COUNTED), *used.shape)
+    found[0] = used
+    found[1] = used.cumsum(1) == 0
+    ahead = 1 if causal else 0
+    here = used[:, : used.shape[1] - ahead]
+    columns = found[:, :, : here.shape[1]]
+    real = None if attention is None else attention[:, ahead:] != 0
+    if attention is not None and real is not None:
+        found[7] = attention != 0
+        found[1] &= found[7]
+        columns[3] = here & ~real
     if labels is not None:
-        meant = (behind(labels.to(device), IGNORED) != IGNORED).sum(1).float()
-    target_real = behind(real.to(torch.int8), 0) != 0
-    target_stop = behind(is_stop.to(torch.int8), 0) != 0
-    before = torch.cat([nothing[:, :1], used[:, :-1]], 1)  # the position before was supervised
-    first = torch.where(used.any(1), used.to(torch.int8).argmax(1), used.shape[1])
-    place = torch.arange(used.shape[1], device=device)
-    columns = (
-        torch.full((used.shape[0],), used.shape[1], device=device),
-        real.sum(1),
-        used.sum(1),
-        meant,
-        (used & ~target_real).sum(1),
-        (used & target_real & (behind(left_out.to(torch.int8), 0) != 0)).sum(1),
-        (real & (place < first.unsqueeze(1))).sum(1),
-        (used & target_stop).sum(1),
-        (~used & before & target_stop).sum(1),
-    )
-    return torch.stack([c.float() for c in columns], 1)
-
-
-def _taught(gradient: torch.Tensor) -> torch.Tensor:
-    """The token that each position was taught, off the gradient of the logits.
-
-    Args:
-        gradient: [rows, positions, tokens].
-
-    Returns:
-        [rows, positions]: where the largest entry by size stands.
-    """
-    low, high = gradient.min(-1), gradient.max(-1)
-    return torch.where(low.values.abs() >= high.values.abs(), low.indices, high.indices)
+        columns[2] = labels[:, ahead:] != IGNORED
+    if mask is not None:
+        outside = here & (mask[:, ahead:] == 0)
+        columns[4] = outside if real is None else outside & real
+    if ids is not None and stops is not None and causal:
+        stop = torch.isin(ids[:, 1:], stops)
+        stop = stop if real is None else stop & real
+        columns[5] = here & stop
+        columns[6, :, 1:] = here[:, :-1] & stop[:, 1:] & ~here[:, 1:]
+    return found.sum(-1)
 
 
 def _compare(tokens: torch.Tensor, used: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """How the taught tokens stand to those of the row: [read, following, same, skipping]."""
-    ids = ids.to(tokens.device)
-    following = _ahead(ids, -1)
-    skipping = _ahead(following, -1)
-    length = tokens.shape[1]
-    used = used & (skipping[:, :length] >= 0)
-    pairs = (used, *(used & (tokens == other[:, :length]) for other in (following, ids, skipping)))
-    return torch.stack([p.sum() for p in pairs]).float()
+    """How the taught tokens stand to those of the row, where there are two tokens more to compare with.
+
+    Args:
+        tokens: What each position was taught, [rows, positions].
+        used: Where that was taught, [rows, positions].
+        ids: The tokens of the row, [rows, positions or more].
+
+    Returns:
+        [read, following, same, skipping].
+    """
+    length = min(tokens.shape[1], ids.shape[1] - 2)
+    if length < 1:
+        return used.new_zeros(4, dtype=torch.float32)
+    others = torch.stack([ids[:, k : k + length] for k in (1, 0, 2)])
+    equal = (others == tokens[:, :length]) & used[:, :length]
+    return torch.cat([used[:, :length].sum().reshape(1), equal.sum((1, 2))]).float()
 
 
 def _compare_labels(batch: _Batch, model: LanguageModel) -> torch.Tensor | None:
     """The same by the labels, where the logits were never made: a causal model of transformers shifts labels itself."""
-    labels, ids = batch.aligned("labels"), batch.aligned("input_ids")
+    labels, ids = batch.aligned("labels", None), batch.aligned("input_ids", None)
     if labels is None or ids is None or not model.causal or batch.inputs.get("shift_labels") is not None:
         return None
-    taught = _ahead(labels, IGNORED)
-    return _compare(taught, taught != IGNORED, ids)
+    return _compare(labels[:, 1:], labels[:, 1:] != IGNORED, ids.to(labels.device))
