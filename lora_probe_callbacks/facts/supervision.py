@@ -145,7 +145,7 @@ class SupervisionFacts:
     Attributes:
         supervision: Of the step being decided; None where it could not be seen.
         supervision_totals: Of all probed steps up to this one.
-        stop_tokens: Tokens that end an answer, as the tokenizer or the model's configuration says.
+        stop_tokens: Tokens that may end an answer, as the tokenizer or the configuration says; the usual one first.
         has_tokenizer: The tokenizer says it.
         sample: The first rows of the first probed batch.
     """

@@ -18,17 +18,17 @@ def judge(facts: Facts) -> Verdict:
         return absent("no stop token is known")
     if totals.stops:
         return ok()
-    names = ", ".join(map(str, facts.stop_tokens))
+    name = f"token {facts.stop_tokens[0]}"
     if totals.cut_stops >= ENOUGH_CUT:
         return _verdict(
-            f"the stop token ({names}) stands behind {totals.cut_stops} answers, and is a target of none",
+            f"a stop token (such as {name}) stands behind {totals.cut_stops} answers, and is a target of none",
             got=f"{totals.cut_stops} stop tokens without a gradient directly behind supervised tokens, and 0 with one",
         )
     # Plain text has no stop tokens: only where there are prompts, and a tokenizer to say what ends an answer.
     answers = min(totals.prompts, totals.endings)
     if facts.has_tokenizer and answers >= ENOUGH_ROWS:
         return _verdict(
-            f"none of the {answers} answers seen so far ends with the stop token ({names})",
+            f"none of the {answers} answers seen so far ends with a stop token (such as {name})",
             got=f"{totals.supervised} supervised tokens, and no stop token among them",
         )
     return pending("no stop token was among the targets so far; too few answers were seen to tell")
@@ -50,7 +50,7 @@ CHECK = Check(
     what="Stop tokens stand behind the answers and are left out of the loss, or never occur at the end of 32 answers. It warns.",
     why="With pad_token = eos_token a collator sets all of them to -100; the loss is fine, and generation never ends.",
     fix="Give padding a token of its own, and end each answer with the stop token.",
-    quiet="Plain text without prompts; rows that fill the width of their batch; rows whose stop token lies in the padding.",
+    quiet="Plain text without prompts; rows that fill the width of their batch; rows whose stop token lies in the padding; other special tokens that end a turn of a chat.",
     threads=("mlabonne/llm-course#33", "huggingface/trl#1623", "huggingface/trl#6357"),
     needs=("supervision",),
     judge=judge,

@@ -75,10 +75,20 @@ def language_model(roots: Iterable[nn.Module]) -> LanguageModel | None:
 
 
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """The token that ends an answer, as a tokenizer or a processor around one says; () where none is known."""
+    """The tokens that may end an answer, as a tokenizer or a processor around one says.
+
+    Args:
+        tokenizer: One of transformers, or None.
+
+    Returns:
+        The end-of-sequence token first, then special tokens as of chat templates (``<|im_end|>``); () if none is known.
+    """
     inner = getattr(tokenizer, "tokenizer", tokenizer)
-    stop = getattr(inner, "eos_token_id", None)
-    return () if stop is None else (int(stop),)
+    end = getattr(inner, "eos_token_id", None)
+    if end is None:
+        return ()
+    others = {getattr(inner, f"{name}_token_id", None) for name in ("pad", "bos", "unk", "mask", "cls")} - {end}
+    return (int(end), *(i for i in getattr(inner, "all_special_ids", ()) if i != end and i not in others))
 
 
 def _is_pretrained(module: nn.Module) -> bool:

@@ -35,9 +35,9 @@ def test_missing_stop_token(columns: dict[str, Any], totals: dict[str, int], sta
 
 def test_it_names_the_token() -> None:
     verdict = judge(supervised(totals={**NEVER, "cut_stops": 9}, **STOP))
-    assert verdict.message.startswith("the stop token (2) stands behind 9 answers, and is a target of none")
+    assert verdict.message.startswith("a stop token (such as token 2) stands behind 9 answers, and is a target of none")
     never = judge(supervised(totals={**NEVER, "prompts": 40, "endings": 33}, **KNOWN))
-    assert never.message.startswith("none of the 33 answers seen so far ends with the stop token (2)")
+    assert never.message.startswith("none of the 33 answers seen so far ends with a stop token (such as token 2)")
 
 
 def test_nothing_to_look_at_is_no_pass() -> None:
