@@ -7,7 +7,7 @@ while the device is still busy, then the values are received. There is no judgem
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +135,7 @@ class Collector:
         """Observe the units that are expected now, from a clean slate."""
         observers = self._observers
         self._state.history = History.empty(len(observers.targets.slots))
+        self._hooks.log.tensors = observers.owners.tensors
         self._hooks.log.sharded = bool(observers.owners.shards())
         self._hooks.watch(observers.targets.inventory, observers.targets.units)
 
@@ -143,6 +144,7 @@ class Collector:
         observers, state = self._observers, self._state
         if not observers.targets.refresh():
             observers.owners.look()
+            self._hooks.log.tensors = observers.owners.tensors
             return
         observers.settle()
         history = state.history
@@ -307,8 +309,6 @@ class Collector:
         return dataclasses.replace(facts, saves=found.saves, restored=found.restored)
 
 
-def _ran_in(forward: ForwardFact) -> Iterator[Mode]:
+def _ran_in(forward: ForwardFact) -> Iterable[Mode]:
     """Other states in which layers ran inside one forward."""
-    for _, _, other in forward.calls or ():
-        if other is not None:
-            yield other
+    return () if forward.calls is None else forward.calls.odd.values()

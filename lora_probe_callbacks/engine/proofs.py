@@ -378,11 +378,10 @@ def _who_ran(facts: Facts) -> tuple[Bools, Bools | None, Bools]:
                 trained = None if trained is None else trained | True
                 ran |= True
             continue
-        called = np.array([total > 0 for _, total, _ in forward.calls], np.bool_)
+        called = forward.calls.total > 0
         ran |= called
         if forward.received:
-            good = np.array([good > 0 for good, _, _ in forward.calls], np.bool_)
-            active |= good
+            active |= forward.calls.active > 0
             trained = None if trained is None else trained | called
     if not received and facts.unobservable:
         trained = None

@@ -24,7 +24,7 @@ from lora_probe_callbacks.facts.columns import (
 from lora_probe_callbacks.facts.device import DeviceFacts
 from lora_probe_callbacks.facts.estimator import EstimatorFact, EstimatorFacts
 from lora_probe_callbacks.facts.facts import Facts
-from lora_probe_callbacks.facts.forward import ForwardFact, ForwardFacts, ReferenceFact, StepResponse
+from lora_probe_callbacks.facts.forward import Calls, ForwardFact, ForwardFacts, ReferenceFact, StepResponse
 from lora_probe_callbacks.facts.model import (
     BaseDrift,
     CopiesFact,
@@ -50,6 +50,7 @@ __all__ = [
     "SAMPLE",
     "BaseDrift",
     "Bools",
+    "Calls",
     "Claim",
     "CopiesFact",
     "Coverage",

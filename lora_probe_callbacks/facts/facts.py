@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,10 @@ class Facts(
         Returns:
             The facts; what no part tells of is as if there were nothing to see.
         """
-        return cls(**{f.name: getattr(part, f.name) for part in parts for f in fields(part)})  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
+        for part in parts:
+            values.update({name: getattr(part, name) for name in _fields(type(part))})  # type: ignore[arg-type]
+        return cls(**values)
 
     # --- forwards ---------------------------------------------------------------------------
 
@@ -72,14 +76,14 @@ class Facts(
         forwards = self.training_forwards
         if not forwards or any(f.calls is None for f in forwards):
             return None
-        return frozenset(u for f in forwards for u, (_, total, _) in enumerate(f.calls or ()) if total)
+        return frozenset().union(*(indices(f.calls.total > 0) for f in forwards if f.calls is not None))
 
     @cached_property
     def ungraded_units(self) -> frozenset[int]:
         """Units whose layer ran in the training forwards, but never with gradients enabled."""
         forwards = [f for f in self.training_forwards if f.with_grad is not None]
         graded = frozenset[int]().union(*(f.with_grad for f in forwards if f.with_grad is not None))
-        return frozenset(u for u in range(len(self.units)) if u not in graded and any(f.called(u) for f in forwards))
+        return frozenset(u for u in set(range(len(self.units))) - graded if any(f.called(u) for f in forwards))
 
     def bad_units(self, mode: Mode | None = None) -> frozenset[int]:
         """Units that were not active in any training forward (in ``mode``, if one is given)."""
@@ -176,6 +180,11 @@ class Facts(
             size=_squares(change.size, shares, known),
             norm=_squares(change.norm, shares, known),
         )
+
+
+@cache
+def _fields(part: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(part))
 
 
 def _squares(column: Floats, shares: Floats, known: Bools) -> float:

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lora_probe_callbacks.facts.columns import Ints
 from lora_probe_callbacks.facts.words import Mode
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Calls:
+    """The calls of the layers inside one forward, one entry a unit.
+
+    Attributes:
+        active: With the adapter active.
+        total: In any state.
+        odd: Unit to its state in the last call in which its adapter was not active.
+    """
+
+    active: Ints
+    total: Ints
+    odd: Mapping[int, Mode]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +35,7 @@ class ForwardFact:
         active: Names of the active adapters when the call began.
         modes_at_backward: The same when the gradient arrived, or None before that.
         active_at_backward: The same for the active names.
-        calls: Calls of each unit's layer inside, as (with the adapter active, in any state, state
-            in the last call where it was not active), or None where layers cannot be observed.
+        calls: Calls of the units' layers inside, or None where layers cannot be observed.
         reached: Slots that the graph of the output leads to, or None where that is unknown.
         why_unknown: Why ``reached`` is None.
     """
@@ -30,7 +46,7 @@ class ForwardFact:
     active: tuple[str, ...]
     modes_at_backward: tuple[Mode, ...] | None
     active_at_backward: tuple[str, ...] | None
-    calls: tuple[tuple[int, int, Mode | None], ...] | None
+    calls: Calls | None
     reached: frozenset[int] | None
     why_unknown: str | None
     with_grad: frozenset[int] | None = None  # units whose layer ran with gradients enabled
@@ -40,20 +56,18 @@ class ForwardFact:
 
     def mode(self, unit: int) -> Mode:
         """State of a unit in this forward: what its own calls saw, else the state at the beginning."""
-        if self.calls is not None:
-            good, total, bad = self.calls[unit]
-            if total:
-                return "active" if good or bad is None else bad
+        if self.calls is not None and self.calls.total[unit]:
+            return "active" if self.calls.active[unit] else self.calls.odd.get(unit, "active")
         return self.modes[unit]
 
     @property
     def plainly_active(self) -> bool:
         """Every unit was active from the beginning and in each of its calls."""
-        return set(self.modes) <= {"active"} and all(bad is None for _, _, bad in set(self.calls or ()))
+        return set(self.modes) <= {"active"} and not (self.calls and self.calls.odd)
 
     def called(self, unit: int) -> bool | None:
         """Whether the layer of a unit was called, None where that cannot be seen."""
-        return None if self.calls is None else self.calls[unit][1] > 0
+        return None if self.calls is None else bool(self.calls.total[unit])
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,11 @@ class StartFact:
         return [u for u, start in enumerate(self.units) if start is not None]
 
     @cached_property
+    def dead(self) -> list[int]:
+        """Those of them in which both are zero."""
+        return [u for u in self.known if (start := self.units[u]) is not None and start.a == 0 and start.b == 0]
+
+    @cached_property
     def moving(self) -> list[int]:
         """Those of them whose initialisation takes BA out of the base weight."""
         return [u for u in self.known if (start := self.units[u]) is not None and start.moves_base]

@@ -13,6 +13,7 @@ from lora_probe_callbacks.checks._base import Verdict
 from lora_probe_callbacks.checks._catalogue import all_checks, explain
 from lora_probe_callbacks.checks.checkpoints._saves import Values
 from lora_probe_callbacks.facts import (
+    Calls,
     Coverage,
     EstimatorFact,
     Facts,
@@ -103,9 +104,10 @@ def facts(
         active=("default",),
         modes_at_backward=modes,
         active_at_backward=("default",),
-        calls=tuple(
-            (int(mode == "active"), 1, None if mode == "active" else mode) if c else (0, 0, None)
-            for mode, c in zip(modes, called, strict=True)
+        calls=Calls(
+            active=np.array([c and mode == "active" for mode, c in zip(modes, called, strict=True)], np.int64),
+            total=np.array(called, np.int64),
+            odd={u: mode for u, (mode, c) in enumerate(zip(modes, called, strict=True)) if c and mode != "active"},
         ),
         reached=frozenset(i for i, g in enumerate(gradients) if isinstance(g, float)),
         why_unknown=None,

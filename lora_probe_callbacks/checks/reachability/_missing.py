@@ -26,9 +26,11 @@ def unreached(facts: Facts) -> Bools | None:
         walked = []  # no gradient arrived at any output: the loss does not lead to the model at all
     elif not walked:
         return None
+    lost = facts.intended & facts.slots.requires_grad & _without_gradient(facts)
+    if not lost.any():  # as a rule
+        return lost
     reached = frozenset[int]().union(*(f.reached for f in walked if f.reached is not None))
-    lost = facts.intended & ~mask(reached, len(facts.slots)) & facts.slots.requires_grad
-    lost &= ~facts.slots_of_units(facts.ungraded_units) & _without_gradient(facts)
+    lost &= ~mask(reached, len(facts.slots)) & ~facts.slots_of_units(facts.ungraded_units)
     return lost if facts.called_slots is None else lost & facts.called_slots
 
 

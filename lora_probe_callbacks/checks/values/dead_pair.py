@@ -21,7 +21,8 @@ def _since_a_step(facts: Facts) -> Verdict | None:
     pair = update.stepped & (slots.of_role("A") | slots.of_role("B"))
     alive = np.bincount(slots.unit[pair & (update.norm != 0.0)], minlength=len(facts.units))
     judged = np.bincount(slots.unit[pair], minlength=len(facts.units))
-    dead = [u for u in start.known if judged[u] >= 2 and not alive[u]]
+    zero = set(np.flatnonzero((judged >= 2) & (alive == 0)).tolist())
+    dead = [u for u in start.known if u in zero] if zero else []
     if not dead:
         return None
     return fail(
@@ -39,10 +40,9 @@ def _since_a_step(facts: Facts) -> Verdict | None:
 def _from_the_start(facts: Facts) -> Verdict:
     if facts.start is None:
         return pending("no training forward has begun")
-    known = [u for u, start in enumerate(facts.start.units) if start is not None]
+    known, dead = facts.start.known, facts.start.dead
     if not known:
         return skipped("no expected layer has a pair of A and B that can be read")
-    dead = [u for u in known if (s := facts.start.units[u]) is not None and s.a == 0 and s.b == 0]
     if not dead:
         return ok()
     return fail(

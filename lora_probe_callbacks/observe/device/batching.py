@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 
+import numpy as np
 import torch
 
-from lora_probe_callbacks.observe.device.transfer import Grouping, batches, group, kind, local
+from lora_probe_callbacks.facts import Floats, Ints
+from lora_probe_callbacks.observe.device.transfer import PLAIN, Grouping, batches, group, local
 
 __all__ = ["Held", "held"]
+
+_grad = attrgetter("grad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,37 +26,36 @@ class Held:
         slots: The slots of which it holds an element.
         tensors: Their registered tensors.
         grouping: Of what it holds of them; slots and tensors stand in its order.
-        empty: Tensors of which it holds no element.
+        plain: It holds all of each: none is in shards.
+        sizes: Numbers of elements of what it holds.
     """
 
-    slots: Sequence[int]
+    slots: Ints
     tensors: Sequence[torch.Tensor]
     grouping: Grouping
-    empty: Sequence[torch.Tensor] = ()
+    plain: bool
+    sizes: Floats
 
     def values(self) -> list[torch.Tensor]:
         """What this rank holds of each. For use under ``no_grad``."""
-        return list(map(local, self.tensors))
-
-    def fits(self) -> bool:
-        """The tensors are of the kinds that were grouped: an assignment to ``.data`` may have changed them."""
-        return list(map(kind, self.values())) == self.grouping.kinds and not any(local(t).numel() for t in self.empty)
+        return list(self.tensors) if self.plain else list(map(local, self.tensors))
 
     def rows(self) -> list[torch.Tensor]:
         """The values put together."""
         return batches(self.values(), self.grouping)
 
-    def gradients(self) -> tuple[Sequence[int], list[torch.Tensor]]:
+    def gradients(self) -> tuple[Ints, list[torch.Tensor]]:
         """Slots with a gradient, and their gradients put together in that order."""
-        grads = [tensor.grad for tensor in self.tensors]
-        if all(type(g) is torch.Tensor and g.layout is torch.strided for g in grads):
-            plain: list[torch.Tensor] = grads  # type: ignore[assignment]
-            if [g.shape for g in plain] == [shape for _, _, shape in self.grouping.kinds]:  # as a rule
-                return self.slots, batches(plain, self.grouping)
+        grads = list(map(_grad, self.tensors))
+        if set(map(type, grads)) == {torch.Tensor}:  # as a rule
+            with suppress(RuntimeError):  # some are sparse, or of another shape than what their tensor holds by now
+                rows = batches(grads, self.grouping)
+                if all(part.layout is torch.strided for part in rows):
+                    return self.slots, rows
         there = [(slot, local(_dense(g))) for slot, g in zip(self.slots, grads, strict=True) if g is not None]
         grouping = group([g for _, g in there])
         ordered = [there[i] for i in grouping.order]
-        return [slot for slot, _ in ordered], batches([g for _, g in ordered], grouping)
+        return np.array([slot for slot, _ in ordered], np.int64), batches([g for _, g in ordered], grouping)
 
 
 def held(tensors: Mapping[int, torch.Tensor]) -> Held:
@@ -66,10 +71,11 @@ def held(tensors: Mapping[int, torch.Tensor]) -> Held:
     grouping = group([mine for _, _, mine in there])
     ordered = [there[i] for i in grouping.order]
     return Held(
-        slots=[slot for slot, _, _ in ordered],
+        slots=np.array([slot for slot, _, _ in ordered], np.int64),
         tensors=[tensor for _, tensor, _ in ordered],
         grouping=grouping,
-        empty=[tensor for tensor in tensors.values() if not local(tensor).numel()],
+        plain=all(type(tensor) in PLAIN for _, tensor, _ in ordered),
+        sizes=np.array([shape.numel() for _, _, shape in grouping.kinds], np.float64),
     )
 
 

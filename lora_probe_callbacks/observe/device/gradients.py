@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lora_probe_callbacks.facts import Floats, Gradients
+from lora_probe_callbacks.facts import Floats, Gradients, Ints
 from lora_probe_callbacks.observe.device.batching import Held
 from lora_probe_callbacks.observe.device.transfer import Readout
 
@@ -19,14 +19,14 @@ __all__ = ["GradientReading", "gradients_of", "read_gradients"]
 class GradientReading:
     """Gradients on their way to the host."""
 
-    slots: Sequence[int]  # slots asked for
-    present: Sequence[int]  # those with a gradient, in the order of the ticket
+    slots: Ints  # slots asked for
+    present: Ints  # those with a gradient, in the order of the ticket
     size: range
 
     def norms(self, readout: Readout, column: Floats) -> None:
         """Enter the norms into a column, nan where there is no gradient; once the readout was received."""
-        column[list(self.slots)] = np.nan
-        column[list(self.present)] = readout.get(self.size)
+        column[self.slots] = np.nan
+        column[self.present] = readout.get(self.size)
 
 
 def read_gradients(held: Held, readout: Readout, scale: torch.Tensor | None) -> GradientReading:
@@ -57,8 +57,8 @@ def gradients_of(readings: Iterable[GradientReading], readout: Readout, size: in
     """
     read, present, norm = np.zeros(size, np.bool_), np.zeros(size, np.bool_), np.full(size, np.nan)
     for reading in readings:
-        read[list(reading.slots)] = True
-        present[list(reading.slots)] = False
-        present[list(reading.present)] = True
+        read[reading.slots] = True
+        present[reading.slots] = False
+        present[reading.present] = True
         reading.norms(readout, norm)
     return Gradients(read, norm, present)

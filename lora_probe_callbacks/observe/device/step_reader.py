@@ -275,8 +275,8 @@ def _enter(received: GradientReading | Gradients, readout: Readout, column: Floa
     """Norms of the gradients that one optimizer got, into the column of all, and which there were."""
     if isinstance(received, GradientReading):
         received.norms(readout, column)
-        present[list(received.slots)] = False
-        present[list(received.present)] = True
+        present[received.slots] = False
+        present[received.present] = True
     else:
         column[received.present] = received.norm[received.present]
         present |= received.present

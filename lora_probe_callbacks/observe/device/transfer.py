@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,13 @@ import torch
 
 from lora_probe_callbacks.facts import Floats
 
-__all__ = ["PLAIN", "Grouping", "Readout", "batches", "group", "kind", "local"]
+__all__ = ["PLAIN", "Grouping", "Kind", "Readout", "batches", "group", "kind", "local"]
 
 _CHUNK = 2**21  # elements: 8 MiB of float32, and as many in float64 for the moment of a norm
 Kind = tuple[torch.device, torch.dtype, torch.Size]
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What the tensors of a group have in common; asked of every tensor twice a step.
+kind: Callable[[torch.Tensor], Kind] = attrgetter("device", "dtype", "shape")
 
 
 class Readout:
@@ -151,11 +154,6 @@ class Grouping(NamedTuple):
     order: Sequence[int]
     kinds: Sequence[Kind]
     groups: Sequence[slice]
-
-
-def kind(tensor: torch.Tensor) -> Kind:
-    """What the tensors of a group have in common."""
-    return tensor.device, tensor.dtype, tensor.shape
 
 
 def group(tensors: Sequence[torch.Tensor]) -> Grouping:

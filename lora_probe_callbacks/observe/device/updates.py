@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora_probe_callbacks.facts import Bools, Floats, Update
+from lora_probe_callbacks.facts import Bools, Floats, Ints, Update
 from lora_probe_callbacks.observe.device.batching import Held
 from lora_probe_callbacks.observe.device.transfer import Readout, batches, kind, local
 
@@ -31,8 +31,9 @@ class UpdateReading:
 
     step: int
     framework_step: int
-    slots: list[int | None]  # None: its tensor has left, or has another shape
-    counts: list[int]
+    slots: Ints
+    there: Bools | slice  # of these, those whose tensor has not left, and is of its kind
+    counts: Floats
     starts: Callable[[], Floats]  # norms before the step
     norm: range
     size: range
@@ -58,13 +59,12 @@ def update_of(
     stepped, there_was = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
     start, change, norm, fraction, gradient = (np.full(size, np.nan) for _ in range(5))
     for reading, enter in zip(readings, received, strict=True):
-        there = np.array([slot is not None for slot in reading.slots], np.bool_)
-        slots = [slot for slot in reading.slots if slot is not None]
+        there, slots = reading.there, reading.slots[reading.there]
         stepped[slots] = True
         start[slots] = reading.starts()[there]
         change[slots] = readout.get(reading.size)[there]
         norm[slots] = readout.get(reading.norm)[there]
-        fraction[slots] = readout.get(reading.moved)[there] / np.array(reading.counts, np.float64)[there]
+        fraction[slots] = readout.get(reading.moved)[there] / reading.counts[there]
         enter(gradient, there_was)
     gradient[~stepped] = np.nan
     return Update(
@@ -111,13 +111,15 @@ def read_update(
     """
     held = before.held
     kinds = held.grouping.kinds
-    now = [None if (tensor := tensors.get(slot)) is None else local(tensor) for slot in held.slots]
-    there = [t is not None and kind(t) == then for t, then in zip(now, kinds, strict=True)]
-    if not any(there):
-        return None
-    if not all(there):
+    found = list(map(tensors.get, held.slots.tolist()))
+    now = found if held.plain else [t if t is None else local(t) for t in found]
+    there: Bools | slice = slice(None)  # as a rule, all
+    if any(t is None for t in now) or [kind(t) for t in now if t is not None] != kinds:
+        there = np.array([t is not None and kind(t) == then for t, then in zip(now, kinds, strict=True)], np.bool_)
         copies = [copy for part in before.rows for copy in part.unbind()]
         now = [t if same else c.view(k[-1]) for t, same, c, k in zip(now, there, copies, kinds, strict=True)]
+    if not held.slots[there].size:
+        return None
     rows = batches(now, held.grouping)  # type: ignore[arg-type]
     norm = readout.add_row_norms(rows, 2)
     torch._foreach_sub_(before.rows, rows)
@@ -128,8 +130,9 @@ def read_update(
     return UpdateReading(
         step=step,
         framework_step=framework_step,
-        slots=[s if t else None for s, t in zip(held.slots, there, strict=True)],
-        counts=[shape.numel() for _, _, shape in kinds],
+        slots=held.slots,
+        there=there,
+        counts=held.sizes,
         starts=lambda: ahead.get(ticket),
         norm=norm,
         size=size,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from lora_probe_callbacks.facts import ForwardFact, Mode
+from lora_probe_callbacks.facts import Calls, ForwardFact, Ints, Mode
 from lora_probe_callbacks.observe.forward.graph import Walk
 
 __all__ = ["Candidate", "tensors_in"]
@@ -23,7 +24,7 @@ class Candidate:
     module: str
     modes: tuple[Mode, ...]
     active: tuple[str, ...]
-    calls: list[tuple[int, int, Mode | None]] | None
+    observed: bool  # the calls of layers are
     with_grad: set[int]  # units whose layer ran with gradients enabled
     holds_expected: bool
     received: bool = False
@@ -31,6 +32,11 @@ class Candidate:
     modes_at_backward: tuple[Mode, ...] | None = None
     active_at_backward: tuple[str, ...] | None = None
     leaves: set[int] | None = None
+    active_calls: dict[int, int] = field(
+        default_factory=dict
+    )  # unit to how often its layer ran with its adapter active
+    total_calls: dict[int, int] = field(default_factory=dict)  # in any state
+    odd: dict[int, Mode] = field(default_factory=dict)  # see Calls
     dropped: set[int] = field(default_factory=set)  # leaves behind an operation without a backward
     why_unknown: str | None = None
     cotangent: torch.Tensor | None = None  # of an output of one element: the loss, as a rule
@@ -43,12 +49,15 @@ class Candidate:
         self.leaves, self.dropped = set(found.leaves), found.dropped
         self.why_unknown = self.why_unknown or found.blind
 
-    def fact(self, slot_of: dict[int, int]) -> ForwardFact:
+    def _calls(self, units: int) -> Calls:
+        return Calls(_column(self.active_calls, units), _column(self.total_calls, units), dict(self.odd))
+
+    def fact(self, slot_of: Mapping[int, int]) -> ForwardFact:
         """What the checks may know of it; ``slot_of`` maps a tensor's id to its slot."""
         reached = None
-        slots = {**slot_of, **self.inside}
+        slots = {**slot_of, **self.inside} if self.inside else slot_of
         if self.leaves is not None and self.why_unknown is None:
-            reached = frozenset(slots[i] for i in self.leaves if i in slots)
+            reached = frozenset(map(slots.__getitem__, self.leaves & slots.keys()))
         return ForwardFact(
             module=self.module,
             received=self.received,
@@ -56,14 +65,20 @@ class Candidate:
             active=self.active,
             modes_at_backward=self.modes_at_backward,
             active_at_backward=self.active_at_backward,
-            calls=None if self.calls is None else tuple(self.calls),
+            calls=self._calls(len(self.modes)) if self.observed else None,
             holds_expected=self.holds_expected,
             carries_graph=self.carries_graph,
-            with_grad=None if self.calls is None else frozenset(self.with_grad),
+            with_grad=frozenset(self.with_grad) if self.observed else None,
             reached=reached,
             why_unknown=self.why_unknown,
             dropped=frozenset(slots[i] for i in self.dropped if i in slots),
         )
+
+
+def _column(counts: Mapping[int, int], size: int) -> Ints:
+    column = np.zeros(size, np.int64)
+    column[list(counts)] = list(counts.values())
+    return column
 
 
 def tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:

@@ -15,6 +15,7 @@ from lora_probe_callbacks.observe.forward.candidate import Candidate, tensors_in
 from lora_probe_callbacks.observe.forward.graph import mark, runs_to_all, walk, walk_from_here
 from lora_probe_callbacks.observe.forward.weight_usage import WeightWitness
 from lora_probe_callbacks.observe.model.inventory import Inventory, Unit
+from lora_probe_callbacks.observe.model.switches import Switches
 from lora_probe_callbacks.observe.model.wrappers import describe
 
 __all__ = ["ForwardLog"]
@@ -41,6 +42,7 @@ class ForwardLog:
         self.sharded = False  # the tensors inside a forward are not those outside
         self.traced = False  # hooks ended up inside a compiled region
         self.output_handles: list[RemovableHandle] = []
+        self.tensors: Sequence[torch.Tensor | None] = ()  # of the slots, at the last look at them
         self._hook = hook
         self._on_error = on_error
         self.begin()
@@ -67,8 +69,7 @@ class ForwardLog:
         self._units_of: dict[int, list[int]] = {}
         for index, unit in enumerate(units):
             self._units_of.setdefault(id(unit.layer.called), []).append(index)
-        self._switches: Sequence[tuple[object, ...]] | None = None
-        self._state: tuple[tuple[Mode, ...], tuple[str, ...]] = ((), ())
+        self._switches = Switches(inventory, units)
         starts = itertools.accumulate((len(unit.slots) for unit in units), initial=0)
         self._first_slot = list(starts)[: len(units)]
         names = [unit.layer.name for unit in units]
@@ -83,14 +84,14 @@ class ForwardLog:
     def outside_training(self, module: nn.Module) -> None:
         """An outermost call without gradients."""
         self.without_grad += 1
-        self.active_seen.update(self.inventory.active)
-        self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
+        self.active_seen.update(self.state()[1])
+        self.merged_seen |= self._switches.merged
         self.note_beside(module)
 
     def new_candidate(self, name: str, module: nn.Module) -> Candidate:
         """An outermost call with gradients."""
         if self.bare:
-            candidate = Candidate("", (), (), None, set(), holds_expected=False)
+            candidate = Candidate("", (), (), False, set(), holds_expected=False)
             self.candidates.append(candidate)
             return candidate
         modes, active = self.state()
@@ -99,7 +100,7 @@ class ForwardLog:
             module=describe(name, module),
             modes=modes,
             active=active,
-            calls=[(0, 0, None)] * len(self.units) if observable else None,
+            observed=observable,
             with_grad=set(),
             holds_expected=id(module) in self._above_expected,
         )
@@ -112,24 +113,24 @@ class ForwardLog:
     def note_call(self, candidate: Candidate, module: nn.Module) -> None:
         """A module is called inside a candidate."""
         candidate.called.add(id(module))
-        if candidate.calls is None:
+        if not candidate.observed:
             return
         units = self._units_of.get(id(module))
         if units is None:
             return
         graded = torch.is_grad_enabled()
         for index in units:
-            unit = self.units[index]
-            good, total, bad = candidate.calls[index]
-            mode = unit.layer.mode(unit.adapter)
+            candidate.total_calls[index] = candidate.total_calls.get(index, 0) + 1
+            mode = self._switches.mode(index)
             if graded:
                 candidate.with_grad.add(index)
             if mode == "active":
-                candidate.calls[index] = (good + 1, total + 1, bad)
+                candidate.active_calls[index] = candidate.active_calls.get(index, 0) + 1
             else:
-                candidate.calls[index] = (good, total + 1, mode)
+                candidate.odd[index] = mode
             if self.sharded:
-                for slot, tensor in enumerate((s.shown for s in unit.slots), start=self._first_slot[index]):
+                shown = (slot.shown for slot in self.units[index].slots)
+                for slot, tensor in enumerate(shown, start=self._first_slot[index]):
                     if tensor is None:  # FSDP1 shows a view of its flat parameter, and the graph ends in that
                         candidate.why_unknown = "parameters are views of flat ones inside the forward"
                     else:
@@ -139,7 +140,7 @@ class ForwardLog:
         """A module is called in a forward without gradients."""
         for index in self._units_of.get(id(module), ()):
             self.ran_beside.add(index)
-            self.beside.add(self.units[index].layer.mode(self.units[index].adapter))
+            self.beside.add(self._switches.mode(index))
 
     def finish(self, candidate: Candidate, output: Any) -> None:
         """A candidate has returned: follow its outputs to the backward."""
@@ -182,7 +183,8 @@ class ForwardLog:
             self._on_error(error)
 
     def _see_plan(self, candidate: Candidate) -> None:
-        leaves = [t for unit in self.units for slot in unit.slots if (t := slot.shown) is not None and t.requires_grad]
+        # Of the last look: a tensor that was exchanged since then is in no plan, and the graph is walked.
+        leaves = [t for t in self.tensors if t is not None and t.requires_grad]
         if runs_to_all(leaves):
             candidate.leaves = set(map(id, leaves))
         else:
@@ -192,12 +194,7 @@ class ForwardLog:
 
     def state(self) -> tuple[tuple[Mode, ...], tuple[str, ...]]:
         """The state of every expected unit at this moment, and the names of the active adapters of all layers."""
-        switches = [(layer.disabled, *layer.merged, None, *layer.active) for layer in self.inventory.layers]
-        if switches != self._switches:  # asked three times a step, and they hardly ever move
-            self._switches = switches
-            modes = tuple(unit.layer.mode(unit.adapter) for unit in self.units)
-            self._state = (modes, self.inventory.active)
-        return self._state
+        return self._switches.state()
 
     def facts(self, slot_of: dict[int, int]) -> ForwardFacts:
         """What was seen since the step began; ``slot_of`` maps a tensor's id to its slot."""

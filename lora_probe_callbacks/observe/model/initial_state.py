@@ -18,7 +18,7 @@ from lora_probe_callbacks.observe.device.transfer import Readout, local
 from lora_probe_callbacks.observe.model.inventory import Unit
 from lora_probe_callbacks.observe.model.wrappers import is_shard
 
-__all__ = ["moves_base", "natural_scaling", "read_start", "scaling"]
+__all__ = ["moves_base", "natural_scaling", "read_start"]
 
 # Initialisations that begin with a part of the base weight in BA, and take it out of that weight (peft 0.21).
 _MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -53,20 +53,6 @@ def natural_scaling(unit: Unit) -> float | None:
     if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1:
         return None
     return alpha / float(r**0.5 if module.use_rslora.get(name) else r)
-
-
-def scaling(unit: Unit) -> float | None:
-    """The factor of BA in one unit now.
-
-    Args:
-        unit: One for which :func:`natural_scaling` knows what it should be.
-
-    Returns:
-        The factor, or None if it is no plain number any more.
-    """
-    scalings: dict[str, object] = unit.layer.module.scaling  # type: ignore[assignment]
-    factor = scalings.get(unit.adapter)
-    return float(factor) if isinstance(factor, int | float) else None
 
 
 def read_start(

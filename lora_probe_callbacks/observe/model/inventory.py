@@ -18,6 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from lora_probe_callbacks.facts import Mode, Role
+from lora_probe_callbacks.observe.model.places import Place
 from lora_probe_callbacks.observe.model.wrappers import is_compiled
 
 __all__ = ["AdaptedLayer", "Inventory", "Slot", "Unit", "mode", "take_inventory"]
@@ -83,13 +84,24 @@ class AdaptedLayer:
         """The weight that a LoRA layer adapts, or None where there is not one tensor of that name."""
         if not self.lora:
             return None
-        base = self.module
-        while "base_layer" in (modules := base._modules):  # get_base_layer(), asked at every step
-            base = modules["base_layer"]  # type: ignore[assignment]
+        base = self._base[-1]
         weight = base._parameters.get("weight")
         if weight is None:  # not a parameter of its own: parametrized, or made by its module
             weight = getattr(base, "weight", None)
         return weight if isinstance(weight, torch.Tensor) else None
+
+    @property
+    def base_place(self) -> Place:
+        """Where that weight is registered, if it is a parameter of its own."""
+        return Place(self.module, ("base_layer",) * (len(self._base) - 1), "weight")
+
+    @property
+    def _base(self) -> list[nn.Module]:
+        """The module itself and those within it, down to the one that PEFT's ``get_base_layer()`` gives."""
+        found = [self.module]
+        while (inner := found[-1]._modules.get("base_layer")) is not None:
+            found.append(inner)
+        return found
 
     def mode(self, adapter: str) -> Mode:
         """What the layer's forward would do with ``adapter`` now, in the order that PEFT asks."""
@@ -116,11 +128,14 @@ class Slot:
     frozen: bool  # PEFT or the method keeps it frozen by design
     shards: dict[int, torch.Tensor] = field(default_factory=dict)  # see wrappers.shards_behind; one for all slots
     name: str = field(init=False)  # qualified, for people
-    way: tuple[str, ...] = field(init=False)  # the modules on the path
 
     def __post_init__(self) -> None:
         self.name = ".".join((self.layer.name, *self.path))
-        self.way = self.path[:-1]
+
+    @property
+    def place(self) -> Place:
+        """Where it is registered."""
+        return Place(self.layer.module, self.path[:-1], self.path[-1])
 
     @property
     def tensor(self) -> torch.Tensor | None:
@@ -131,13 +146,7 @@ class Slot:
     @property
     def shown(self) -> torch.Tensor | None:
         """The tensor that is registered there now."""
-        module = self.layer.module
-        try:  # asked of every slot at every decision
-            for part in self.way:
-                module = module._modules[part]  # type: ignore[assignment]
-            return module._parameters[self.path[-1]]
-        except (KeyError, AttributeError):  # it is not there any more
-            return None
+        return self.place.tensor
 
 
 @dataclass(eq=False, slots=True)
@@ -172,13 +181,6 @@ class Inventory:
     def active(self) -> tuple[str, ...]:
         """The names of the adapters that are active in at least one layer."""
         return tuple(dict.fromkeys(name for layer in self.layers for name in layer.active))
-
-    @property
-    def in_place(self) -> bool:
-        """No adapted layer was exchanged for another module since the inventory was taken."""
-        return all(
-            layer.parent is None or layer.parent._modules.get(layer.key) is layer.module for layer in self.layers
-        )
 
 
 def take_inventory(roots: Iterable[tuple[str, nn.Module]]) -> Inventory:

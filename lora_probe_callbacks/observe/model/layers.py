@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -13,13 +14,15 @@ from peft.utils.other import ModulesToSaveWrapper
 from lora_probe_callbacks.facts import Coverage, ForwardFact, Gradients, StartFact, UnitFact
 from lora_probe_callbacks.observe.device.token_rows import TokenRows
 from lora_probe_callbacks.observe.model.coverage import adapter_configs, read_coverage, token_rows
-from lora_probe_callbacks.observe.model.initial_state import natural_scaling, read_start, scaling
+from lora_probe_callbacks.observe.model.initial_state import natural_scaling, read_start
 from lora_probe_callbacks.observe.model.inventory import Unit
+from lora_probe_callbacks.observe.model.places import Places
 from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.observe.model.unused import idle_part
 
 __all__ = ["Layers", "Part"]
 
+_scaling = attrgetter("scaling")
 Part = Literal["layer", "branch", "sibling"] | None  # see UnitFact.idle_part
 
 
@@ -40,7 +43,13 @@ class Layers:
     def settle(self) -> None:
         """Begin anew with the units that are expected now."""
         units = self._targets.units
+        self._called = [id(unit.layer.called) for unit in units]
         self._naturals = [natural_scaling(unit) for unit in units]
+        self._of_factor = [index for index, factor in enumerate(self._naturals) if factor is not None]
+        self._modules = [units[index].layer.module for index in self._of_factor]
+        self._adapters = [units[index].adapter for index in self._of_factor]
+        self._adapted = [unit.layer for unit in units if unit.layer.lora]
+        self._weights = Places(layer.base_place for layer in self._adapted)
         bounds = np.cumsum([0, *(len(unit.slots) for unit in units)]).tolist()
         self._slots_of_unit = [tuple(range(a, b)) for a, b in itertools.pairwise(bounds)]
         self._facts: tuple[UnitFact, ...] = ()
@@ -61,14 +70,21 @@ class Layers:
         if not any(f.received and f.calls is not None for f in forwards):
             return None
         inventory = self._targets.inventory
+        if called.issuperset(self._called):  # as a rule
+            return [None] * len(self._called)
         return [
-            None if id(unit.layer.called) in called else idle_part(unit, called, inventory)
-            for unit in self._targets.units
+            None if layer in called else idle_part(unit, called, inventory)
+            for unit, layer in zip(self._targets.units, self._called, strict=True)
         ]
 
     def factors(self) -> list[float | None]:
         """The factor of the product BA in every expected unit; None where its method has none."""
-        return [None if n is None else scaling(u) for u, n in zip(self._targets.units, self._naturals, strict=True)]
+        found: list[float | None] = [None] * len(self._called)
+        now = map(dict.get, map(_scaling, self._modules), self._adapters)
+        for unit, factor in zip(self._of_factor, now, strict=True):
+            if isinstance(factor, (float, int)):  # else it is no plain number any more
+                found[unit] = float(factor)
+        return found
 
     def facts(
         self,
@@ -161,8 +177,9 @@ class Layers:
 
     def trainable_bases(self) -> tuple[str, ...]:
         """Names of the expected layers whose base weight requires gradients."""
-        weights = [(unit.layer.name, unit.layer.base_weight) for unit in self._targets.units]
-        trainable = {name: id(weight) for name, weight in weights if weight is not None and weight.requires_grad}
+        weights = zip(self._adapted, self._weights.tensors(), strict=True)
+        there = ((layer, layer.base_weight if known is None else known) for layer, known in weights)
+        trainable = {layer.name: id(weight) for layer, weight in there if weight is not None and weight.requires_grad}
         if not trainable:
             return ()
         shared = self._shared_weights()

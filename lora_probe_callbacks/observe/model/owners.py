@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import is_
+from operator import attrgetter, is_
 
 import numpy as np
 import torch
 
 from lora_probe_callbacks.facts import CopiesFact, Slots
 from lora_probe_callbacks.observe.device.batching import Held, held
-from lora_probe_callbacks.observe.device.transfer import local
+from lora_probe_callbacks.observe.device.transfer import PLAIN, Kind, kind, local
 from lora_probe_callbacks.observe.model.master_weights import Copies, find_copies
 from lora_probe_callbacks.observe.model.ownership import groups_of, owner_of, tensors_of
 from lora_probe_callbacks.observe.model.targets import Targets
@@ -28,8 +28,6 @@ class Owners:
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
-        self._params: list[list[torch.Tensor]] = []  # of every group, at the last look
-        self._group_of: dict[int, int] = {}
         self.inside_forward = False  # a module has been called: its tensors may be stand-ins
         self.copies: Copies | None = None
         self.settle()
@@ -47,9 +45,11 @@ class Owners:
             tuple(slot.adapter for slot in slots),
             tuple(slot.path[0] for slot in slots),
         )
-        self._outside: list[torch.Tensor | None] = []  # the tensors of the last look
-        self._looked: object = None  # what it saw
-        self._kinds: list[tuple[torch.dtype, int] | None] | None = None
+        self.tensors: list[torch.Tensor | None] = []  # of the last look
+        self._looked: tuple[object, object] = None, None
+        self._params: list[torch.Tensor] = []  # of all groups, at the last look
+        self._sizes: list[list[int]] | None = None
+        self._kinds: list[Kind | None] | None = None
         self._columns = Slots.none()
         self.look()
 
@@ -57,51 +57,59 @@ class Owners:
 
     def look(self) -> None:
         """See which tensors the slots hold now, and who owns them."""
-        optimizers = self._targets.optimizers
-        self._group_of = self._owner_of()
-        tensors = [slot.tensor for slot in self._targets.slots]
-        if self.inside_forward and len(tensors) == len(self._outside):
-            tensors = [self._behind_stand_in(now, before) for now, before in zip(tensors, self._outside, strict=True)]
-        self.tensors = self._outside = tensors
-        self._groups = groups_of(optimizers)
-        self._sizes = self._group_sizes()
+        self._look_at_groups()
+        tensors = self._targets.tensors()
+        if self.inside_forward and len(tensors) == len(self.tensors):
+            tensors = [self._behind_stand_in(now, then) for now, then in zip(tensors, self.tensors, strict=True)]
+        known = self._group_of is self._looked[0] and self.copies is self._looked[1]
+        if not known or len(tensors) != len(self.tensors) or not all(map(is_, tensors, self.tensors)):
+            self.tensors, self._looked = tensors, (self._group_of, self.copies)
+            self._learn()
+        self._look_at_kinds()
+
+    def _learn(self) -> None:
+        """Other tensors, or other owners, than at the last look."""
+        tensors = self.tensors
+        self._plain = all(type(t) in PLAIN for t in tensors)  # all are there, and none is in shards
+        self._slot_of = {id(t): i for i, t in enumerate(tensors) if t is not None}
         find = self._group_of.get
-        mine = [find(id(tensor), -1) for tensor in tensors]
         behind = {} if self.copies is None else {i: find(id(t), -1) for i, t in self.copies.holders.items()}
         self._behind = {i: group for i, group in behind.items() if group >= 0}
-        seen = list(map(id, tensors)), mine, self._behind
-        self._known_kinds: set[tuple[int, bool]] = set()  # see held()
-        if seen == self._looked:  # the tensors of the last look were held up to now: an id stands for one of them
-            return
-        self._looked = seen
         of_group = np.array([*(group.optimizer for group in self._groups), -1])
-        self._own_group = np.array(mine, np.int64)
+        self._own_group = np.array([find(id(t), -1) for t in tensors], np.int64)
         self._own = of_group[self._own_group]  # optimizer by slot, -1 without one
         self._step_group = self._own_group.copy()  # of the tensor itself, or of its copy
         for slot, group in self._behind.items():
             if self._step_group[slot] < 0:
                 self._step_group[slot] = group
         owning = {int(o) for o in of_group[self._step_group] if o >= 0}
-        self._owning = owning or set(range(len(optimizers)))
+        self._owning = owning or set(range(len(self._targets.optimizers)))
         self._of: dict[tuple[int, bool], dict[int, torch.Tensor]] = {}  # see of_optimizer()
         self._held: dict[tuple[int, bool], Held] = {}
 
-    def _owner_of(self) -> dict[int, int]:
-        """Worked out anew only where a group holds other objects than at the last look."""
-        params = [group["params"] for optimizer in self._targets.optimizers for group in optimizer.param_groups]
-        same = list(map(len, params)) == list(map(len, self._params)) and all(
-            all(map(is_, now, before)) for now, before in zip(params, self._params, strict=True)
-        )
-        if not same:
-            self._params, self._group_of = [list(group) for group in params], owner_of(self._targets.optimizers)
-        return self._group_of
+    def _look_at_kinds(self) -> None:
+        """An assignment to ``.data`` gives a tensor another shape or type, and leaves the object."""
+        self._kinds_known = True
+        tensors = self.tensors if self._plain else [t if t is None else local(t) for t in self.tensors]
+        kinds = [None if t is None else kind(t) for t in tensors]
+        if kinds != self._kinds:
+            self._held.clear()
+            self._kinds, self._columns = kinds, self._of_kinds(kinds)
+
+    def _look_at_groups(self) -> None:
+        """Owners are worked out anew only where a group holds other objects than at the last look."""
+        optimizers = self._targets.optimizers
+        params, sizes = tensors_of(optimizers), self._group_sizes()
+        if sizes != self._sizes or not all(map(is_, params, self._params)):
+            self._params, self._sizes, self._group_of = params, sizes, owner_of(optimizers)
+        self._groups = groups_of(optimizers)
 
     def _behind_stand_in(self, now: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
         """torch.func.functional_call puts others in the place of what an optimizer owns, for one forward."""
         return before if id(now) not in self._group_of and id(before) in self._group_of else now
 
-    def _group_sizes(self) -> list[int]:
-        return [len(group["params"]) for optimizer in self._targets.optimizers for group in optimizer.param_groups]
+    def _group_sizes(self) -> list[list[int]]:
+        return [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self._targets.optimizers]
 
     def owning(self) -> set[int]:
         """The optimizers that own expected tensors; all of them if none does.
@@ -138,16 +146,16 @@ class Owners:
 
     def held(self, optimizer: int, *, unowned: bool = False) -> Held:
         """The same, grouped for reading. For use under ``no_grad``."""
+        if not self._kinds_known:
+            self._look_at_kinds()
         which = (optimizer, unowned and bool((self._own < 0).any()))
-        found = self._held.get(which)
-        if found is None or (which not in self._known_kinds and not found.fits()):
-            found = self._held[which] = held(self.of_optimizer(optimizer, unowned=unowned))
-        self._known_kinds.add(which)
-        return found
+        if which not in self._held:
+            self._held[which] = held(self.of_optimizer(optimizer, unowned=unowned))
+        return self._held[which]
 
     def forget_kinds(self) -> None:
         """A step was made, and user code runs until the next one: what is held may be of other kinds by then."""
-        self._known_kinds.clear()
+        self._kinds_known = False
 
     def whole(self) -> dict[int, torch.Tensor]:
         """Slots that are meant to train and of which this rank holds all."""
@@ -162,18 +170,18 @@ class Owners:
 
     def columns(self) -> Slots:
         """Every expected slot as it is now."""
-        kinds = [None if t is None else (t.dtype, local(t).numel()) for t in self.tensors]
-        if kinds != self._kinds:
-            self._kinds, self._columns = kinds, self._of_kinds(kinds)
         owner = np.array([*(group.optimizer for group in self._groups), -1], np.int64)
         rate = np.array([*(group.learning_rate for group in self._groups), np.nan], np.float64)
         decay = np.array([*(group.weight_decay for group in self._groups), np.nan], np.float64)
-        requires_grad = np.array([t is not None and t.requires_grad for t in self.tensors], np.bool_)
+        if self._plain:
+            requires_grad = np.array(list(map(attrgetter("requires_grad"), self.tensors)), np.bool_)
+        else:
+            requires_grad = np.array([t is not None and t.requires_grad for t in self.tensors], np.bool_)
         of = self._step_group
         self._columns = self._columns.with_state(requires_grad, owner[of], rate[of], decay[of])
         return self._columns
 
-    def _of_kinds(self, kinds: Sequence[tuple[torch.dtype, int] | None]) -> Slots:
+    def _of_kinds(self, kinds: Sequence[Kind | None]) -> Slots:
         """What follows from names, types and sizes."""
         name, adapter, part = self._words
         halves, size = (torch.float16, torch.bfloat16), len(kinds)
@@ -188,8 +196,8 @@ class Owners:
             owner=np.full(size, -1),
             rate=np.full(size, np.nan),
             weight_decay=np.full(size, np.nan),
-            half=np.array([k is not None and k[0] in halves for k in kinds], np.bool_),
-            numel=np.array([0 if k is None else k[1] for k in kinds], np.int64),
+            half=np.array([k is not None and k[1] in halves for k in kinds], np.bool_),
+            numel=np.array([0 if k is None else k[2].numel() for k in kinds], np.int64),
         )
 
     def why_not_owned(self) -> str:
@@ -256,4 +264,4 @@ class Owners:
 
     def seen(self) -> dict[int, int]:
         """Tensor id to slot, as of the last look."""
-        return {id(t): i for i, t in enumerate(self.tensors) if t is not None}
+        return self._slot_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -109,7 +110,8 @@ def ownership(optimizers: Sequence[Optimizer]) -> dict[int, Ownership]:
 
 def tensors_of(optimizers: Iterable[Optimizer]) -> list[torch.Tensor]:
     """All tensors in all groups."""
-    return [t for optimizer in optimizers for group in optimizer.param_groups for t in group["params"]]
+    groups = (group["params"] for optimizer in optimizers for group in optimizer.param_groups)
+    return list(chain.from_iterable(groups))
 
 
 def found_inf(optimizer: Optimizer) -> torch.Tensor | None:

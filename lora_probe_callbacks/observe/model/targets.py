@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lora_probe_callbacks.observe.model.inventory import AdaptedLayer, Inventory, Slot, Unit, take_inventory
 from lora_probe_callbacks.observe.model.ownership import owner_of
+from lora_probe_callbacks.observe.model.places import Links, Places
 from lora_probe_callbacks.observe.model.wrappers import is_flat, sharded_modules, shards_behind
 
 if TYPE_CHECKING:
@@ -41,11 +42,15 @@ class Targets:
         self.roots = roots
         self.optimizers = optimizers
         self.config = config
-        self.inventory: Inventory = take_inventory(roots)
+        self._know(take_inventory(roots))
         self._check_names()
         self._find_shards()
         self.left: dict[str, torch.Tensor] = {}  # what layers held that are no longer there
         self.expect(self.active_names())
+
+    def _know(self, inventory: Inventory) -> None:
+        self.inventory = inventory
+        self._in_place = Links((x.parent, x.key, x.module) for x in inventory.layers if x.parent is not None)
 
     # --- what is meant ----------------------------------------------------------------------
 
@@ -95,7 +100,8 @@ class Targets:
         self.expected = names
         self.units: list[Unit] = self._choose([u for u in self.inventory.units if u.adapter in names])
         self.slots: list[Slot] = [slot for unit in self.units for slot in unit.slots]
-        self.start_tensors = [slot.tensor for slot in self.slots]
+        self._places = Places(slot.place for slot in self.slots)
+        self.start_tensors = self.tensors()
 
     def _choose(self, units: list[Unit]) -> list[Unit]:
         """With several models that hold adapters, the expected ones are those that an optimizer owns."""
@@ -149,7 +155,7 @@ class Targets:
 
     def refresh(self) -> bool:
         """Take the inventory again if a layer was exchanged; returns whether it was."""
-        if self.inventory.in_place:
+        if self._in_place.hold:
             self.look_behind()
             return False
         self._take(take_inventory(self.roots))
@@ -165,12 +171,17 @@ class Targets:
 
     def _take(self, inventory: Inventory) -> None:
         former = {slot.name: t for slot, t in zip(self.slots, self.start_tensors, strict=True) if t is not None}
-        self.inventory = inventory
+        self._know(inventory)
         self._find_shards()
         self.expect(self.expected)
         self.left.update(former)
         for slot in self.slots:
             self.left.pop(slot.name, None)
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """The tensor that belongs in each expected slot: see :attr:`Slot.tensor`."""
+        shown = self._places.tensors()
+        return [self._shards.get(id(t), t) for t in shown] if self._shards else shown
 
     @property
     def device(self) -> torch.device:
@@ -184,4 +195,4 @@ class Targets:
 
     def slot_of(self) -> dict[int, int]:
         """Tensor id to slot, as they are now."""
-        return {id(t): i for i, slot in enumerate(self.slots) if (t := slot.tensor) is not None}
+        return {id(t): i for i, t in enumerate(self.tensors()) if t is not None}
