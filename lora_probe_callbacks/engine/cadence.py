@@ -21,6 +21,7 @@ class Cadence:
         borrows: Whether the estimator waits for the inputs of a step's forward.
         proven: Whether everything has been proven that applies.
         stepped: Whether an optimizer that owns the adapter has stepped.
+        overdue: Whether it has stopped stepping.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class Cadence:
         borrows: Callable[[int], bool],
         proven: Callable[[], bool],
         stepped: Callable[[], bool],
+        overdue: Callable[[], bool],
     ) -> None:
         self._every = every_n_steps
         self._alone = alone
         self._borrows = borrows
         self._proven = proven
         self._stepped = stepped
+        self._overdue = overdue
         self._last_closely = 0
         self._now: tuple[int, bool] = (-1, False)
         self.probed_steps = 0  # so far
@@ -57,7 +60,14 @@ class Cadence:
     def _is_probed(self, step: int) -> bool:
         if step < ALWAYS or step % self._every == 0 or self._borrows(step):
             return True
-        return self._alone() and (not self._stepped() or (step < _WARM_UP and not self._proven()))
+        if not self._alone():
+            return False
+        return not self._stepped() or self._overdue() or (step < _WARM_UP and not self._proven())
+
+    def newly_probed(self, step: int) -> bool:
+        """The present step takes too long: whether it is probed from here on, and was not before."""
+        before, self._now = self._now, (step, self._is_probed(step))
+        return self._now[1] and before != self._now
 
     def closely(self, step: int) -> bool:
         """Walk the graph of this step's forwards, whether or not gradients show that it is whole."""

@@ -175,7 +175,7 @@ class Collector:
         """
         self._refresh()
         reader, owners, targets = self._observers.reader, self._observers.owners, self._observers.targets
-        if moment == "waiting":
+        if moment == "waiting" and not self._state.ever_stepped:
             for owner in owners.owning():
                 reader.read_gradients(owner, unowned=False)
         if probed and optimizer is not None:

@@ -78,10 +78,12 @@ class ProofBook:
 
     Args:
         claims: Those that the selected checks are about.
+        lapsed: The optimizers that step no more, although backward passes go on.
     """
 
-    def __init__(self, claims: Collection[Claim]) -> None:
+    def __init__(self, claims: Collection[Claim], lapsed: Callable[[], Collection[int]] = tuple) -> None:
         self._claims = claims
+        self._lapsed = lapsed
         self._saved: dict[str, str] = {}  # adapter to the file that was looked at last, in words
         self._in_file: Bools = np.zeros(0, np.bool_)  # slots of which some file was looked at
         self.begin(0)
@@ -246,8 +248,19 @@ class ProofBook:
         for claim in self.applying():
             mine = wanted & (self._in_file if claim == "saved" else ~idle)
             number = int(mine.sum())
-            found[claim] = float((self._columns[claim].holds & mine).sum() / number) if number else 0.0
+            found[claim] = float((self._holds(claim) & mine).sum() / number) if number else 0.0
         return found
+
+    def _holds(self, claim: Claim) -> Bools:
+        """What a claim is proven of; what the optimizer did once says nothing of a loop that goes on without it."""
+        holds = self._columns[claim].holds
+        return holds & ~self._of_lapsed if claim in ("moved", "seen") else holds
+
+    @property
+    def _of_lapsed(self) -> Bools:
+        lapsed = list(self._lapsed())
+        found: Bools = np.isin(self._facts.slots.owner, lapsed) if lapsed else np.zeros(len(self), np.bool_)
+        return found if len(found) == len(self) else np.zeros(len(self), np.bool_)
 
     @property
     def complete(self) -> bool:
@@ -270,11 +283,12 @@ class ProofBook:
         # A file must hold what is idle, too.
         idle = np.zeros(len(self), np.bool_) if claim == "saved" else wanted & self._idle
         expected = wanted & self._in_file if claim == "saved" else wanted & ~idle
-        missing = expected & ~column.holds
+        holds = self._holds(claim)
+        missing = expected & ~holds
         observed = column.last[expected]
         return Proof(
             claim=claim,
-            proven=int((expected & column.holds).sum()),
+            proven=int((expected & holds).sum()),
             expected=int(expected.sum()),
             idle=int(idle.sum()),
             step=int(observed.max()) if observed.size and observed.max() >= 0 else None,
@@ -334,6 +348,7 @@ class ProofBook:
         return [
             *reasons,
             (lambda: self._of_idle_optimizers | (history.reads == 0), "whose optimizer has not stepped"),
+            (lambda: never & self._of_lapsed, "whose optimizer steps no more, although backward passes go on"),
             (lambda: history.missing > 0, "without a gradient (None)"),
             (lambda: (history.zero > 0) & ~history.had_signal, "with a gradient of exactly zero so far"),
             (lambda: history.zero > 0, "with a gradient of exactly zero"),

@@ -64,12 +64,12 @@ class ProbeSession:
         checks = selected(config.select, config.ignore)
         self._ledger = Ledger(checks)
         self._judge = Judge(checks, self._errors, self._ledger)
-        self._proofs = ProofBook(claims_of(checks))
+        self._state = RunState(framework_step=lambda: self._state.step)
+        self._proofs = ProofBook(claims_of(checks), lapsed=lambda: self._state.backwards.lapsed)
         self._agreement = Agreement([check.code for check in checks], self._alone)
         self._decisions = Decisions(
             config, self._judge, self._ledger, self._proofs, self._teller, self._agreement, self._errors, on_stop
         )
-        self._state = RunState(framework_step=lambda: self._state.step)
         self._estimates: Estimates | None = None
         self._ended = False
         self._questions: list[str] = []  # what cannot be judged at all, and why
@@ -159,6 +159,7 @@ class ProbeSession:
             borrows=self._estimates.borrows,
             proven=lambda: self._proofs.complete,
             stepped=lambda: state.ever_stepped,
+            overdue=lambda: state.backwards.overdue,
         )
         self._events = StepEvents(
             state=state,
@@ -253,6 +254,7 @@ class ProbeSession:
 
     def _let_go(self) -> None:
         """Release all tensors and the hooks on them."""
+        self._state.backwards.remove()
         self._observers.reader.forget()
         self._reruns.forget()
         if self._estimates is not None and (not self.running or self._state.broken):
@@ -332,9 +334,9 @@ class ProbeSession:
         self._let_go()
 
     def _no_look(self, error: BaseException) -> None:
-        checks = self._judge.with_need("initial state", "coverage")
-        reason = f"could not judge: {type(error).__name__} when the model was looked at"
-        self._judge.drop(checks, reason, self._state.step, self._state.framework_step())
+        checks, state = self._judge.with_need("initial state", "coverage"), self._state
+        why = f"could not judge: {type(error).__name__} when the model was looked at"
+        self._judge.drop(checks, why, state.step, state.framework_step())
 
     def _alone(self, reason: str, facts: Facts) -> None:
         self._ledger.not_judged(reason, facts.step, facts.framework_step, self._judge.with_need("ranks"))

@@ -55,6 +55,7 @@ from lora_probe_callbacks.faults.optimizer import (
     scheduler_never_stepped,
     second_moment_not_representable,
     steps_swallowed,
+    stops_stepping,
 )
 from lora_probe_callbacks.faults.targets import (
     experts_that_are_no_modules,
@@ -135,6 +136,7 @@ __all__ = [
     "second_moment_not_representable",
     "skipped_because_present",
     "steps_swallowed",
+    "stops_stepping",
     "target_filtered_out",
     "tokens_added_before_wrapping",
     "tower_checkpointed_reentrant",

@@ -390,6 +390,13 @@ def _overflowing() -> Trial:
 
 
 @_trial
+def _stops_stepping() -> Trial:
+    model = lora_model()
+    optimizer = adamw(model)
+    return Trial(model, optimizer, between=at_step(2, lambda: faults.stops_stepping(optimizer)), begins=2)
+
+
+@_trial
 def _steps_swallowed() -> Trial:
     model = lora_model()
     optimizer = adamw(model)

@@ -217,6 +217,10 @@ def hooks_of_the_probe(model: nn.Module) -> Iterator[str]:
             for hook in hooks.values():
                 if "lora_probe_callbacks" in str(getattr(getattr(hook, "func", hook), "__module__", "")):
                     yield name
+    for name, tensor in model.named_parameters():
+        hooks = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
+        if any("lora_probe_callbacks" in str(type(hook).__module__) for hook in hooks.values()):
+            yield name
 
 
 def assert_found(

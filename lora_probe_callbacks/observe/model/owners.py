@@ -8,7 +8,7 @@ from operator import is_
 import numpy as np
 import torch
 
-from lora_probe_callbacks.facts import CopiesFact, Slots
+from lora_probe_callbacks.facts import Bools, CopiesFact, Slots
 from lora_probe_callbacks.observe.device.batching import Held, held
 from lora_probe_callbacks.observe.device.transfer import local
 from lora_probe_callbacks.observe.model.master_weights import Copies, find_copies
@@ -118,6 +118,27 @@ class Owners:
     def has_gradients(self, optimizer: int) -> bool:
         """Some tensor of an optimizer has a gradient."""
         return any(t.grad is not None for t in tensors_of([self._targets.optimizers[optimizer]]))
+
+    def one_of_each(self, learning: Bools) -> dict[int, torch.Tensor]:
+        """Optimizer to one of the tensors that it steps.
+
+        Args:
+            learning: Slots that are known to get gradients: these first.
+
+        Returns:
+            A tensor of the model that requires gradients, where there is one.
+        """
+        of_group = np.array([*(group.optimizer for group in self._groups), -1])
+        owner, intended = of_group[self._step_group], ~self._frozen
+        found: dict[int, torch.Tensor] = {}
+        for optimizer in self._owning:
+            mine = intended & (owner == optimizer)
+            first = next((s for s in (mine & learning, mine & (self._role != "A"), mine) if s.any()), mine)
+            tensors = (self.tensors[slot] for slot in np.flatnonzero(first).tolist())
+            tensor = next((t for t in tensors if t is not None and t.requires_grad), None)
+            if tensor is not None:
+                found[optimizer] = tensor
+        return found
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Some optimizer holds this very object."""
