@@ -20,8 +20,7 @@ class Cadence:
         alone: One process: nobody else must come to the same answer.
         borrows: Whether the estimator waits for the inputs of a step's forward.
         proven: Whether everything has been proven that applies.
-        stepped: Whether an optimizer that owns the adapter has stepped.
-        overdue: Whether it has stopped stepping.
+        unstepped: Whether no optimizer that owns the adapter has stepped so far, or it has stopped stepping.
     """
 
     def __init__(
@@ -31,15 +30,13 @@ class Cadence:
         alone: Callable[[], bool],
         borrows: Callable[[int], bool],
         proven: Callable[[], bool],
-        stepped: Callable[[], bool],
-        overdue: Callable[[], bool],
+        unstepped: Callable[[], bool],
     ) -> None:
         self._every = every_n_steps
         self._alone = alone
         self._borrows = borrows
         self._proven = proven
-        self._stepped = stepped
-        self._overdue = overdue
+        self._unstepped = unstepped
         self._last_closely = 0
         self._now: tuple[int, bool] = (-1, False)
         self.probed_steps = 0  # so far
@@ -60,9 +57,7 @@ class Cadence:
     def _is_probed(self, step: int) -> bool:
         if step < ALWAYS or step % self._every == 0 or self._borrows(step):
             return True
-        if not self._alone():
-            return False
-        return not self._stepped() or self._overdue() or (step < _WARM_UP and not self._proven())
+        return self._alone() and (self._unstepped() or (step < _WARM_UP and not self._proven()))
 
     def newly_probed(self, step: int) -> bool:
         """The present step takes too long: whether it is probed from here on, and was not before."""

@@ -102,6 +102,7 @@ class ProofBook:
         self._blamed = np.zeros(size, "<U5")  # code of the check that spoke of it last
         self._somebody_ran = self._is_stale = self._supervision_seen = False
         self._calls = [0, 0]  # forwards that were seen with gradients, and without
+        self._backward = False  # some pass may have followed them
         self._in_file = np.zeros(size, np.bool_)
         self._facts = Facts()
 
@@ -122,6 +123,7 @@ class ProofBook:
         self._facts = facts
         self._calls[0] += len(facts.forwards)
         self._calls[1] += facts.forwards_without_grad
+        self._backward |= bool(facts.forwards) and facts.backward_called is not False
         for code, verdict in verdicts.items():
             if verdict.status in ("warn", "fail") and verdict.slots:
                 self._blamed[[slot for slot in verdict.slots if slot < len(self)]] = code
@@ -309,7 +311,7 @@ class ProofBook:
         if facts.why_not_owned and claim in ("owned", "reached", "moved", "seen"):
             return facts.why_not_owned
         if not self._somebody_ran:
-            return facts.unobservable or self._nothing_ran()
+            return facts.unobservable or _nothing_ran(*self._calls, backward=self._backward)
         if not missing.any():  # and nothing is expected either
             return "every tensor that should train is idle" if self._expected.any() else "no tensor is meant to train"
         left, parts = missing.copy(), []
@@ -320,14 +322,6 @@ class ProofBook:
                 left &= ~mine
         parts.sort(key=lambda part: -part[0])
         return "; ".join(f"{count} {reason}" for count, reason in parts)
-
-    def _nothing_ran(self) -> str:
-        with_gradients, without = self._calls
-        if without and not with_gradients:
-            return "every forward of the model ran without gradients (no_grad or inference_mode)"
-        if with_gradients:
-            return "no gradient arrived at the output of any forward: the loss that is differentiated is not made of it"
-        return "no training forward of this model was seen"
 
     def _reasons(self, claim: Claim) -> list[tuple[Callable[[], Bools], str]]:
         """What keeps a tensor from being proven, nearest cause first."""
@@ -377,6 +371,16 @@ class ProofBook:
         if int(self._columns[claim].missed[slots].max()) >= PATIENCE:
             return " (no check explains this)"
         return ", and the run has ended" if ended else " (not yet)"
+
+
+def _nothing_ran(with_gradients: int, without: int, *, backward: bool) -> str:
+    if without and not with_gradients:
+        return "every forward of the model ran without gradients (no_grad or inference_mode)"
+    if with_gradients and not backward:
+        return "no backward was called after any forward that was seen"
+    if with_gradients:
+        return "no gradient arrived at the output of any forward: the loss that is differentiated is not made of it"
+    return "no training forward of this model was seen"
 
 
 def _who_ran(facts: Facts) -> tuple[Bools, Bools | None, Bools]:

@@ -158,8 +158,7 @@ class ProbeSession:
             alone=lambda: not self._agreement.several,
             borrows=self._estimates.borrows,
             proven=lambda: self._proofs.complete,
-            stepped=lambda: state.ever_stepped,
-            overdue=lambda: state.backwards.overdue,
+            unstepped=lambda: not state.ever_stepped or state.backwards.overdue,
         )
         self._events = StepEvents(
             state=state,

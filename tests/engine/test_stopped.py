@@ -10,9 +10,8 @@ from support.doors import DOORS, watch_through
 from support.training import (
     Training,
     adamw,
-    assert_found,
     batches,
-    hooks_of_the_probe,
+    left_by_the_probe,
     lora,
     next_token_loss,
     trainable,
@@ -38,7 +37,7 @@ def run(
         for number, batch in enumerate(batches(passes)):
             loss(model, batch, number).backward()
             after(optimizer, number)
-    assert not list(hooks_of_the_probe(model))
+    assert not left_by_the_probe(model)
     assert not probe.report.internal_errors
     return probe.report
 
@@ -105,7 +104,8 @@ def test_of_two_optimizers_the_one_that_stops_is_named() -> None:
             model.zero_grad()
     proof = probe.report.proofs["moved"]
     assert probe.report.status == "unproven"
-    assert proof.missing and all("lora_" in name for name in proof.missing)
+    assert proof.missing
+    assert all("lora_" in name for name in proof.missing)
     assert "steps no more" in proof.why
 
 

@@ -26,6 +26,7 @@ class Candidate:
     calls: list[tuple[int, int, Mode | None]] | None
     with_grad: set[int]  # units whose layer ran with gradients enabled
     holds_expected: bool
+    cut: set[int] = field(default_factory=set)  # units inside a reentrant checkpoint without a backward
     received: bool = False
     carries_graph: bool = True  # some output requires gradients
     modes_at_backward: tuple[Mode, ...] | None = None
@@ -60,6 +61,7 @@ class Candidate:
             holds_expected=self.holds_expected,
             carries_graph=self.carries_graph,
             with_grad=None if self.calls is None else frozenset(self.with_grad),
+            cut=frozenset(self.cut),
             reached=reached,
             why_unknown=self.why_unknown,
             dropped=frozenset(slots[i] for i in self.dropped if i in slots),

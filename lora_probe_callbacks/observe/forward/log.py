@@ -12,7 +12,14 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.facts import ForwardFacts, Mode
 from lora_probe_callbacks.observe.forward.candidate import Candidate, tensors_in
-from lora_probe_callbacks.observe.forward.graph import mark, runs_to_all, walk, walk_from_here
+from lora_probe_callbacks.observe.forward.graph import (
+    backwards_so_far,
+    cut_by_checkpoint,
+    mark,
+    runs_to_all,
+    walk,
+    walk_from_here,
+)
 from lora_probe_callbacks.observe.forward.weight_usage import WeightWitness
 from lora_probe_callbacks.observe.model.inventory import Inventory, Unit
 from lora_probe_callbacks.observe.model.wrappers import describe
@@ -53,6 +60,7 @@ class ForwardLog:
         self.merged_seen = False
         self.beside: set[Mode] = set()  # states in which layers ran beside training: no gradients, or disabled
         self.ran_beside: set[int] = set()  # units whose layer ran there
+        self._backwards: int | None = None  # up to the first forward
         self._walked: dict[tuple[str, tuple[Mode, ...]], list[Candidate]] = {}
 
     def watch(self, inventory: Inventory, units: list[Unit]) -> None:
@@ -124,6 +132,8 @@ class ForwardLog:
             mode = unit.layer.mode(unit.adapter)
             if graded:
                 candidate.with_grad.add(index)
+            elif self.closely and cut_by_checkpoint():
+                candidate.cut.add(index)
             if mode == "active":
                 candidate.calls[index] = (good + 1, total + 1, bad)
             else:
@@ -146,6 +156,8 @@ class ForwardLog:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
         key = (candidate.module, candidate.modes)
         candidate.carries_graph = bool(outputs)
+        if self._backwards is None and not self.bare:
+            self._backwards = backwards_so_far()
         alike = self._walked.setdefault(key, [])
         # One walk serves all micro-batches of the same kind, but none serves that was not for training.
         if not self.bare and len(alike) < _WALKS and not any(c.received for c in alike):
@@ -206,7 +218,15 @@ class ForwardLog:
             forwards_without_grad=self.without_grad,
             ran_beside=frozenset(self.ran_beside),
             unobservable=self.unobservable,
+            backward_called=self._backward_called(),
         )
+
+    def _backward_called(self) -> bool | None:
+        """Since the first forward of this step; None where nobody looked."""
+        if any(c.received for c in self.candidates):
+            return True
+        now = None if self._backwards is None else backwards_so_far()
+        return None if now is None or self._backwards is None else now > self._backwards + 1
 
     @property
     def unobservable(self) -> str | None:
