@@ -39,6 +39,7 @@ class Cadence:
         self._unstepped = unstepped
         self._last_closely = 0
         self._now: tuple[int, bool] = (-1, False)
+        self._began = 0  # the step in which what trains has changed last
         self.probed_steps = 0  # so far
 
     def probed(self, step: int) -> bool:
@@ -57,12 +58,16 @@ class Cadence:
     def _is_probed(self, step: int) -> bool:
         if step < ALWAYS or step % self._every == 0 or self._borrows(step):
             return True
-        return self._alone() and (self._unstepped() or (step < _WARM_UP and not self._proven()))
+        return self._alone() and (self._unstepped() or (step - self._began < _WARM_UP and not self._proven()))
 
     def newly_probed(self, step: int) -> bool:
         """The present step takes too long: whether it is probed from here on, and was not before."""
         before, self._now = self._now, (step, self._is_probed(step))
         return self._now[1] and before != self._now
+
+    def begin_again(self, step: int) -> None:
+        """What trains has changed: look at the next steps until everything is proven."""
+        self._began = step
 
     def closely(self, step: int) -> bool:
         """Walk the graph of this step's forwards, whether or not gradients show that it is whole."""

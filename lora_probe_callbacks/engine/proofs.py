@@ -105,6 +105,7 @@ class ProofBook:
         self._backward = False  # some pass may have followed them
         self._in_file = np.zeros(size, np.bool_)
         self._facts = Facts()
+        self._details: dict[Claim, str] = {}  # what a claim was proven by, where that is worth a word
 
     def __len__(self) -> int:
         return len(self._ran)
@@ -150,10 +151,12 @@ class ProofBook:
             moved = facts.update.moved & ~facts.update.broken & (self._signal_at == step)
         if facts.copies is not None and facts.copies.followed and not facts.copies.still:
             moved[list(facts.copies.slots)] = True  # written back to by the loop, after the step of the copies
-        self._enter("moved", moved, facts.intended & (self._ran_at >= 0) & (self._ran_at == step), step)
+        self._enter("moved", moved, _able(facts) & (self._ran_at >= 0) & (self._ran_at == step), step)
 
     def _enter_forwards(self, facts: Facts) -> None:
         ran, trained, active = _who_ran(facts)
+        if rows := {n: f"{n!r} in {on} of {total} rows" for f in facts.training_forwards for n, on, total in f.rows}:
+            self._details["active"] = ", ".join(rows.values())
         # Whoever called what: where a gradient arrives, the tensor had a part in the loss.
         signal = facts.gradients.signal
         unseen = signal if trained is None else signal & ~trained
@@ -170,7 +173,7 @@ class ProofBook:
             self._supervision_seen = True
             self._enter("supervised", trained & (not facts.supervision.empty.all()), trained, facts.step)
         self._enter("active", active, trained, facts.step)
-        self._enter("reached", signal, trained & facts.gradients.read, facts.step)
+        self._enter("reached", signal, trained & facts.gradients.read & _able(facts), facts.step)
         owned = facts.slots.owned & trained
         if facts.moment in ("step", "skipped", "waiting"):
             self._enter("owned", owned, trained, facts.step)
@@ -191,6 +194,7 @@ class ProofBook:
             column = self._columns["saved"]
             column.last[slots] = -1
             self._saved[saved.adapter] = _of_file(saved)
+            self._details["saved"] = "; ".join(dict.fromkeys(self._saved.values()))
             absent = saved.missing or saved.empty or saved.differing or saved.shapes
             if saved.as_live and not (saved.unreadable or saved.why_not or absent):
                 column.last[slots] = saved.step
@@ -256,6 +260,8 @@ class ProofBook:
     def _holds(self, claim: Claim) -> Bools:
         """What a claim is proven of; what the optimizer did once says nothing of a loop that goes on without it."""
         holds = self._columns[claim].holds
+        if claim in ("reached", "moved", "seen") and len(self._facts.slots) == len(self):
+            holds = holds & ~self._facts.frozen_later
         return holds & ~self._of_lapsed if claim in ("moved", "seen") else holds
 
     @property
@@ -296,7 +302,7 @@ class ProofBook:
             step=int(observed.max()) if observed.size and observed.max() >= 0 else None,
             missing=self._names(missing),
             why=self._why(claim, missing, ended=ended) if missing.any() or not expected.any() else "",
-            detail="; ".join(dict.fromkeys(self._saved.values())) if claim == "saved" else "",
+            detail=self._details.get(claim, ""),
         )
 
     def _why(self, claim: Claim, missing: Bools, *, ended: bool) -> str:
@@ -371,6 +377,11 @@ class ProofBook:
         if int(self._columns[claim].missed[slots].max()) >= PATIENCE:
             return " (no check explains this)"
         return ", and the run has ended" if ended else " (not yet)"
+
+
+def _able(facts: Facts) -> Bools:
+    """What could be renewed now: not what waits for its turn, or has lost its budget."""
+    return facts.intended & facts.slots.requires_grad & ~facts.pruned
 
 
 def _nothing_ran(with_gradients: int, without: int, *, backward: bool) -> str:

@@ -19,6 +19,7 @@ class RunState:
         framework_step: The framework's own step counter.
         accumulation: Backward passes to a step, as the framework says.
         tokenizer: Of the model, as the user or the framework hands it over; None if nobody does.
+        thaw_announced: The framework will thaw what is frozen now.
         step: The present step of this session, from 0.
         running: Between start and end.
         broken: The probe has stepped aside after an error of its own.
@@ -37,6 +38,7 @@ class RunState:
     framework_step: Callable[[], int]
     accumulation: int | None = None
     tokenizer: object = None
+    thaw_announced: bool = False
     step: int = 0
     running: bool = False
     broken: bool = False

@@ -72,7 +72,7 @@ class ProbeSession:
         )
         self._estimates: Estimates | None = None
         self._ended = False
-        self._questions: list[str] = []  # what cannot be judged at all, and why
+        self.questions: list[str] = []  # what else keeps this run from being called healthy
         self._report = _LiveReport(self)
         self.files = RunFiles(
             self._state, self._judge, self._ledger, self._proofs, self._decisions, self._teller, reads=main_rank
@@ -91,6 +91,7 @@ class ProbeSession:
         framework_step: Callable[[], int] | None = None,
         accumulation: int | None = None,
         tokenizer: object = None,
+        thaw_announced: bool = False,
     ) -> None:
         """Begin: find the adapters, take hold of the optimizers, arm the hooks of the first step.
 
@@ -101,6 +102,7 @@ class ProbeSession:
             framework_step: The framework's own step counter.
             accumulation: Backward passes to a step, where the framework says so.
             tokenizer: Of the model, where the framework hands it over and the user did not.
+            thaw_announced: The framework will thaw what is frozen now.
 
         Raises:
             ValueError: If there is no adapter, a name that does not exist, or no way to choose.
@@ -109,10 +111,11 @@ class ProbeSession:
         state = self._state
         state.framework_step, state.accumulation = framework_step or (lambda: state.step), accumulation
         state.tokenizer = tokenizer if self.config.tokenizer is None else self.config.tokenizer
+        state.thaw_announced = thaw_announced
         try:
             targets = Targets(list(roots), [unwrap_optimizer(o) for o in optimizers], self.config)
         except NotJudgedError as error:
-            self._questions.append(str(error))
+            self.questions.append(str(error))
             self._ledger.not_judged(f"could not judge: {error}", 0, 0)
             self._teller.once(f"could not judge: {error}")
             return
@@ -266,10 +269,6 @@ class ProbeSession:
         """What was found and proven so far; it follows the run."""
         return self._report
 
-    def add_open_question(self, question: str) -> None:
-        """Say in words what else keeps this run from being called healthy."""
-        self._questions.append(question)
-
     @property
     def should_stop(self) -> bool:
         """Something failed under ``on_failure="stop"``."""
@@ -373,4 +372,4 @@ class _LiveReport(ProbeReport):
     def open_questions(self) -> list[str]:  # type: ignore[override]
         estimates = self._session._estimates
         broken = {} if estimates is None else estimates.broken
-        return [*self._session._questions, *(f"estimator {name!r}: {reason}" for name, reason in broken.items())]
+        return [*self._session.questions, *(f"estimator {name!r}: {reason}" for name, reason in broken.items())]

@@ -153,6 +153,8 @@ class StepEvents:
         if self._probed and not state.broken:
             self._hang()
         state.step += 1
+        if self._observers.owners.thawed():
+            self._cadence.begin_again(state.step)
         self.begin_step()
 
     @property
@@ -216,6 +218,8 @@ class StepEvents:
             self.now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
             state.steps_of[index] += 1
             state.backwards.has_stepped(index)
+            if self._observers.owners.has_stepped(index, self.now.stepped):
+                self._hang()
             state.given_up.discard(index)
             self._read_after(index)
             if self.now.done(self.waited_for):

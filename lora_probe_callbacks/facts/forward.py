@@ -37,6 +37,10 @@ class ForwardFact:
     holds_expected: bool = True  # some expected unit lies below the called module
     carries_graph: bool = True  # some output requires gradients
     dropped: frozenset[int] = frozenset()  # slots behind an operation without a backward
+    rows: tuple[tuple[str, int, int], ...] = ()  # adapter, rows of the batch that ran with it, and all rows
+    without_token: int = 0  # rows in which aLoRA found no invocation token
+    in_eval: frozenset[int] = frozenset()  # units whose dropout is configured and was off
+    unchecked: int = 0  # modules whose checkpointing is on, and which do not checkpoint as they are in eval mode
     cut: frozenset[int] = frozenset()  # units inside a reentrant checkpoint none of whose inputs requires gradients
 
     def mode(self, unit: int) -> Mode:

@@ -35,7 +35,7 @@ def judge(facts: Facts) -> Verdict:
 def _long(facts: Facts) -> Bools:
     # A rare token may not occur for longer than that.
     rare = facts.slots.rows & (facts.step - facts.history.zero_since < RARE_STEPS)
-    long: Bools = (facts.history.zero >= LONG) & ~rare
+    long: Bools = (facts.history.zero >= LONG) & ~rare & ~facts.pruned
     return long
 
 

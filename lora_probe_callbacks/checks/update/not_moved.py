@@ -11,6 +11,7 @@ from lora_probe_callbacks.facts import Bools, Facts, Update, count
 LONG = 4 * PERSISTENT
 # Gradients may be accumulated over as many backward passes as one likes; hardly over more than these.
 CERTAIN = 128
+GATHERING = 2 * PERSISTENT  # RAdam's first five steps at the usual betas
 TIMES = 4  # as many as between two steps before
 
 
@@ -34,7 +35,9 @@ def _judge_update(facts: Facts, update: Update) -> Verdict:
     still = judged & (history.unmoved > 0)
     if not still.any():
         return _put_back(facts, judged)
-    long = still & (history.unmoved >= PERSISTENT)
+    # RAdam and its kin gather moments first and step later; what swallows a step gathers nothing.
+    gathering = facts.gathering and not history.had_move[judged].any()
+    long = still & (history.unmoved >= (GATHERING if gathering else PERSISTENT))
     if not long.any():
         return pending(f"{count(still)} adapter tensors were not moved by the last update")
     return _still(facts, update, long, whole=count(long) == count(judged) and not history.had_move[long].any())
@@ -163,7 +166,7 @@ CHECK = Check(
     what="An adapter tensor with a gradient and a learning rate above 0 is bit-equal before and after the step, four probed steps in a row; or the steps move it, and each of four begins with the same values again; or an optimizer never steps, however many backward passes went by (it warns at 16, and fails at 128 or at twice the accumulation that was declared), or stops stepping (it warns at 32 or four times as many passes as a step had before, and fails at 128 or eight times as many).",
     why="step() returned. An optimizer that steps a copy, or code that restores weights, leaves the model as it was.",
     fix="See what runs between optimizer.step() and the next forward, and whether the optimizer keeps master copies that are never written back.",
-    quiet="Steps skipped for overflow, a learning rate of 0, gradients of exactly zero; rounding is LP403.",
+    quiet="Optimizers that gather moments before they step (RAdam, schedule-free RAdam: eight probed steps), steps skipped for overflow, a learning rate of 0, gradients of exactly zero; rounding is LP403.",
     threads=("deepspeedai/DeepSpeed#7632", "huggingface/accelerate#2665"),
     explained_by=(
         "LP101",

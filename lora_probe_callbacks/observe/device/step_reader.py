@@ -245,6 +245,7 @@ class DeviceReader:
             no_gradient_at_all=when.moment in ("step", "waiting") and self._nothing_anywhere(gradients),
             all_non_finite=hopeless or bool(gradients.present.any() and not np.isfinite(gradients.norm).any()),
             update=update,
+            gathering=update is not None and self._gathers(update),
             others=self._others.facts(before, after, active, self._owners),
             base_drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
             copies=self._owners.copies_fact(),
@@ -252,6 +253,13 @@ class DeviceReader:
         )
         supervision = SupervisionFacts() if self.supervision is None else self.supervision.fact(readout)
         return Readings(facts, supervision, skipped, samples[0], samples[1])
+
+    def _gathers(self, update: Update) -> bool:
+        """Whether there is a state for each tensor that was stepped, had a gradient and did not move."""
+        still = np.flatnonzero(update.stepped & update.received & ~update.moved).tolist()
+        tensors = [self._owners.tensors[i] for i in still]
+        states = [optimizer.state for optimizer in self._targets.optimizers]
+        return bool(tensors) and all(any(t in state and state[t] for state in states) for t in tensors)
 
     def _nothing_anywhere(self, gradients: Gradients) -> bool:
         optimizers = range(len(self._targets.optimizers))

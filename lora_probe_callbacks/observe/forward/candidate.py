@@ -26,6 +26,10 @@ class Candidate:
     calls: list[tuple[int, int, Mode | None]] | None
     with_grad: set[int]  # units whose layer ran with gradients enabled
     holds_expected: bool
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)  # adapter to rows with it, and all rows
+    without_token: int = 0
+    in_eval: set[int] = field(default_factory=set)
+    unchecked: int = 0
     cut: set[int] = field(default_factory=set)  # units inside a reentrant checkpoint without a backward
     received: bool = False
     carries_graph: bool = True  # some output requires gradients
@@ -61,6 +65,10 @@ class Candidate:
             holds_expected=self.holds_expected,
             carries_graph=self.carries_graph,
             with_grad=None if self.calls is None else frozenset(self.with_grad),
+            rows=tuple((name, on, total) for name, (on, total) in self.rows.items()),
+            without_token=self.without_token,
+            in_eval=frozenset(self.in_eval),
+            unchecked=self.unchecked,
             cut=frozenset(self.cut),
             reached=reached,
             why_unknown=self.why_unknown,

@@ -48,9 +48,12 @@ def in_backward() -> bool:
 
 
 def backwards_so_far() -> int | None:
-    """How many backward passes this process has made, this look included; None where it cannot be told.
+    """How many backward passes this process has made, this look included.
 
     Autograd numbers its passes. Two looks whose numbers follow each other have no other pass in between.
+
+    Returns:
+        The number of this one, or None where it cannot be told.
     """
     seen: list[int] = []
     with contextlib.suppress(RuntimeError), torch.inference_mode(False), torch.enable_grad():
@@ -64,7 +67,7 @@ _CHECKPOINT = CheckpointFunction.forward.__code__
 
 
 def cut_by_checkpoint() -> bool:
-    """Tell whether a reentrant checkpoint is running none of whose inputs requires gradients: it will have no backward."""
+    """Tell whether a reentrant checkpoint is running none of whose inputs requires gradients: it has no backward."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is _CHECKPOINT:

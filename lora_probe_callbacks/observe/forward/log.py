@@ -22,6 +22,7 @@ from lora_probe_callbacks.observe.forward.graph import (
 )
 from lora_probe_callbacks.observe.forward.weight_usage import WeightWitness
 from lora_probe_callbacks.observe.model.inventory import Inventory, Unit
+from lora_probe_callbacks.observe.model.rows import by_row, dropout_is_off
 from lora_probe_callbacks.observe.model.wrappers import describe
 
 __all__ = ["ForwardLog"]
@@ -111,6 +112,9 @@ class ForwardLog:
             with_grad=set(),
             holds_expected=id(module) in self._above_expected,
         )
+        # What stands above adapted layers alone: blocks, as a rule.
+        blocks = (m for _, m, _ in self.inventory.ancestors if getattr(m, "gradient_checkpointing", False) is True)
+        candidate.unchecked = sum(not block.training for block in blocks)
         self.active_seen.update(candidate.active)
         self.merged_seen |= "merged" in candidate.modes
         self.candidates.append(candidate)
@@ -126,10 +130,19 @@ class ForwardLog:
         if units is None:
             return
         graded = torch.is_grad_enabled()
+        names, offsets = by_row(module)
+        if offsets is not None:
+            candidate.without_token = max(candidate.without_token, sum(o is None for o in offsets))
+            candidate.rows.update(dict.fromkeys((self.units[i].adapter for i in units), _found(offsets)))
         for index in units:
             unit = self.units[index]
             good, total, bad = candidate.calls[index]
             mode = unit.layer.mode(unit.adapter)
+            if names is not None and mode in ("active", "inactive"):  # PEFT asks the batch, not the layer
+                candidate.rows[unit.adapter] = (names.count(unit.adapter), len(names))
+                mode = "active" if unit.adapter in names else "inactive"
+            if mode == "active" and dropout_is_off(unit):
+                candidate.in_eval.add(index)
             if graded:
                 candidate.with_grad.add(index)
             elif self.closely and cut_by_checkpoint():
@@ -244,3 +257,8 @@ class ForwardLog:
     def called(self) -> set[int]:
         """Ids of all modules that ran in a candidate that received a gradient."""
         return set().union(*(c.called for c in self.candidates if c.received))
+
+
+def _found(offsets: Sequence[object]) -> tuple[int, int]:
+    """Rows in which aLoRA found its invocation tokens, and all rows."""
+    return sum(offset is not None for offset in offsets), len(offsets)

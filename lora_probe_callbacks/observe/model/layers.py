@@ -45,6 +45,8 @@ class Layers:
         self._slots_of_unit = [tuple(range(a, b)) for a, b in itertools.pairwise(bounds)]
         self._facts: tuple[UnitFact, ...] = ()
         self._seen: object = None
+        self._factors: list[float | None] = []
+        self.factors_row, self.factors_moved = 0, False  # looks at which they were the same; others before
 
     # --- what ran ---------------------------------------------------------------------------
 
@@ -68,7 +70,11 @@ class Layers:
 
     def factors(self) -> list[float | None]:
         """The factor of the product BA in every expected unit; None where its method has none."""
-        return [None if n is None else scaling(u) for u, n in zip(self._targets.units, self._naturals, strict=True)]
+        factors = [None if n is None else scaling(u) for u, n in zip(self._targets.units, self._naturals, strict=True)]
+        same = factors == self._factors
+        self.factors_moved |= bool(self._factors) and not same
+        self._factors, self.factors_row = factors, self.factors_row + 1 if same else 1
+        return factors
 
     def facts(
         self,

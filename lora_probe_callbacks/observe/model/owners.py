@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import is_
 
 import numpy as np
@@ -19,6 +19,9 @@ from lora_probe_callbacks.observe.model.wrappers import is_shard, master_copies,
 __all__ = ["Owners"]
 
 
+_LOOKED_AT = 16  # tensors, between two probed steps: parts are thawed and frozen together
+
+
 class Owners:
     """Which tensors the slots hold, and which optimizer owns each. What is asked between two looks is of the last one.
 
@@ -30,6 +33,9 @@ class Owners:
         self._targets = targets
         self._params: list[list[torch.Tensor]] = []  # of every group, at the last look
         self._group_of: dict[int, int] = {}
+        self._trainable: object = None  # what thawed() has seen
+        self._shared = False  # some tensor stands in several groups
+        self._took_over: list[int] = []  # optimizers, the last one last
         self.inside_forward = False  # a module has been called: its tensors may be stand-ins
         self.copies: Copies | None = None
         self.settle()
@@ -93,8 +99,34 @@ class Owners:
             all(map(is_, now, before)) for now, before in zip(params, self._params, strict=True)
         )
         if not same:
-            self._params, self._group_of = [list(group) for group in params], owner_of(self._targets.optimizers)
+            self._params = [list(group) for group in params]
+            ids = [id(t) for group in params for t in group]
+            self._shared = len(set(ids)) < len(ids)
+            self._group_of = owner_of(self._targets.optimizers, self._took_over)
         return self._group_of
+
+    def has_stepped(self, optimizer: int, stepped: Collection[int]) -> bool:
+        """An optimizer has stepped: it takes over what it shares with others that do not step any more.
+
+        Args:
+            optimizer: Its number.
+            stepped: Those that have stepped in this step.
+
+        Returns:
+            Whether it has taken over anything.
+        """
+        if not self._shared:
+            return False
+        groups = self._groups
+        held = {id(t) for group in self._targets.optimizers[optimizer].param_groups for t in group["params"]}
+        mine = [g for t in self.tensors if id(t) in held and (g := self._group_of.get(id(t))) is not None]
+        former = {groups[g].optimizer for g in mine} - {optimizer}
+        if not former or former & set(stepped):
+            return False
+        self._took_over = [o for o in self._took_over if o != optimizer] + [optimizer]
+        self._params = []
+        self.look()
+        return True
 
     def _behind_stand_in(self, now: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
         """torch.func.functional_call puts others in the place of what an optimizer owns, for one forward."""
@@ -114,6 +146,13 @@ class Owners:
         if self._group_sizes() != self._sizes:
             self.look()
         return self._owning
+
+    def thawed(self) -> bool:
+        """Something may train now that did not at the last call, or the other way round: asked in every step."""
+        step = max(1, len(self.tensors) // _LOOKED_AT)
+        now = self._group_sizes(), [t is not None and t.requires_grad for t in self.tensors[::step]]
+        before, self._trainable = self._trainable, now
+        return before is not None and before != now
 
     def has_gradients(self, optimizer: int) -> bool:
         """Some tensor of an optimizer has a gradient."""
@@ -139,6 +178,11 @@ class Owners:
             if tensor is not None:
                 found[optimizer] = tensor
         return found
+
+    def others_train(self) -> bool:
+        """Some tensor of an optimizer that stands in no slot requires gradients."""
+        mine = {id(t) for t in self.tensors}
+        return any(t.requires_grad and id(t) not in mine for group in self._params for t in group)
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Some optimizer holds this very object."""
