@@ -159,7 +159,8 @@ class ProofBook:
             self._details["active"] = ", ".join(rows.values())
         # Whoever called what: where a gradient arrives, the tensor had a part in the loss.
         signal = facts.gradients.signal
-        unseen = signal if trained is None else signal & ~trained
+        # Of adapters that take turns, a step may show the forward of one and the gradients of all.
+        unseen = signal if trained is None else signal & ~(active if len(facts.expected) > 1 else trained)
         trained = signal if trained is None else trained | signal
         active = active | unseen
         used = {i for i, unit in enumerate(facts.units) if unit.base_weight_used}

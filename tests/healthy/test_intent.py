@@ -1,4 +1,4 @@
-"""What is meant is recognised: warm-ups, turns, thaws, pruning and takeovers are healthy, their faulty twins are not."""
+"""What is meant is recognised: warm-ups, turns, thaws, pruning, takeovers are healthy, their faulty twins are not."""
 
 from __future__ import annotations
 
@@ -364,7 +364,7 @@ def test_twin_whose_gates_are_all_put_to_zero() -> None:
             if "lora_E" in name and number >= 3:
                 tensor.data.zero_()
 
-    assert watched(model, optimizer, body, steps=20).status != "healthy"
+    assert ("LP401", "warn") in found(watched(model, optimizer, body, steps=20))
 
 
 # --- a reference that was scored beforehand -------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_rows_without_invocation_tokens_are_told(rows: int) -> None:
     if rows == 4:
         assert_proven(report)
         return
-    assert ("LP110", "warn") in found(report)
+    assert found(report) == [("LP110", "warn" if rows else "fail")]
     assert f"missing in {4 - rows} of 4 rows" in next(f.message for f in report.findings if f.code == "LP110")
 
 

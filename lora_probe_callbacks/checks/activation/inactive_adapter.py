@@ -43,7 +43,9 @@ def _others_train(facts: Facts, names: list[str], slots: Bools) -> Verdict:
         return ok()
     if (facts.history.missing[slots] < PERSISTENT).any():
         return pending(f"{names} not active yet, others of {list(facts.expected)} are: they may take turns")
-    if not facts.declared and facts.step < LONG_STEPS and facts.moment != "end":
+    owner = facts.slots.owner
+    tenants = not facts.declared and not set(owner[slots].tolist()) & set(owner[facts.intended & ~slots].tolist())
+    if tenants and facts.step < LONG_STEPS and facts.moment != "end":
         return pending(f"{names}, with an optimizer of its own, has not had its turn")
     return warn(
         f"adapter {', '.join(map(repr, names))} was not active in any of {PERSISTENT} probed steps, while others that "

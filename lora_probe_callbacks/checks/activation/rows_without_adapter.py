@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks._base import Check, Verdict, absent, ok, pending, warn
+from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, absent, fail, ok, pending, warn
 from lora_probe_callbacks.facts import Facts
 
 
@@ -18,9 +18,13 @@ def judge(facts: Facts) -> Verdict:
     if not off:
         return ok()
     on, total = sum(on for on, _ in rows), sum(total for _, total in rows)
-    return warn(
+    zero = facts.history.zero[facts.intended]
+    dead = not on and bool(zero.size) and int(zero.min()) >= PERSISTENT
+    report = fail if dead else warn
+    return report(
         f"aLoRA's invocation tokens are missing in {total - on} of {total} rows of the batch: these rows run through the base model alone "
         "and train nothing",
+        facts.intended if dead else (),
         got=f"invocation tokens in {on} of {total} rows",
         expected="in every row that should train",
         fix="compare alora_invocation_tokens with the token ids of a batch: a chat template, a tokenizer or a truncation may have changed or cut "
@@ -31,7 +35,7 @@ def judge(facts: Facts) -> Verdict:
 CHECK = Check(
     code="LP110",
     name="rows-without-adapter",
-    what="Rows of a training batch hold none of aLoRA's invocation tokens. It warns.",
+    what="Rows of a training batch hold none of aLoRA's invocation tokens. It warns, and fails if no row has them and no gradient is other than zero, four probed steps in a row.",
     why="An activated LoRA acts from its invocation tokens on. In a row without them it is off, without a word, and the other rows learn.",
     fix="See that the invocation tokens are in every sample, as the tokenizer writes them there.",
     quiet="Batches whose rows name their adapters (adapter_names): which rows are for the base model is written there, and the proof of "
