@@ -265,14 +265,7 @@ def _trainer_of(state: TrainerState) -> _Trainer | None:
 
 def _hear(trainer: _Trainer, session: weakref.ref[ProbeSession]) -> Callable[[], None]:
     """Hear of the exceptions of a training step, of which no event tells; returns what undoes it."""
-    owner, former, step = weakref.ref(trainer), vars(trainer).get("training_step"), trainer.training_step
-
-    def undo() -> None:
-        holder = owner()
-        if holder is not None and vars(holder).get("training_step") is heard_step:
-            del holder.training_step
-            if former is not None:
-                holder.training_step = former
+    own, step = vars(trainer).get("training_step"), trainer.training_step
 
     def heard_step(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -284,8 +277,19 @@ def _hear(trainer: _Trainer, session: weakref.ref[ProbeSession]) -> Callable[[],
                 watching.abort(error)
             raise
 
+    heard_step.own = own  # type: ignore[attr-defined]
+    undo = partial(_unhear, weakref.ref(trainer), weakref.ref(heard_step))
     trainer.training_step = heard_step
     return undo
+
+
+def _unhear(trainer: weakref.ref[Any], heard_step: weakref.ref[Any]) -> None:
+    """Holds nothing of the trainer, for it may be called when the callback is gone."""
+    holder, mine = trainer(), heard_step()
+    if holder is not None and mine is not None and vars(holder).get("training_step") is mine:
+        del holder.training_step
+        if mine.own is not None:
+            holder.training_step = mine.own
 
 
 def _stored(state: TrainerState, name: str) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ from support.training import (
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from lora_probe_callbacks import LoraProbe, LoraProbeMonitor, ProbeReport
+from lora_probe_callbacks import LoraProbe, LoraProbeMonitor, ProbeReport, faults
 
 Body = Callable[[Tensor, int], object]
 
@@ -428,8 +428,7 @@ def test_rows_without_invocation_tokens_are_told(rows: int) -> None:
     optimizer = AdamW(trainable(model), lr=1e-2)
 
     def body(batch: Tensor, number: int) -> None:
-        ids = torch.cat([batch, batch.flip(0)])
-        ids[ids == 7] = 8
+        ids = faults.invocation_tokens_changed(torch.cat([batch, batch.flip(0)]), tokens, 8)
         ids[:rows, 4:6] = torch.tensor(tokens)
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -472,13 +471,15 @@ def test_rows_for_several_adapters(names: list[str], said: str) -> None:
 @pytest.mark.parametrize("mode", ["train", "eval", "eval after step 3"])
 def test_dropout_that_is_configured_and_off(mode: str) -> None:
     model = lora(lora_dropout=0.5, hook=True)
+    model.train()
     optimizer = AdamW(trainable(model), lr=1e-2)
     step = stepping(model, optimizer)
-    model.train(mode != "eval")
+    if mode == "eval":
+        faults.left_in_eval_mode(model)
 
     def body(batch: Tensor, number: int) -> None:
         if mode == "eval after step 3" and number == 4:
-            model.eval()
+            faults.left_in_eval_mode(model)
         step(batch, number)
 
     report = watched(model, optimizer, body, steps=10)

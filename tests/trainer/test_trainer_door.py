@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -454,6 +455,15 @@ def test_a_backward_that_raises_is_diagnosed_without_attach(step: int, tmp_path:
         trainer.train()
     assert ["LP103" in note for note in caught.value.__notes__] == [True]
     assert [(f.code, f.step) for f in callback.report.failures] == [("LP103", step)]
+
+
+def test_a_trainer_is_not_kept_alive(tmp_path: Path) -> None:
+    trainer = RunTrainer(Training(lora()), str(tmp_path), 4, [probe()])
+    trainer.train()
+    held = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert held() is None
 
 
 def test_a_training_step_of_the_users_own_is_put_back(tmp_path: Path) -> None:

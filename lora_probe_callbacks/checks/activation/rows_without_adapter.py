@@ -40,7 +40,7 @@ CHECK = Check(
     fix="See that the invocation tokens are in every sample, as the tokenizer writes them there.",
     quiet="Batches whose rows name their adapters (adapter_names): which rows are for the base model is written there, and the proof of "
     "'active' says how many.",
-    threads=("huggingface/peft#2826",),
+    threads=("huggingface/peft#2609",),
     explained_by=("LP101", "LP102", "LP103"),
     judge=judge,
 )
