@@ -151,7 +151,8 @@ class Facts(
         if not frozen.any():
             return frozen
         last_thaw = history.thawed_at[history.thawed].max(initial=-1)
-        return frozen & self.on_now & self.their_turn & (history.frozen_since > last_thaw)
+        found: Bools = frozen & self.on_now & self.their_turn & (history.frozen_since > last_thaw)
+        return found
 
     @cached_property
     def pruned(self) -> Bools:

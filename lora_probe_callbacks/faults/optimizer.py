@@ -152,7 +152,7 @@ def stops_stepping(optimizer: Optimizer) -> None:
     Args:
         optimizer: Any torch optimizer; what it is called with still runs, its hooks do not.
     """
-    optimizer.step = lambda closure=None: None if closure is None else closure()  # type: ignore[method-assign]
+    optimizer.step = lambda closure=None: None if closure is None else closure()  # type: ignore[assignment, method-assign]
 
 
 def _exchange_step(optimizer: Optimizer, step: Callable[..., Any]) -> None:

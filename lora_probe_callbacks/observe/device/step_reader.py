@@ -257,7 +257,7 @@ class DeviceReader:
     def _gathers(self, update: Update) -> bool:
         """Whether there is a state for each tensor that was stepped, had a gradient and did not move."""
         still = np.flatnonzero(update.stepped & update.received & ~update.moved).tolist()
-        tensors = [self._owners.tensors[i] for i in still]
+        tensors = [t for i in still if (t := self._owners.tensors[i]) is not None]
         states = [optimizer.state for optimizer in self._targets.optimizers]
         return bool(tensors) and all(any(t in state and state[t] for state in states) for t in tensors)
 

@@ -78,7 +78,8 @@ class BackwardPasses:
                 if known[0] is tensor:
                     continue
                 known[1].remove()
-            self._hung[optimizer] = tensor, tensor.register_post_accumulate_grad_hook(_Arrival(self, optimizer))
+            handle = tensor.register_post_accumulate_grad_hook(_Arrival(self, optimizer))  # type: ignore[no-untyped-call]
+            self._hung[optimizer] = tensor, handle
 
     def came(self, optimizer: int) -> None:
         """A backward came to the tensor of an optimizer."""
