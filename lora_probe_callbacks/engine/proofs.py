@@ -348,7 +348,7 @@ class ProofBook:
             return reasons
         return [
             *reasons,
-            (lambda: self._of_idle_optimizers | (history.reads == 0), "whose optimizer has not stepped"),
+            (lambda: _of_idle_optimizers(facts) | (history.reads == 0), "whose optimizer has not stepped"),
             (lambda: never & self._of_lapsed, "whose optimizer steps no more, although backward passes go on"),
             (lambda: history.missing > 0, "without a gradient (None)"),
             (lambda: (history.zero > 0) & ~history.had_signal, "with a gradient of exactly zero so far"),
@@ -364,13 +364,6 @@ class ProofBook:
             (lambda: np.ones(len(self), np.bool_), "not observed so far"),
         ]
 
-    @property
-    def _of_idle_optimizers(self) -> Bools:
-        steps = self._facts.steps_of
-        idle = [number for number, made in enumerate(steps) if not made and max(steps) > 1]
-        found: Bools = np.isin(self._facts.slots.owner, idle)
-        return found
-
     def _diagnosis(self, slots: Bools, claim: Claim, *, ended: bool) -> str:
         codes = sorted({code for code in self._blamed[slots].tolist() if code})
         if codes:
@@ -378,6 +371,13 @@ class ProofBook:
         if int(self._columns[claim].missed[slots].max()) >= PATIENCE:
             return " (no check explains this)"
         return ", and the run has ended" if ended else " (not yet)"
+
+
+def _of_idle_optimizers(facts: Facts) -> Bools:
+    steps = facts.steps_of
+    idle = [number for number, made in enumerate(steps) if not made and max(steps) > 1]
+    found: Bools = np.isin(facts.slots.owner, idle)
+    return found
 
 
 def _able(facts: Facts) -> Bools:
