@@ -11,6 +11,7 @@ from lora_probe_callbacks.facts import Bools, Facts, Update, count
 LONG = 4 * PERSISTENT
 # Gradients may be accumulated over as many backward passes as one likes; hardly over more than these.
 CERTAIN = 128
+SINGLE = 2.0**-24  # half a unit in the last place, relative
 GATHERING = 2 * PERSISTENT  # RAdam's first five steps at the usual betas
 TIMES = 4  # as many as between two steps before
 
@@ -36,11 +37,17 @@ def _judge_update(facts: Facts, update: Update) -> Verdict:
     if not still.any():
         return _put_back(facts, judged)
     # RAdam and its kin gather moments first and step later; what swallows a step gathers nothing.
-    gathering = facts.gathering and not history.had_move[judged].any()
+    gathering = facts.gathering and not history.had_move[judged].any() and _would_show(facts, update, still)
     long = still & (history.unmoved >= (GATHERING if gathering else PERSISTENT))
     if not long.any():
         return pending(f"{count(still)} adapter tensors were not moved by the last update")
     return _still(facts, update, long, whole=count(long) == count(judged) and not history.had_move[long].any())
+
+
+def _would_show(facts: Facts, update: Update, slots: Bools) -> bool:
+    """A step of the size of the learning rate is more than 32 bits lose."""
+    size = facts.slots.rate[slots] * np.sqrt(facts.slots.numel[slots])
+    return bool((size > SINGLE * update.start[slots]).all())
 
 
 def _no_step(facts: Facts) -> Verdict | None:

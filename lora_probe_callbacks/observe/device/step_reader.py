@@ -254,12 +254,19 @@ class DeviceReader:
         supervision = SupervisionFacts() if self.supervision is None else self.supervision.fact(readout)
         return Readings(facts, supervision, skipped, samples[0], samples[1])
 
+    @torch.no_grad()
     def _gathers(self, update: Update) -> bool:
-        """Whether there is a state for each tensor that was stepped, had a gradient and did not move."""
-        still = np.flatnonzero(update.stepped & update.received & ~update.moved).tolist()
-        tensors = [t for i in still if (t := self._owners.tensors[i]) is not None]
-        states = [optimizer.state for optimizer in self._targets.optimizers]
-        return bool(tensors) and all(any(t in state and state[t] for state in states) for t in tensors)
+        """Whether the optimizer has kept something of gradients by which it has moved nothing.
+
+        One tensor is looked at, and only where nothing moved although there were gradients.
+        """
+        still = np.flatnonzero(update.stepped & (update.gradient_norm > 0.0) & ~update.moved).tolist()
+        tensor = self._owners.tensors[still[0]] if still and not update.moved.any() else None
+        if tensor is None:
+            return False
+        kept = [v for o in self._targets.optimizers for v in o.state.get(tensor, {}).values() if _like(v, tensor)]
+        # A copy of the tensor, as schedule-free optimizers keep, says nothing of gradients.
+        return any(bool(local(v).any()) and not torch.equal(local(v), local(tensor)) for v in kept)
 
     def _nothing_anywhere(self, gradients: Gradients) -> bool:
         optimizers = range(len(self._targets.optimizers))
@@ -288,6 +295,10 @@ def _enter(received: GradientReading | Gradients, readout: Readout, column: Floa
     else:
         column[received.present] = received.norm[received.present]
         present |= received.present
+
+
+def _like(value: object, tensor: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == tensor.shape
 
 
 def _flag(optimizer: Optimizer, readout: Readout) -> range | None:
