@@ -256,10 +256,8 @@ class DeviceReader:
 
     @torch.no_grad()
     def _gathers(self, update: Update) -> bool:
-        """Whether the optimizer has kept something of gradients by which it has moved nothing.
-
-        One tensor is looked at, and only where nothing moved although there were gradients.
-        """
+        """Whether the optimizer has kept something of gradients by which it has moved nothing."""
+        # One tensor tells, and it is looked at only where nothing moved: this is a transfer of its own.
         still = np.flatnonzero(update.stepped & (update.gradient_norm > 0.0) & ~update.moved).tolist()
         tensor = self._owners.tensors[still[0]] if still and not update.moved.any() else None
         if tensor is None:
