@@ -79,7 +79,7 @@ def preflight(
         finally:
             session.close()
     for name in sorted({type(o).__name__ for o in optimizers if needs_closure(o)}):
-        session.add_open_question(f"{name} steps by a closure, which is not rehearsed")
+        session.questions.append(f"{name} steps by a closure, which is not rehearsed")
     return session.report
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
@@ -89,6 +89,7 @@ class LoraProbe(Door, Callback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             framework_step=lambda: trainer.global_step,
             accumulation=trainer.accumulate_grad_batches if pl_module.automatic_optimization else None,
+            thaw_announced=any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks),  # type: ignore[attr-defined]
         )
         self._session, self._restored = session, None  # what was restored is of this fit alone
         session.judge_ownership()

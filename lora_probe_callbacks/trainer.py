@@ -31,6 +31,7 @@ class _Trainer(Protocol):
     """What is used of a ``transformers.Trainer``."""
 
     train: Callable[..., Any]
+    training_step: Callable[..., Any]
     model_wrapped: nn.Module
     callback_handler: Any
 
@@ -43,9 +44,10 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
     Metrics go to ``state.log_history`` and to the Trainer's reporters, which write ``train/`` before
     every name; their step is the one under which the Trainer logs the loss of that step.
 
-    The Trainer has no event for an exception. If user code raises in a backward, what the probe has
-    installed stays until the next ``train()`` or until the callback is gone; :meth:`attach` closes
-    that gap, and puts what the probe knows on the exception.
+    The Trainer has no event for an exception. Those of ``training_step``, which runs the forward and the
+    backward, are heard all the same: what the probe knows is put on them as a note, and its hooks are taken
+    away. If something else raises (another callback, the optimizer), they stay until the next ``train()``
+    or until the callback is gone; :meth:`attach` closes that gap as well.
 
     Args:
         **intent: What is meant and when to look, see :class:`~lora_probe_callbacks.config.ProbeConfig`.
@@ -86,6 +88,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         self._attached: weakref.ref[Any] | None = None
         self._rows: dict[int, dict[str, float]] = {}
         self._reporters: list[Any] = []
+        self._unheard: Callable[[], None] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy begins anew: hooks and optimizers cannot be copied."""
@@ -131,6 +134,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
             callbacks.setdefault(type(self).__name__, self.state())
         if self._session is not None:
             self._session.close()  # what an exception in an earlier train() left behind
+            self._unheard()
         self._session = None
 
     @override
@@ -150,6 +154,9 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         self._session = session
         weakref.finalize(self, session.close)
         trainer = _trainer_of(state)
+        if trainer is not None:
+            self._unheard = _hear(trainer, weakref.ref(session))
+            weakref.finalize(self, self._unheard)
         callbacks = [] if trainer is None else trainer.callback_handler.callbacks
         self._reporters = [c for c in callbacks if isinstance(c, tuple(INTEGRATION_TO_CALLBACK.values()))]
         # Callbacks are given the model without its wrappers; the forward goes through them.
@@ -200,6 +207,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
             try:
                 self._session.end()
             finally:
+                self._unheard()
                 self._flush(args, state, control)
 
     def _pass_on_stop(self, control: TrainerControl) -> None:
@@ -253,6 +261,35 @@ def _trainer_of(state: TrainerState) -> _Trainer | None:
                 found: _Trainer = thing
                 return found
     return None
+
+
+def _hear(trainer: _Trainer, session: weakref.ref[ProbeSession]) -> Callable[[], None]:
+    """Hear of the exceptions of a training step, of which no event tells; returns what undoes it."""
+    own, step = vars(trainer).get("training_step"), trainer.training_step
+
+    def heard_step(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(*args, **kwargs)
+        except BaseException as error:
+            undo()
+            watching = session()
+            if watching is not None:
+                watching.abort(error)
+            raise
+
+    heard_step.own = own  # type: ignore[attr-defined]
+    undo = partial(_unhear, weakref.ref(trainer), weakref.ref(heard_step))
+    trainer.training_step = heard_step
+    return undo
+
+
+def _unhear(trainer: weakref.ref[Any], heard_step: weakref.ref[Any]) -> None:
+    """Holds nothing of the trainer, for it may be called when the callback is gone."""
+    holder, mine = trainer(), heard_step()
+    if holder is not None and mine is not None and vars(holder).get("training_step") is mine:
+        del holder.training_step
+        if mine.own is not None:
+            holder.training_step = mine.own
 
 
 def _stored(state: TrainerState, name: str) -> Mapping[str, Any]:

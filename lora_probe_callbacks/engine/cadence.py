@@ -20,7 +20,7 @@ class Cadence:
         alone: One process: nobody else must come to the same answer.
         borrows: Whether the estimator waits for the inputs of a step's forward.
         proven: Whether everything has been proven that applies.
-        stepped: Whether an optimizer that owns the adapter has stepped.
+        unstepped: Whether no optimizer that owns the adapter has stepped so far, or it has stopped stepping.
     """
 
     def __init__(
@@ -30,15 +30,16 @@ class Cadence:
         alone: Callable[[], bool],
         borrows: Callable[[int], bool],
         proven: Callable[[], bool],
-        stepped: Callable[[], bool],
+        unstepped: Callable[[], bool],
     ) -> None:
         self._every = every_n_steps
         self._alone = alone
         self._borrows = borrows
         self._proven = proven
-        self._stepped = stepped
+        self._unstepped = unstepped
         self._last_closely = 0
         self._now: tuple[int, bool] = (-1, False)
+        self._began = 0  # the step in which what trains has changed last
         self.probed_steps = 0  # so far
 
     def probed(self, step: int) -> bool:
@@ -57,7 +58,16 @@ class Cadence:
     def _is_probed(self, step: int) -> bool:
         if step < ALWAYS or step % self._every == 0 or self._borrows(step):
             return True
-        return self._alone() and (not self._stepped() or (step < _WARM_UP and not self._proven()))
+        return self._alone() and (self._unstepped() or (step - self._began < _WARM_UP and not self._proven()))
+
+    def newly_probed(self, step: int) -> bool:
+        """The present step takes too long: whether it is probed from here on, and was not before."""
+        before, self._now = self._now, (step, self._is_probed(step))
+        return self._now[1] and before != self._now
+
+    def begin_again(self, step: int) -> None:
+        """What trains has changed: look at the next steps until everything is proven."""
+        self._began = step
 
     def closely(self, step: int) -> bool:
         """Walk the graph of this step's forwards, whether or not gradients show that it is whole."""

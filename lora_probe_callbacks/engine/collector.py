@@ -177,7 +177,7 @@ class Collector:
         """
         self._refresh()
         reader, owners, targets = self._observers.reader, self._observers.owners, self._observers.targets
-        if moment == "waiting":
+        if moment == "waiting" and not self._state.ever_stepped:
             for owner in owners.owning():
                 reader.read_gradients(owner, unowned=False)
         if probed and optimizer is not None:
@@ -202,7 +202,12 @@ class Collector:
         self._advance(model, readings, step)
         facts = Facts.of(
             When(moment, optimizer, step, self._state.framework_step()),
-            dataclasses.replace(model, units=self._units(parts, readings)),
+            dataclasses.replace(
+                model,
+                units=self._units(parts, readings),
+                factors_row=self._observers.layers.factors_row,
+                factors_moved=self._observers.layers.factors_moved,
+            ),
             self._forward_facts(seen, moment),
             readings.facts,
             readings.supervision,
@@ -218,6 +223,7 @@ class Collector:
         layers, reader = self._observers.layers, self._observers.reader
         self._start = layers.start(self._state.framework_step())
         self._coverage = layers.coverage()
+        self._observers.others.look_at_start()
         reader.token_rows = layers.token_rows()
         if "supervision" in self._needs:
             reader.supervision = self._supervision()
@@ -233,7 +239,8 @@ class Collector:
         targets, owners, layers = self._observers.targets, self._observers.owners, self._observers.layers
         start = self._start if self._start and len(self._start.units) == len(targets.units) else None
         facts = model_facts(targets, owners, layers, *self._hooks.log.state())
-        return dataclasses.replace(facts, start=start, coverage=self._coverage)
+        thaw = self._state.thaw_announced
+        return dataclasses.replace(facts, start=start, coverage=self._coverage, thaw_announced=thaw)
 
     def _advance(self, model: ModelFacts, readings: Readings, step: int) -> None:
         """What is counted from decision to decision."""

@@ -29,18 +29,24 @@ class Ledger:
         self._listed: list[Finding] | None = None
         self.news = False  # since they were listed, more has changed than the steps up to which checks have passed
         self._baseline: dict[str, Any] | None = None
-        self._healthy: Facts | None = None  # the last healthy decision: put into words only when somebody asks
+        # The last healthy decision, and that of an earlier step: put into words only when somebody asks.
+        self._healthy: Facts | None = None
+        self._earlier: Facts | None = None
 
     @property
     def baseline(self) -> dict[str, Any] | None:
         """The last healthy state, in words."""
-        if self._healthy is not None:
-            self._baseline, self._healthy = state_in_words(self._healthy), None
-        return self._baseline
+        return self._baseline if self._healthy is None else state_in_words(self._healthy)
 
     @baseline.setter
     def baseline(self, state: dict[str, Any] | None) -> None:
-        self._baseline, self._healthy = state, None
+        self._baseline, self._healthy, self._earlier = state, None, None
+
+    def _baseline_before(self, step: int) -> dict[str, Any] | None:
+        """The last healthy state of a step before this one; a step that fails is not its own last healthy one."""
+        if self._healthy is None or self._healthy.step < step:
+            return self.baseline
+        return None if self._earlier is None or self._earlier.step >= step else state_in_words(self._earlier)
 
     @property
     def findings(self) -> list[Finding]:
@@ -87,6 +93,8 @@ class Ledger:
             self._close()
         healthy = not any(v.status == "fail" for v in verdicts.values())
         if healthy and any(f.received for f in facts.forwards):
+            if self._healthy is not None and self._healthy.step < facts.step:
+                self._earlier = self._healthy
             self._healthy = facts
         return changed
 
@@ -119,7 +127,7 @@ class Ledger:
         if verdict.seen is not None:
             step, framework_step = verdict.seen
         if known is None:
-            baseline = self.baseline if facts.units else None
+            baseline = self._baseline_before(step) if facts.units else None
             evidence = {**verdict.evidence, **_what_changed(baseline, state_in_words(facts), verdict)}
             return self._finding(check, verdict, step, framework_step, evidence=evidence)
         return self._finding(

@@ -114,15 +114,15 @@ class ForwardEvents:
                 self._steps.now.decided = True
                 self._steps.decide("skipped", None)
             self._steps.end_step()
-        elif self._state.passes + received >= self._next_look and not (
-            self._has_any_stepped or self._agreement.several
-        ):
+        elif self._waited_too_long(received) and not self._agreement.several:
             self._next_look *= 2
             self._steps.decide("waiting", None)
 
-    @property
-    def _has_any_stepped(self) -> bool:
-        return any(self._state.steps_of[owner] for owner in self._observers.owners.owning())
+    def _waited_too_long(self, received: int) -> bool:
+        backwards = self._state.backwards
+        if any(self._state.steps_of[owner] for owner in self._observers.owners.owning()):
+            return received > 0 and backwards.overdue and max(backwards.since) >= self._next_look
+        return self._state.passes + received >= self._next_look
 
     def _scaler_went_on(self) -> bool:
         """The scaler was updated since the last training forward: what it had to step is stepped or skipped."""

@@ -78,10 +78,12 @@ class ProofBook:
 
     Args:
         claims: Those that the selected checks are about.
+        lapsed: The optimizers that step no more, although backward passes go on.
     """
 
-    def __init__(self, claims: Collection[Claim]) -> None:
+    def __init__(self, claims: Collection[Claim], lapsed: Callable[[], Collection[int]] = tuple) -> None:
         self._claims = claims
+        self._lapsed = lapsed
         self._saved: dict[str, str] = {}  # adapter to the file that was looked at last, in words
         self._in_file: Bools = np.zeros(0, np.bool_)  # slots of which some file was looked at
         self.begin(0)
@@ -100,8 +102,10 @@ class ProofBook:
         self._blamed = np.zeros(size, "<U5")  # code of the check that spoke of it last
         self._somebody_ran = self._is_stale = self._supervision_seen = False
         self._calls = [0, 0]  # forwards that were seen with gradients, and without
+        self._backward = False  # some pass may have followed them
         self._in_file = np.zeros(size, np.bool_)
         self._facts = Facts()
+        self._details: dict[Claim, str] = {}  # what a claim was proven by, where that is worth a word
 
     def __len__(self) -> int:
         return len(self._ran)
@@ -120,6 +124,7 @@ class ProofBook:
         self._facts = facts
         self._calls[0] += len(facts.forwards)
         self._calls[1] += facts.forwards_without_grad
+        self._backward |= bool(facts.forwards) and facts.backward_called is not False
         for code, verdict in verdicts.items():
             if verdict.status in ("warn", "fail") and verdict.slots:
                 self._blamed[[slot for slot in verdict.slots if slot < len(self)]] = code
@@ -146,13 +151,16 @@ class ProofBook:
             moved = facts.update.moved & ~facts.update.broken & (self._signal_at == step)
         if facts.copies is not None and facts.copies.followed and not facts.copies.still:
             moved[list(facts.copies.slots)] = True  # written back to by the loop, after the step of the copies
-        self._enter("moved", moved, facts.intended & (self._ran_at >= 0) & (self._ran_at == step), step)
+        self._enter("moved", moved, _able(facts) & (self._ran_at >= 0) & (self._ran_at == step), step)
 
     def _enter_forwards(self, facts: Facts) -> None:
         ran, trained, active = _who_ran(facts)
+        if rows := {n: f"{n!r} in {on} of {total} rows" for f in facts.training_forwards for n, on, total in f.rows}:
+            self._details["active"] = ", ".join(rows.values())
         # Whoever called what: where a gradient arrives, the tensor had a part in the loss.
         signal = facts.gradients.signal
-        unseen = signal if trained is None else signal & ~trained
+        # Of adapters that take turns, a step may show the forward of one and the gradients of all.
+        unseen = signal if trained is None else signal & ~(active if len(facts.expected) > 1 else trained)
         trained = signal if trained is None else trained | signal
         active = active | unseen
         used = {i for i, unit in enumerate(facts.units) if unit.base_weight_used}
@@ -166,7 +174,7 @@ class ProofBook:
             self._supervision_seen = True
             self._enter("supervised", trained & (not facts.supervision.empty.all()), trained, facts.step)
         self._enter("active", active, trained, facts.step)
-        self._enter("reached", signal, trained & facts.gradients.read, facts.step)
+        self._enter("reached", signal, trained & facts.gradients.read & _able(facts), facts.step)
         owned = facts.slots.owned & trained
         if facts.moment in ("step", "skipped", "waiting"):
             self._enter("owned", owned, trained, facts.step)
@@ -187,6 +195,7 @@ class ProofBook:
             column = self._columns["saved"]
             column.last[slots] = -1
             self._saved[saved.adapter] = _of_file(saved)
+            self._details["saved"] = "; ".join(dict.fromkeys(self._saved.values()))
             absent = saved.missing or saved.empty or saved.differing or saved.shapes
             if saved.as_live and not (saved.unreadable or saved.why_not or absent):
                 column.last[slots] = saved.step
@@ -246,8 +255,21 @@ class ProofBook:
         for claim in self.applying():
             mine = wanted & (self._in_file if claim == "saved" else ~idle)
             number = int(mine.sum())
-            found[claim] = float((self._columns[claim].holds & mine).sum() / number) if number else 0.0
+            found[claim] = float((self._holds(claim) & mine).sum() / number) if number else 0.0
         return found
+
+    def _holds(self, claim: Claim) -> Bools:
+        """What a claim is proven of; what the optimizer did once says nothing of a loop that goes on without it."""
+        holds = self._columns[claim].holds
+        if claim in ("reached", "moved", "seen") and len(self._facts.slots) == len(self):
+            holds = holds & ~self._facts.frozen_later
+        return holds & ~self._of_lapsed if claim in ("moved", "seen") else holds
+
+    @property
+    def _of_lapsed(self) -> Bools:
+        lapsed = list(self._lapsed())
+        found: Bools = np.isin(self._facts.slots.owner, lapsed) if lapsed else np.zeros(len(self), np.bool_)
+        return found if len(found) == len(self) else np.zeros(len(self), np.bool_)
 
     @property
     def complete(self) -> bool:
@@ -270,17 +292,18 @@ class ProofBook:
         # A file must hold what is idle, too.
         idle = np.zeros(len(self), np.bool_) if claim == "saved" else wanted & self._idle
         expected = wanted & self._in_file if claim == "saved" else wanted & ~idle
-        missing = expected & ~column.holds
+        holds = self._holds(claim)
+        missing = expected & ~holds
         observed = column.last[expected]
         return Proof(
             claim=claim,
-            proven=int((expected & column.holds).sum()),
+            proven=int((expected & holds).sum()),
             expected=int(expected.sum()),
             idle=int(idle.sum()),
             step=int(observed.max()) if observed.size and observed.max() >= 0 else None,
             missing=self._names(missing),
             why=self._why(claim, missing, ended=ended) if missing.any() or not expected.any() else "",
-            detail="; ".join(dict.fromkeys(self._saved.values())) if claim == "saved" else "",
+            detail=self._details.get(claim, ""),
         )
 
     def _why(self, claim: Claim, missing: Bools, *, ended: bool) -> str:
@@ -295,7 +318,7 @@ class ProofBook:
         if facts.why_not_owned and claim in ("owned", "reached", "moved", "seen"):
             return facts.why_not_owned
         if not self._somebody_ran:
-            return facts.unobservable or self._nothing_ran()
+            return facts.unobservable or _nothing_ran(*self._calls, backward=self._backward)
         if not missing.any():  # and nothing is expected either
             return "every tensor that should train is idle" if self._expected.any() else "no tensor is meant to train"
         left, parts = missing.copy(), []
@@ -306,14 +329,6 @@ class ProofBook:
                 left &= ~mine
         parts.sort(key=lambda part: -part[0])
         return "; ".join(f"{count} {reason}" for count, reason in parts)
-
-    def _nothing_ran(self) -> str:
-        with_gradients, without = self._calls
-        if without and not with_gradients:
-            return "every forward of the model ran without gradients (no_grad or inference_mode)"
-        if with_gradients:
-            return "no gradient arrived at the output of any forward: the loss that is differentiated is not made of it"
-        return "no training forward of this model was seen"
 
     def _reasons(self, claim: Claim) -> list[tuple[Callable[[], Bools], str]]:
         """What keeps a tensor from being proven, nearest cause first."""
@@ -333,7 +348,8 @@ class ProofBook:
             return reasons
         return [
             *reasons,
-            (lambda: self._of_idle_optimizers | (history.reads == 0), "whose optimizer has not stepped"),
+            (lambda: _of_idle_optimizers(facts) | (history.reads == 0), "whose optimizer has not stepped"),
+            (lambda: never & self._of_lapsed, "whose optimizer steps no more, although backward passes go on"),
             (lambda: history.missing > 0, "without a gradient (None)"),
             (lambda: (history.zero > 0) & ~history.had_signal, "with a gradient of exactly zero so far"),
             (lambda: history.zero > 0, "with a gradient of exactly zero"),
@@ -348,13 +364,6 @@ class ProofBook:
             (lambda: np.ones(len(self), np.bool_), "not observed so far"),
         ]
 
-    @property
-    def _of_idle_optimizers(self) -> Bools:
-        steps = self._facts.steps_of
-        idle = [number for number, made in enumerate(steps) if not made and max(steps) > 1]
-        found: Bools = np.isin(self._facts.slots.owner, idle)
-        return found
-
     def _diagnosis(self, slots: Bools, claim: Claim, *, ended: bool) -> str:
         codes = sorted({code for code in self._blamed[slots].tolist() if code})
         if codes:
@@ -362,6 +371,28 @@ class ProofBook:
         if int(self._columns[claim].missed[slots].max()) >= PATIENCE:
             return " (no check explains this)"
         return ", and the run has ended" if ended else " (not yet)"
+
+
+def _of_idle_optimizers(facts: Facts) -> Bools:
+    steps = facts.steps_of
+    idle = [number for number, made in enumerate(steps) if not made and max(steps) > 1]
+    found: Bools = np.isin(facts.slots.owner, idle)
+    return found
+
+
+def _able(facts: Facts) -> Bools:
+    """What could be renewed now: not what waits for its turn, or has lost its budget."""
+    return facts.intended & facts.slots.requires_grad & ~facts.pruned
+
+
+def _nothing_ran(with_gradients: int, without: int, *, backward: bool) -> str:
+    if without and not with_gradients:
+        return "every forward of the model ran without gradients (no_grad or inference_mode)"
+    if with_gradients and not backward:
+        return "no backward was called after any forward that was seen"
+    if with_gradients:
+        return "no gradient arrived at the output of any forward: the loss that is differentiated is not made of it"
+    return "no training forward of this model was seen"
 
 
 def _who_ran(facts: Facts) -> tuple[Bools, Bools | None, Bools]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lora_probe_callbacks.facts import History, RunFacts
+from lora_probe_callbacks.observe.forward.backward_passes import BackwardPasses
 
 __all__ = ["RunState"]
 
@@ -18,6 +19,7 @@ class RunState:
         framework_step: The framework's own step counter.
         accumulation: Backward passes to a step, as the framework says.
         tokenizer: Of the model, as the user or the framework hands it over; None if nobody does.
+        thaw_announced: The framework will thaw what is frozen now.
         step: The present step of this session, from 0.
         running: Between start and end.
         broken: The probe has stepped aside after an error of its own.
@@ -30,11 +32,13 @@ class RunState:
         merges: Times that a layer was seen merged.
         was_active: Names of the adapters that were active in some forward.
         history: What was seen of each slot.
+        backwards: Backward passes, counted in every step.
     """
 
     framework_step: Callable[[], int]
     accumulation: int | None = None
     tokenizer: object = None
+    thaw_announced: bool = False
     step: int = 0
     running: bool = False
     broken: bool = False
@@ -47,6 +51,7 @@ class RunState:
     merges: int = 0
     was_active: set[str] = field(default_factory=set)
     history: History = field(default_factory=lambda: History.empty(0))
+    backwards: BackwardPasses = field(default_factory=BackwardPasses)
 
     def has_stepped(self) -> None:
         """An optimizer that owns expected tensors has stepped."""
@@ -76,4 +81,6 @@ class RunState:
             passes=passes,
             cleared=self.cleared,
             accumulation=self.accumulation,
+            since_step=tuple(self.backwards.since),
+            usual_passes=tuple(self.backwards.usual),
         )

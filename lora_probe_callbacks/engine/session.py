@@ -64,15 +64,15 @@ class ProbeSession:
         checks = selected(config.select, config.ignore)
         self._ledger = Ledger(checks)
         self._judge = Judge(checks, self._errors, self._ledger)
-        self._proofs = ProofBook(claims_of(checks))
+        self._state = RunState(framework_step=lambda: self._state.step)
+        self._proofs = ProofBook(claims_of(checks), lapsed=lambda: self._state.backwards.lapsed)
         self._agreement = Agreement([check.code for check in checks], self._alone)
         self._decisions = Decisions(
             config, self._judge, self._ledger, self._proofs, self._teller, self._agreement, self._errors, on_stop
         )
-        self._state = RunState(framework_step=lambda: self._state.step)
         self._estimates: Estimates | None = None
         self._ended = False
-        self._questions: list[str] = []  # what cannot be judged at all, and why
+        self.questions: list[str] = []  # what else keeps this run from being called healthy
         self._report = _LiveReport(self)
         self.files = RunFiles(
             self._state, self._judge, self._ledger, self._proofs, self._decisions, self._teller, reads=main_rank
@@ -91,6 +91,7 @@ class ProbeSession:
         framework_step: Callable[[], int] | None = None,
         accumulation: int | None = None,
         tokenizer: object = None,
+        thaw_announced: bool = False,
     ) -> None:
         """Begin: find the adapters, take hold of the optimizers, arm the hooks of the first step.
 
@@ -101,6 +102,7 @@ class ProbeSession:
             framework_step: The framework's own step counter.
             accumulation: Backward passes to a step, where the framework says so.
             tokenizer: Of the model, where the framework hands it over and the user did not.
+            thaw_announced: The framework will thaw what is frozen now.
 
         Raises:
             ValueError: If there is no adapter, a name that does not exist, or no way to choose.
@@ -109,10 +111,11 @@ class ProbeSession:
         state = self._state
         state.framework_step, state.accumulation = framework_step or (lambda: state.step), accumulation
         state.tokenizer = tokenizer if self.config.tokenizer is None else self.config.tokenizer
+        state.thaw_announced = thaw_announced
         try:
             targets = Targets(list(roots), [unwrap_optimizer(o) for o in optimizers], self.config)
         except NotJudgedError as error:
-            self._questions.append(str(error))
+            self.questions.append(str(error))
             self._ledger.not_judged(f"could not judge: {error}", 0, 0)
             self._teller.once(f"could not judge: {error}")
             return
@@ -158,7 +161,7 @@ class ProbeSession:
             alone=lambda: not self._agreement.several,
             borrows=self._estimates.borrows,
             proven=lambda: self._proofs.complete,
-            stepped=lambda: state.ever_stepped,
+            unstepped=lambda: not state.ever_stepped or state.backwards.overdue,
         )
         self._events = StepEvents(
             state=state,
@@ -253,6 +256,7 @@ class ProbeSession:
 
     def _let_go(self) -> None:
         """Release all tensors and the hooks on them."""
+        self._state.backwards.remove()
         self._observers.reader.forget()
         self._reruns.forget()
         if self._estimates is not None and (not self.running or self._state.broken):
@@ -264,10 +268,6 @@ class ProbeSession:
     def report(self) -> ProbeReport:
         """What was found and proven so far; it follows the run."""
         return self._report
-
-    def add_open_question(self, question: str) -> None:
-        """Say in words what else keeps this run from being called healthy."""
-        self._questions.append(question)
 
     @property
     def should_stop(self) -> bool:
@@ -332,9 +332,9 @@ class ProbeSession:
         self._let_go()
 
     def _no_look(self, error: BaseException) -> None:
-        checks = self._judge.with_need("initial state", "coverage")
-        reason = f"could not judge: {type(error).__name__} when the model was looked at"
-        self._judge.drop(checks, reason, self._state.step, self._state.framework_step())
+        checks, state = self._judge.with_need("initial state", "coverage"), self._state
+        why = f"could not judge: {type(error).__name__} when the model was looked at"
+        self._judge.drop(checks, why, state.step, state.framework_step())
 
     def _alone(self, reason: str, facts: Facts) -> None:
         self._ledger.not_judged(reason, facts.step, facts.framework_step, self._judge.with_need("ranks"))
@@ -372,4 +372,4 @@ class _LiveReport(ProbeReport):
     def open_questions(self) -> list[str]:  # type: ignore[override]
         estimates = self._session._estimates
         broken = {} if estimates is None else estimates.broken
-        return [*self._session._questions, *(f"estimator {name!r}: {reason}" for name, reason in broken.items())]
+        return [*self._session.questions, *(f"estimator {name!r}: {reason}" for name, reason in broken.items())]

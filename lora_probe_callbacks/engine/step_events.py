@@ -81,7 +81,27 @@ class StepEvents:
         for index, optimizer in enumerate(self._observers.targets.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step(index)))
             self._handles.append(optimizer.register_step_post_hook(self._after_step(index)))
-        self._state.steps_of = [0] * len(self._observers.targets.optimizers)
+        number = len(self._observers.targets.optimizers)
+        self._state.steps_of = [0] * number
+        self._state.backwards.begin(
+            number, self._state.accumulation or 1, counts=lambda: not self._hooks.paused, overdue=self._look_again
+        )
+        self._hang()
+
+    def _hang(self) -> None:
+        """Count backward passes at tensors that are known to get gradients."""
+        history = self._state.history
+        learning = history.had_gradient & (history.missing == 0)
+        self._state.backwards.hang(self._observers.owners.one_of_each(learning))
+
+    def _look_again(self) -> None:
+        """The loop goes on without a step: look at what it does, although no probed step has begun."""
+        state = self._state
+        if state.running and not state.broken and self._cadence.newly_probed(state.step):
+            with self._errors.contain():
+                self._hooks.reset()
+                self._prepare()
+                self._hooks.arm()
 
     def remove(self) -> None:
         """Take them away again."""
@@ -130,7 +150,11 @@ class StepEvents:
         state.was_active |= hooks.log.active_seen
         state.merges += hooks.log.merged_seen
         self._last_probed = self._probed or self._estimates.due(state.step)
+        if self._probed and not state.broken:
+            self._hang()
         state.step += 1
+        if self._observers.owners.thawed():
+            self._cadence.begin_again(state.step)
         self.begin_step()
 
     @property
@@ -193,6 +217,9 @@ class StepEvents:
                 self._collector.checkpoints.stepped_at = time.time()
             self.now.has_stepped(index, left_to_it=found_inf(optimizer) is not None)
             state.steps_of[index] += 1
+            state.backwards.has_stepped(index)
+            if self._observers.owners.has_stepped(index, self.now.stepped):
+                self._hang()
             state.given_up.discard(index)
             self._read_after(index)
             if self.now.done(self.waited_for):
@@ -289,6 +316,7 @@ class StepEvents:
             if stepped(optimizer):
                 self.now.has_stepped(index)
                 self._state.steps_of[index] += 1
+                self._state.backwards.has_stepped(index)
                 self._read_after(index)
         self._measure()
         self.end_step()

@@ -105,7 +105,7 @@ class Slots:
         Returns:
             The slots.
         """
-        known = ("intended", "rows", "_roles")
+        known = ("intended", "rows", "gates", "_roles")
         found = replace(self, requires_grad=requires_grad, owner=owner, rate=rate, weight_decay=weight_decay)
         found.__dict__.update({name: self.__dict__[name] for name in known if name in self.__dict__})
         return found
@@ -135,6 +135,11 @@ class Slots:
     def rows(self) -> Bools:
         """Rows of single tokens: without a gradient as long as none of these tokens occurs."""
         return np.array([part == "trainable_tokens_delta" for part in self.part], np.bool_)
+
+    @cached_property
+    def gates(self) -> Bools:
+        """AdaLoRA's diagonal between A and B, which its allocator masks."""
+        return np.array([part == "lora_E" for part in self.part], np.bool_)
 
     def of_role(self, role: Role) -> Bools:
         """The slots of one role."""
@@ -262,6 +267,11 @@ class History:
         last_rate: The last learning rate that was read, nan before.
         last_start: Euclidean norm before the last update of each slot, nan before.
         last_norm: The same after it.
+        frozen: Looks in a row up to now at which it did not require gradients.
+        frozen_since: The step in which that row began, while there is one.
+        thawed: It has been frozen and required gradients again.
+        thawed_at: The step in which that was seen last.
+        pruned: A gate (AdaLoRA's E) that began a step at exactly zero after a step that moved it, in a row up to now.
     """
 
     reads: Ints
@@ -280,6 +290,11 @@ class History:
     last_rate: Floats
     last_start: Floats
     last_norm: Floats
+    frozen: Ints
+    frozen_since: Ints
+    thawed: Bools
+    thawed_at: Ints
+    pruned: Ints
 
     def __len__(self) -> int:
         return len(self.reads)
@@ -313,7 +328,8 @@ class History:
         Returns:
             The history with it.
         """
-        return (self if update is None else self._after_update(update, slots))._after_gradients(slots, gradients, step)
+        moved = self if update is None else self._after_update(update, slots)
+        return moved._after_gradients(slots, gradients, step)._after_freezing(slots, step)
 
     def _after_update(self, update: Update, slots: Slots) -> History:
         """Judged against the gradient and the rate that were read before this update."""
@@ -321,11 +337,16 @@ class History:
         able = stepped & self.had_gradient & (self.zero == 0) & (self.missing == 0) & (self.rate_zero == 0)
         # Only where the last step changed the norm do equal norms mean equal values.
         again = (update.start == self.last_start) & (self.last_start != self.last_norm)
+        # A gate is masked to zero after each step; that is no rollback, as long as some gate is left.
+        masked = slots.gates & stepped & (update.start == 0.0) & (self.last_norm > 0.0)
+        masked = masked & bool((slots.gates & stepped & (update.start > 0.0)).any())
+        again = again & ~masked
         return replace(
             self,
             unmoved=_row(self.unmoved, stepped, able & ~update.moved),
             lost=_row(self.lost, stepped, able & slots.half & ~update.mostly),
             put_back=_row(self.put_back, stepped, able & again),
+            pruned=_row(self.pruned, stepped & slots.gates, masked),
             had_move=self.had_move | update.moved,
             last_start=np.where(stepped, update.start, self.last_start),
             last_norm=np.where(stepped, update.norm, self.last_norm),
@@ -350,6 +371,19 @@ class History:
             had_signal=self.had_signal | (gradients.present & ~gradients.zero),
             had_rate=self.had_rate | (owned & (slots.rate != 0.0)),
             last_rate=np.where(known, slots.rate, self.last_rate),
+        )
+
+    def _after_freezing(self, slots: Slots, step: int) -> History:
+        frozen = ~slots.requires_grad
+        if not (frozen.any() or self.frozen.any()):
+            return self
+        back = ~frozen & (self.frozen > 0)
+        return replace(
+            self,
+            frozen=np.where(frozen, self.frozen + 1, 0),
+            frozen_since=np.where(frozen & (self.frozen == 0), step, np.where(frozen, self.frozen_since, 0)),
+            thawed=self.thawed | back,
+            thawed_at=np.where(back, step, self.thawed_at),
         )
 
 

@@ -20,6 +20,7 @@ class DeviceFacts:
         no_gradient_at_all: No tensor of any optimizer has a gradient, whether it belongs to an adapter or not.
         all_non_finite: Nothing that arrived was finite.
         update: The last probed update; None if none was made since the last decision.
+        gathering: The optimizers keep a state of what they have not moved in the last update.
         others: The adapters that are not expected to train.
         base_drift: Of sampled base weights.
         copies: What became of copies that an optimizer steps for the adapter; None if it holds none.
@@ -31,6 +32,7 @@ class DeviceFacts:
     no_gradient_at_all: bool = False
     all_non_finite: bool = False
     update: Update | None = None
+    gathering: bool = False
     others: tuple[OtherAdapter, ...] = ()
     base_drift: BaseDrift | None = None
     copies: CopiesFact | None = None

@@ -139,6 +139,33 @@ class Facts(
         return np.array([mode in ("active", "merged") for mode in self.modes], np.bool_)[self.slots.unit]
 
     @cached_property
+    def their_turn(self) -> Bools:
+        """With several optimizers, toggle_optimizer freezes what the others own: ask at the owner's event."""
+        owner = self.slots.owner
+        if self.optimizers < 2:
+            return np.ones(len(self.slots), np.bool_)
+        turn: Bools = (owner < 0) | (owner == self.optimizer)
+        return turn
+
+    @cached_property
+    def frozen_later(self) -> Bools:
+        """Slots that have learned, are frozen now, and for which nothing was thawed in exchange, as in turns."""
+        history = self.history
+        frozen = self.intended & ~self.slots.requires_grad & history.had_signal & history.had_move
+        if not frozen.any():
+            return frozen
+        last_thaw = history.thawed_at[history.thawed].max(initial=-1)
+        found: Bools = frozen & self.on_now & self.their_turn & (history.frozen_since > last_thaw)
+        return found
+
+    @cached_property
+    def pruned(self) -> Bools:
+        """Slots of units whose gate is masked to zero after every step: they have lost their budget."""
+        if not self.history.pruned.any():
+            return np.zeros(len(self.slots), np.bool_)
+        return self.slots_of_units(set(self.slots.unit[self.history.pruned > 0].tolist()))
+
+    @cached_property
     def called_slots(self) -> Bools | None:
         """The slots of units that ran in a training forward, or None where calls cannot be seen."""
         return None if self.called_units is None else self.slots_of_units(self.called_units)

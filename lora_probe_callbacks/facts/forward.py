@@ -53,6 +53,11 @@ class ForwardFact:
     holds_expected: bool = True  # some expected unit lies below the called module
     carries_graph: bool = True  # some output requires gradients
     dropped: frozenset[int] = frozenset()  # slots behind an operation without a backward
+    rows: tuple[tuple[str, int, int], ...] = ()  # adapter, rows of the batch that ran with it, and all rows
+    without_token: int = 0  # rows in which aLoRA found no invocation token
+    in_eval: frozenset[int] = frozenset()  # units whose dropout is configured and was off
+    unchecked: int = 0  # modules whose checkpointing is on, and which do not checkpoint as they are in eval mode
+    cut: frozenset[int] = frozenset()  # units inside a reentrant checkpoint none of whose inputs requires gradients
 
     def mode(self, unit: int) -> Mode:
         """State of a unit in this forward: what its own calls saw, else the state at the beginning."""
@@ -129,6 +134,7 @@ class ForwardFacts:
         why_not_repeated: Why that was not looked at.
         responses: Steps whose effect on the loss was measured, the last ones.
         elsewhere: Other models with adapters that received gradients.
+        backward_called: Some backward ran since the first forward of this step; None where nobody looked.
     """
 
     forwards: tuple[ForwardFact, ...] = ()
@@ -140,3 +146,4 @@ class ForwardFacts:
     why_not_repeated: str | None = None
     responses: tuple[StepResponse, ...] = ()
     elsewhere: tuple[str, ...] = ()
+    backward_called: bool | None = None

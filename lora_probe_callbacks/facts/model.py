@@ -42,6 +42,7 @@ class OtherAdapter:
     was_active: bool  # active in some forward of this session
     ever_changed: bool
     active_now: bool
+    copy: bool = False  # bit-equal to the expected adapter when training began, and frozen: its reference
     half: bool = False  # some tensor is stored in 16 bits
     still: int = 0  # probed steps in a row after which it was bit-equal, while the expected adapter moved; lagged only
     still_since: int = 0  # the step in which that row began
@@ -250,6 +251,10 @@ class ModelFacts:
         foreign_in_optimizer: Optimizer tensors that belong to no watched module.
         optimizer_tensors: All of their tensors.
         optimizers: Number of optimizers.
+        others_train: Some tensor of an optimizer that belongs to no expected adapter requires gradients.
+        factors_row: Looks in a row at which the factors of all units were the same; None where nobody counted.
+        factors_moved: They have been others before.
+        thaw_announced: Something of the framework's own will thaw what is frozen now.
         why_not_owned: Why no tensor of the adapter can be told apart in the optimizer; empty where it can.
         nested: Adapted layers inside adapted layers.
         rewrapped: PeftModels inside PeftModels.
@@ -273,6 +278,10 @@ class ModelFacts:
     foreign_in_optimizer: int = 0
     optimizer_tensors: int = 0
     optimizers: int = 0
+    others_train: bool = False
+    factors_row: int | None = None
+    factors_moved: bool = False
+    thaw_announced: bool = False
     why_not_owned: str = ""
     nested: tuple[str, ...] = ()
     rewrapped: tuple[str, ...] = ()

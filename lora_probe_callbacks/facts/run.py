@@ -42,6 +42,8 @@ class RunFacts:
         passes: Backward passes since an optimizer that owns expected tensors has stepped last.
         cleared: How often since then the gradients of the adapter were thrown away between two of them.
         accumulation: Backward passes to a step, as the framework says; None where nothing says it.
+        since_step: Backward passes that came to the adapter since each optimizer has stepped last, seen or not.
+        usual_passes: The most that came between two steps of each.
     """
 
     history: History = field(default_factory=lambda: History.empty(0))
@@ -54,3 +56,5 @@ class RunFacts:
     passes: int = 0
     cleared: int = 0
     accumulation: int | None = None
+    since_step: tuple[int, ...] = ()
+    usual_passes: tuple[int, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,38 @@ def idle_adapter_stepped(optimizer: Optimizer) -> None:
         for tensor in group["params"]:
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
+
+
+@fault("P08", "LP111", "Lightning-AI/pytorch-lightning#20105")
+def left_in_eval_mode(model: nn.Module) -> None:
+    """Train in eval mode, as an evaluation without a ``train()`` after it leaves a model, or ``from_pretrained``.
+
+    Dropout does nothing and gradient checkpointing does not checkpoint; the loss is that of a healthy run. LP111 warns
+    of the first step that trains so, if lora_dropout or checkpointing is configured. The Trainer calls ``train()`` in
+    every step, so it does not happen there.
+
+    Args:
+        model: A model with ``lora_dropout``, or with gradient checkpointing.
+    """
+    model.eval()
+
+
+@fault("P08", "LP110", "huggingface/peft#2609")
+def invocation_tokens_changed(ids: torch.Tensor, tokens: Sequence[int], other: int) -> torch.Tensor:
+    """Write a batch without the invocation tokens of an activated LoRA, as another chat template does.
+
+    PEFT looks for them in every row, adds none, and leaves the adapter off where there are none. LP110 warns of the
+    first step with such rows, and fails after four in which no row has them.
+
+    Args:
+        ids: Token ids, [batch, length].
+        tokens: ``alora_invocation_tokens``.
+        other: The token in their place.
+
+    Returns:
+        The changed batch.
+    """
+    return ids.masked_fill(torch.isin(ids, torch.tensor(tokens, device=ids.device)), other)
 
 
 @fault("origin", "LP105")

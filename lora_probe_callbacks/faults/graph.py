@@ -24,14 +24,13 @@ if TYPE_CHECKING:
     "locuslab/open-unlearning#178",
     "huggingface/transformers#25841",
     "huggingface/trl#2486",
-    by_step=3,
 )
 def checkpointed_without_input_gradients(model: PeftModel) -> None:
     """Switch on reentrant checkpointing and take the input-gradient hook away.
 
     A reentrant checkpoint drops the graph if none of its inputs requires gradients. An adapter
     outside the blocks (``lm_head``) is enough for backward() to succeed. LP302 reports the others
-    after four steps, since a part of an adapter may have no gradient in one batch for good reasons.
+    at step 0.
 
     Args:
         model: A PeftModel around a transformers model, with an adapter outside the checkpointed blocks.
@@ -63,13 +62,12 @@ def recompute_with_other_dropout(model: PeftModel) -> None:
     "2U1/Qwen-VL-Series-Finetune#193",
     "huggingface/transformers#42558",
     "modelscope/ms-swift#10214",
-    by_step=3,
 )
 def tower_checkpointed_reentrant(tower: nn.Module) -> None:
     """Checkpoint a tower that is fed with data: pixels and waveforms carry no gradient.
 
     The input-gradient hook sits on the text embeddings and does not help here. The language model
-    learns, the tower's adapters get None. LP302 reports them after four steps.
+    learns, the tower's adapters get None. LP302 reports them at step 0.
 
     Args:
         tower: A part of the model whose inputs are data.

@@ -74,7 +74,7 @@ def scheduler_never_stepped(optimizer: Optimizer, warmup: int = 100) -> LambdaLR
     return LambdaLR(optimizer, lambda step: min(1.0, step / warmup))
 
 
-@fault("E11", "LP001", "unslothai/unsloth#5747", "unslothai/notebooks#270", by_step=3)
+@fault("E11", "LP001", "unslothai/unsloth#5747", "unslothai/notebooks#270")
 def labels_all_masked(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Mask every label, as a wrong chat template or prompt mask does.
 
@@ -138,6 +138,21 @@ def steps_swallowed(optimizer: Optimizer) -> None:
         return None if closure is None else closure()
 
     _exchange_step(optimizer, step)
+
+
+@fault("P03", "LP406", "eriklindernoren/PyTorch-YOLOv3#325", "huggingface/transformers#2995", by_step=3)
+def stops_stepping(optimizer: Optimizer) -> None:
+    """Let the loop call ``step()`` no more, while it goes on to make gradients and to throw them away.
+
+    What a condition in front of ``optimizer.step()`` does that is not met any more, or something that stands in for the
+    method. At the default cadence no step is looked at again after this, for steps are counted by ``step()``: the
+    backward passes tell that the loop goes on. LP406 warns after four steps that were not made and fails after 16;
+    where the gradients are kept LP401 does, after 32 backward passes and after 128.
+
+    Args:
+        optimizer: Any torch optimizer; what it is called with still runs, its hooks do not.
+    """
+    optimizer.step = lambda closure=None: None if closure is None else closure()  # type: ignore[assignment, method-assign]
 
 
 def _exchange_step(optimizer: Optimizer, step: Callable[..., Any]) -> None:

@@ -390,6 +390,29 @@ def _overflowing() -> Trial:
 
 
 @_trial
+def _left_in_eval_mode() -> Trial:
+    model = lora_model(lora_dropout=0.5)
+    faults.left_in_eval_mode(model)
+    return Trial(model)
+
+
+@_trial
+def _invocation_tokens_changed() -> Trial:
+    tokens = [7, 9]
+    model = lora_model(hook=True, task_type="CAUSAL_LM", alora_invocation_tokens=tokens)
+    return Trial(
+        model, loss=lambda model, ids, step: next_token_loss(model, faults.invocation_tokens_changed(ids, tokens, 8))
+    )
+
+
+@_trial
+def _stops_stepping() -> Trial:
+    model = lora_model()
+    optimizer = adamw(model)
+    return Trial(model, optimizer, between=at_step(2, lambda: faults.stops_stepping(optimizer)), begins=2)
+
+
+@_trial
 def _steps_swallowed() -> Trial:
     model = lora_model()
     optimizer = adamw(model)

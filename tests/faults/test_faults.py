@@ -197,7 +197,9 @@ def test_fault_says_what_finds_it_and_where_it_comes_from(fault: Fault) -> None:
 
 def test_every_fault_is_run_by_a_recipe_that_expects_its_code_and_step() -> None:
     for fault in FAULTS.values():
-        if fault.entry != "E02":  # Lightning's alone, above
+        # E02 is Lightning's alone, above; P03 is in tests/engine/test_stopped.py, at the cadence at which it hides; P08
+        # depends on what a framework calls by itself, and on the batches: in tests/healthy/test_intent.py.
+        if fault.entry not in ("E02", "P03", "P08"):
             recipes = [r for r in RECIPES if r.name.split("-")[0] == fault.entry and r.code == fault.code]
             assert recipes, fault
             # The first of them injects the fault before step 0, but for the drift of a base weight.

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from support.training import Training, Watched, batches, fit_lightning, hooks_of_the_probe
+from support.training import Training, Watched, batches, fit_lightning, left_by_the_probe
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader
@@ -150,6 +150,6 @@ def watch_through(door: str, run: Training, steps: int = STEPS, **intent: Any) -
         fit()
     except Exception as raised:
         error = raised
-    assert not list(hooks_of_the_probe(run.model)), "hooks of the probe are left on the model"
+    assert not left_by_the_probe(run.model), "hooks of the probe are left on the model"
     assert not probe.report.internal_errors, "\n".join(probe.report.internal_errors)
     return Watched(probe.report, error)

@@ -259,7 +259,7 @@ def unfrozen() -> Training:
 # --- family 4: checkpointing --------------------------------------------------------------------
 
 
-@recipe("D01", "LP302", 3, "8 adapter tensors", "q_proj", "no gradient (None)", warnings=NO_INPUT_GRADIENTS)
+@recipe("D01", "LP302", 0, "8 adapter tensors", "q_proj", "no gradient (None)", warnings=NO_INPUT_GRADIENTS)
 def no_input_gradients() -> Training:
     model = lora(target_modules=["q_proj", "v_proj", "lm_head"])
     faults.checkpointed_without_input_gradients(model)
@@ -290,7 +290,7 @@ def squares(model: nn.Module, batch: Tensor, step: int) -> Tensor:
     return model(batch.float() / 64).pow(2).mean()
 
 
-@recipe("D02", "LP302", 3, "2 adapter tensors", "vision", "no gradient (None)", warnings=NO_INPUT_GRADIENTS)
+@recipe("D02", "LP302", 0, "2 adapter tensors", "vision", "no gradient (None)", warnings=NO_INPUT_GRADIENTS)
 def tower() -> Training:
     torch.manual_seed(0)
     model = get_peft_model(TwoTowers(), LoraConfig(r=2, target_modules=["vision.0", "language"]))
@@ -303,7 +303,7 @@ class Checkpointed(TwoTowers):
         return self.language(checkpoint(self.vision, pixels, use_reentrant=True))
 
 
-@recipe("D02-own-block", "LP302", 3, "2 adapter tensors", "vision", "no gradient (None)", warnings=NO_INPUT_GRADIENTS)
+@recipe("D02-own-block", "LP302", 0, "2 adapter tensors", "vision", "no gradient (None)", warnings=NO_INPUT_GRADIENTS)
 def own_tower() -> Training:
     torch.manual_seed(0)
     return Training(get_peft_model(Checkpointed(), LoraConfig(r=2, target_modules=["vision.0", "language"])), squares)

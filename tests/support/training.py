@@ -205,7 +205,7 @@ def watch(run: Training | pl.LightningModule, steps: int = 8, *, fit: Any = fit_
     except Exception as raised:
         error = raised
     model = run.model if isinstance(run, Training) else run
-    assert not list(hooks_of_the_probe(model)), "hooks of the probe are left on the model"
+    assert not left_by_the_probe(model), "hooks of the probe are left on the model"
     assert not probe.report.internal_errors, "\n".join(probe.report.internal_errors)
     return Watched(probe.report, error)
 
@@ -217,6 +217,16 @@ def hooks_of_the_probe(model: nn.Module) -> Iterator[str]:
             for hook in hooks.values():
                 if "lora_probe_callbacks" in str(getattr(getattr(hook, "func", hook), "__module__", "")):
                     yield name
+
+
+def left_by_the_probe(model: nn.Module) -> list[str]:
+    """The same after a run, with what counts backward passes at a tensor while it lasts."""
+    found = list(hooks_of_the_probe(model))
+    for name, tensor in model.named_parameters():
+        hooks = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
+        if any("lora_probe_callbacks" in str(type(hook).__module__) for hook in hooks.values()):
+            found.append(name)
+    return found
 
 
 def assert_found(

@@ -241,7 +241,7 @@ def alpha_of_zero() -> Training:
     return Training(lora(lora_alpha=0))
 
 
-@unlisted("scaled to nothing", "LP502", 0, "scaling of all 4 adapted layers is 0")
+@unlisted("scaled to nothing", "LP502", 3, "scaling of all 4 adapted layers is 0")
 def scaled_to_nothing() -> Training:
     model = lora()
     for layer in tuner_layers(model):

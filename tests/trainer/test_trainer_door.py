@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ import pytest
 import torch
 from support.doors import RunTrainer, fit_trainer
 from support.recipes import from_step
-from support.training import Training, adapter_tensors, hooks_of_the_probe, llama, lora, next_token_loss
+from support.training import (
+    Training,
+    adapter_tensors,
+    hooks_of_the_probe,
+    left_by_the_probe,
+    llama,
+    lora,
+    next_token_loss,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -400,17 +409,18 @@ def test_attached_callback_leaves_nothing_behind_after_an_exception(where: str, 
 
 
 def test_what_an_exception_left_behind_goes_with_the_next_train_or_with_the_callback(tmp_path: Path) -> None:
-    run, callback = troubled("backward"), probe()
-    trainer = RunTrainer(run, str(tmp_path), 4, [callback])
+    run, callback = troubled("callback"), probe()
+    trainer = RunTrainer(run, str(tmp_path), 4, [callback, TroubledCallback()])
     with pytest.raises(TroubleError):
         trainer.train()
+    trainer.pop_callback(TroubledCallback)
     trainer.number = 2
     trainer.train()
-    assert not list(hooks_of_the_probe(run.model))
+    assert not left_by_the_probe(run.model)
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
-    run, callback = troubled("backward"), probe()
-    trainer = RunTrainer(run, str(tmp_path), 4, [callback])
+    run, callback = troubled("callback"), probe()
+    trainer = RunTrainer(run, str(tmp_path), 4, [callback, TroubledCallback()])
     with pytest.raises(TroubleError):
         trainer.train()
     optimizer = trainer.optimizer.optimizer
@@ -418,8 +428,51 @@ def test_what_an_exception_left_behind_goes_with_the_next_train_or_with_the_call
     trainer.pop_callback(callback)
     del callback
     gc.collect()
-    assert not list(hooks_of_the_probe(run.model))
+    assert not left_by_the_probe(run.model)
     assert not optimizer._optimizer_step_pre_hooks
+    assert "training_step" not in vars(trainer)
+
+
+@pytest.mark.parametrize("where", ["forward", "compute_loss", "backward", "interrupt"])
+def test_an_exception_of_a_training_step_is_heard_without_attach(where: str, tmp_path: Path) -> None:
+    run, callback = troubled(where), probe()
+    trainer = RunTrainer(run, str(tmp_path), 4, [callback])
+    with pytest.raises(KeyboardInterrupt if where == "interrupt" else TroubleError) as caught:
+        trainer.train()
+    assert not getattr(caught.value, "__notes__", []), "nothing was wrong with the adapter"
+    assert not left_by_the_probe(run.model)
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+    assert "training_step" not in vars(trainer)
+    assert callback.report.status == "unproven"
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_backward_that_raises_is_diagnosed_without_attach(step: int, tmp_path: Path) -> None:
+    """The adapter is merged in the middle of training: torch says that nothing requires gradients, and not why."""
+    run, callback = Training(lora(), between_steps=from_step(step, lambda run: faults.left_merged(run.model))), probe()
+    trainer = RunTrainer(run, str(tmp_path), 4, [callback])
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        trainer.train()
+    assert ["LP103" in note for note in caught.value.__notes__] == [True]
+    assert [(f.code, f.step) for f in callback.report.failures] == [("LP103", step)]
+
+
+def test_a_trainer_is_not_kept_alive(tmp_path: Path) -> None:
+    trainer = RunTrainer(Training(lora()), str(tmp_path), 4, [probe()])
+    trainer.train()
+    held = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert held() is None
+
+
+def test_a_training_step_of_the_users_own_is_put_back(tmp_path: Path) -> None:
+    trainer = RunTrainer(Training(lora()), str(tmp_path), 4, [probe()])
+    calls, own = [], trainer.training_step
+    mine = trainer.training_step = lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
+    trainer.train()
+    assert trainer.training_step is mine
+    assert len(calls) == 4
 
 
 def test_attached_callback_says_on_the_users_exception_why_there_is_no_gradient(tmp_path: Path) -> None:
@@ -438,5 +491,5 @@ def test_model_without_an_adapter_is_refused_when_training_starts(tmp_path: Path
     trainer = RunTrainer(Training(model), str(tmp_path), 4, [callback])
     with pytest.raises(ValueError, match="found no PEFT adapter"):
         trainer.train()
-    assert not list(hooks_of_the_probe(model))
+    assert not left_by_the_probe(model)
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks

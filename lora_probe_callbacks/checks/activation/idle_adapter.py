@@ -11,7 +11,7 @@ def judge(facts: Facts) -> Verdict:
     idle = [
         o.name
         for o in facts.others
-        if o.declared is None and not o.was_active and not o.active_now and not o.ever_changed
+        if o.declared is None and not o.copy and not o.was_active and not o.active_now and not o.ever_changed
     ]
     if not idle:
         return ok()
@@ -33,7 +33,7 @@ CHECK = Check(
     what="An adapter exists that no forward used, no step moved and no argument declared. It warns.",
     why="add_adapter() and load_adapter() do not activate what they add: the older adapter trains in its place.",
     fix="Activate it, declare it (reference_adapters, lagged_adapters), or delete it.",
-    quiet="Declared adapters; adapters that some forward used; adapters that follow another one.",
+    quiet="Declared adapters; a frozen copy of what trains (a reference that was scored before training); adapters that some forward used; adapters that follow another one.",
     threads=("huggingface/peft#1444", "unslothai/unsloth#1592"),
     explained_by=(),
     judge=judge,

@@ -6,6 +6,8 @@ from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, fail, 
 from lora_probe_callbacks.checks.estimator._estimators import also_at_estimators
 from lora_probe_callbacks.facts import Bools, Facts
 
+LONG_STEPS = 100  # for which an adapter that nobody declared may wait for its turn
+
 
 def judge(facts: Facts) -> Verdict:
     """Look for expected adapters that no training forward of the step had active."""
@@ -41,6 +43,10 @@ def _others_train(facts: Facts, names: list[str], slots: Bools) -> Verdict:
         return ok()
     if (facts.history.missing[slots] < PERSISTENT).any():
         return pending(f"{names} not active yet, others of {list(facts.expected)} are: they may take turns")
+    owner = facts.slots.owner
+    tenants = not facts.declared and not set(owner[slots].tolist()) & set(owner[facts.intended & ~slots].tolist())
+    if tenants and facts.step < LONG_STEPS and facts.moment != "end":
+        return pending(f"{names}, with an optimizer of its own, has not had its turn")
     return warn(
         f"adapter {', '.join(map(repr, names))} was not active in any of {PERSISTENT} probed steps, while others that "
         "are expected to train were",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, fail, ok, pending, warn
+from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, fail, ok, pending, some, warn
 from lora_probe_callbacks.checks.reachability._missing import judge_missing, unreached
 from lora_probe_callbacks.facts import Bools, Facts, count
 
+_INPUTS = (
+    "reentrant checkpointing drops the graph where none of its inputs requires gradients: pass use_reentrant=False, or call "
+    "enable_input_require_grads() on the part that is checkpointed (a vision or audio tower has its own inputs)"
+)
 LONG = 4 * PERSISTENT  # a head may be warmed up alone, on outputs of the model
 
 
@@ -26,18 +30,29 @@ def judge(facts: Facts) -> Verdict:
         missing &= ~lost
     if not missing.any():
         return ok() if (read & facts.gradients.present).any() else pending("no gradient that should be there was read")
-    return _missing(facts, read, missing)
+    return _cut(facts, read, missing) or _missing(facts, read, missing)
+
+
+def _cut(facts: Facts, read: Bools, missing: Bools) -> Verdict | None:
+    """Reentrant checkpoints without an input that requires gradients have no backward: nobody needs to wait for it."""
+    units = frozenset[int]().union(*(f.cut for f in facts.training_forwards if f.received))
+    cut = missing & facts.slots_of_units(units)
+    if not cut.any():
+        return None
+    return fail(
+        f"{count(cut)} adapter tensors ({some(facts.slots.names(cut))}) got no gradient (None), although the layers ran: in a reentrant "
+        "checkpoint none of whose inputs requires gradients",
+        cut,
+        got=f"{count(cut)} of {count(read)} gradients None",
+        expected="0",
+        fix=_INPUTS,
+    )
 
 
 def _missing(facts: Facts, read: Bools, missing: Bools) -> Verdict:
     checkpointed = [f.why_unknown for f in facts.training_forwards if f.why_unknown and "Checkpoint" in f.why_unknown]
     ungraded = not (missing & ~facts.slots_of_units(facts.ungraded_units)).any()
-    fix = (
-        "reentrant checkpointing drops the graph where none of its inputs requires gradients: pass use_reentrant=False, or call "
-        "enable_input_require_grads() on the part that is checkpointed (a vision or audio tower has its own inputs)"
-        if checkpointed or ungraded
-        else ""
-    )
+    fix = _INPUTS if checkpointed or ungraded else ""
     calls = (
         f"; the model was called {facts.forwards_without_grad} times without gradients"
         if facts.forwards_without_grad

@@ -19,6 +19,16 @@ def judge(facts: Facts) -> Verdict:
     if not lost.any():
         return ok()
     if not any(f.received for f in forwards) and facts.moment != "exception":
+        if facts.backward_called is False:
+            return judge_missing(
+                facts,
+                lost,
+                "{who} got no gradient: no backward was called in this step",
+                got="0 backward passes between the forward and optimizer.step()",
+                expected="loss.backward() before optimizer.step()",
+                fix="call loss.backward() (accelerator.backward(loss), self.manual_backward(loss)) after the forward of every step; see under "
+                "which condition it is called, and whether an exception on the way is swallowed",
+            )
         return judge_missing(
             facts,
             lost,

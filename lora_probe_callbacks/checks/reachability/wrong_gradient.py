@@ -76,7 +76,10 @@ def _why_not(response: StepResponse) -> str | None:
     if not _is_off(central):
         return None
     if sides is not None and not (abs(sides[0] - sides[1]) <= APART and all(map(_is_off, sides))):
-        return "ahead and behind, the loss changes by different amounts: it has a kink here (ReLU), and no one gradient"
+        return (
+            "ahead and behind, the loss changes by different amounts: it has a kink here (a ReLU, a clamp, a router that switches), or it is "
+            "too curved for the distance that precision asks for"
+        )
     if own is not None and not _is_off(own):
         return (
             "made anew from the outputs alone and a little aside, the gradient is right: either it holds more than what left "

@@ -35,7 +35,7 @@ def judge(facts: Facts) -> Verdict:
 def _long(facts: Facts) -> Bools:
     # A rare token may not occur for longer than that.
     rare = facts.slots.rows & (facts.step - facts.history.zero_since < RARE_STEPS)
-    long: Bools = (facts.history.zero >= LONG) & ~rare
+    long: Bools = (facts.history.zero >= LONG) & ~rare & ~facts.pruned
     return long
 
 
@@ -80,7 +80,7 @@ CHECK = Check(
     fix="Look at the labels (all -100?), the advantages and the factors of the loss.",
     quiet="lora_A before B has moved; batches without a signal among others; after a signal was seen it only warns.",
     threads=("modelscope/ms-swift#4547", "unslothai/unsloth#5747"),
-    explained_by=("LP001", "LP102", "LP103", "LP104", "LP203", "LP308", "LP402", "LP502", "LP503"),
+    explained_by=("LP001", "LP102", "LP103", "LP104", "LP110", "LP203", "LP308", "LP402", "LP502", "LP503"),
     needs=("owned",),
     sets_ranks_apart=True,
     judge=judge,

@@ -6,6 +6,7 @@ from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending,
 from lora_probe_callbacks.facts import Facts, Role
 
 STEPS = 3  # of the four steps that are always probed, the first has no gradient for A
+GATHERING = 8  # an optimizer that gathers moments first may move nothing for so long
 LOST, POOR = 0.2, 0.5  # fraction of elements that move: below the first the role stands still
 ROLES: tuple[Role, Role] = ("A", "B")
 
@@ -18,6 +19,8 @@ def judge(facts: Facts) -> Verdict:
     if not half.any():
         return skipped("no adapter tensor is stored in 16 bits")
     history, update = facts.history, facts.update
+    if facts.gathering and not history.had_move[half].any() and (history.lost[half] < GATHERING).all():
+        return pending("the optimizer has moved nothing so far")  # LP401
     for role, least in ((role, least) for least in (LOST, POOR) for role in ROLES):
         slots = half & facts.slots.of_role(role) & update.stepped
         lost = slots & (history.lost > 0)

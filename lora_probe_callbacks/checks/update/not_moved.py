@@ -11,13 +11,16 @@ from lora_probe_callbacks.facts import Bools, Facts, Update, count
 LONG = 4 * PERSISTENT
 # Gradients may be accumulated over as many backward passes as one likes; hardly over more than these.
 CERTAIN = 128
+SINGLE = 2.0**-24  # half a unit in the last place, relative
+GATHERING = 2 * PERSISTENT  # RAdam's first five steps at the usual betas
+TIMES = 4  # as many as between two steps before
 
 
 def judge(facts: Facts) -> Verdict:
     """Look for tensors with a gradient and a rate that no step has moved."""
     owners = set(facts.slots.owner[facts.intended & facts.slots.owned].tolist())
     stepped = facts.ever_stepped or any(steps for owner, steps in enumerate(facts.steps_of) if owner in owners)
-    idle = _idle_optimizer(facts) if stepped else _no_step(facts)
+    idle = (_stopped(facts, owners) or _idle_optimizer(facts)) if stepped else _no_step(facts)
     if facts.update is None:
         return idle or pending("no update was seen yet")
     verdict = _judge_update(facts, facts.update)
@@ -33,10 +36,18 @@ def _judge_update(facts: Facts, update: Update) -> Verdict:
     still = judged & (history.unmoved > 0)
     if not still.any():
         return _put_back(facts, judged)
-    long = still & (history.unmoved >= PERSISTENT)
+    # RAdam and its kin gather moments first and step later; what swallows a step gathers nothing.
+    gathering = facts.gathering and not history.had_move[judged].any() and _would_show(facts, update, still)
+    long = still & (history.unmoved >= (GATHERING if gathering else PERSISTENT))
     if not long.any():
         return pending(f"{count(still)} adapter tensors were not moved by the last update")
     return _still(facts, update, long, whole=count(long) == count(judged) and not history.had_move[long].any())
+
+
+def _would_show(facts: Facts, update: Update, slots: Bools) -> bool:
+    """A step of the size of the learning rate is more than 32 bits lose."""
+    size = facts.slots.rate[slots] * np.sqrt(facts.slots.numel[slots])
+    return bool((size > SINGLE * update.start[slots]).all())
 
 
 def _no_step(facts: Facts) -> Verdict | None:
@@ -63,6 +74,26 @@ def _no_step(facts: Facts) -> Verdict | None:
         got="0 calls of optimizer.step()",
         expected="a step after the backward passes that it accumulates",
         fix=fix,
+    )
+
+
+def _stopped(facts: Facts, owners: set[int]) -> Verdict | None:
+    """Steps were made, and then no more, while gradients go on to be accumulated."""
+    if facts.moment not in ("waiting", "end") or not facts.since_step or not owners:
+        return None
+    backwards = min(facts.since_step[owner] for owner in owners)
+    usual = max(facts.usual_passes[owner] for owner in owners)
+    if backwards < max(2 * LONG, TIMES * usual):
+        return None
+    report = fail if backwards >= max(CERTAIN, 2 * TIMES * usual) else warn
+    return report(
+        f"the optimizer that owns the adapter has stopped stepping: {backwards} backward passes since its last step",
+        facts.intended,
+        cause="stopped",
+        got=f"0 calls of optimizer.step() in {backwards} backward passes",
+        expected=f"a step after {usual} of them, as before",
+        fix="see under which condition the loop calls optimizer.step(), and whether something has replaced it; if gradients are accumulated "
+        "over that many backward passes from here on, nothing is wrong so far",
     )
 
 
@@ -139,10 +170,10 @@ def _put_back(facts: Facts, judged: Bools) -> Verdict:
 CHECK = Check(
     code="LP401",
     name="not-moved",
-    what="An adapter tensor with a gradient and a learning rate above 0 is bit-equal before and after the step, four probed steps in a row; or the steps move it, and each of four begins with the same values again; or an optimizer never steps, however many backward passes went by (it warns at 16, and fails at 128 or at twice the accumulation that was declared).",
+    what="An adapter tensor with a gradient and a learning rate above 0 is bit-equal before and after the step, four probed steps in a row; or the steps move it, and each of four begins with the same values again; or an optimizer never steps, however many backward passes went by (it warns at 16, and fails at 128 or at twice the accumulation that was declared), or stops stepping (it warns at 32 or four times as many passes as a step had before, and fails at 128 or eight times as many).",
     why="step() returned. An optimizer that steps a copy, or code that restores weights, leaves the model as it was.",
     fix="See what runs between optimizer.step() and the next forward, and whether the optimizer keeps master copies that are never written back.",
-    quiet="Steps skipped for overflow, a learning rate of 0, gradients of exactly zero; rounding is LP403.",
+    quiet="Optimizers that gather moments before they step (RAdam, schedule-free RAdam: eight probed steps), steps skipped for overflow, a learning rate of 0, gradients of exactly zero; rounding is LP403.",
     threads=("deepspeedai/DeepSpeed#7632", "huggingface/accelerate#2665"),
     explained_by=(
         "LP101",

@@ -42,7 +42,10 @@ def judge(facts: Facts) -> Verdict:
     return warn(
         f"{row} steps in a row were skipped{why}",
         facts.intended,
-        fix="if the loss scale still falls, wait: it fails when the scale is below 1 or after 16 steps; else look for inf or nan in the loss",
+        fix="if the loss scale still falls, wait: it fails when the scale is below 1 or after 16 steps; else look for inf or nan in the loss"
+        if facts.scaler
+        else "if these gradients are meant to be thrown away nothing is wrong, and it fails after 16 steps; else see under which condition "
+        "the loop calls optimizer.step(), and whether something has replaced it",
         got=got,
         expected=expected,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, skipped, some, warn
+from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, fail, ok, pending, skipped, some, warn
 from lora_probe_callbacks.facts import Facts
 
 NEAR = 1e-6  # relative: a factor that went through a record or through 32 bits
@@ -15,6 +15,8 @@ def judge(facts: Facts) -> Verdict:
         return skipped("no expected layer has a factor alpha/r")
     if not any(got == 0 or _apart(got, natural) for got, natural in pairs):
         return ok()
+    if (moving := _moving(facts)) is not None:
+        return moving
     known = [u for u in range(len(facts.units)) if facts.units[u].scaling is not None]
     zero = [u for u in known if facts.units[u].scaling == 0]
     names = [facts.units[u].name for u in zero]
@@ -50,6 +52,20 @@ def judge(facts: Facts) -> Verdict:
     )
 
 
+def _moving(facts: Facts) -> Verdict | None:
+    """A factor that is warmed up begins at 0, or goes on to change: it is judged where it stays."""
+    row = facts.factors_row
+    if row is None or row > PERSISTENT or facts.moment == "end":
+        return None
+    known = [u for u in facts.units if u.scaling is not None]
+    all_zero = all(u.scaling == 0 for u in known)
+    if facts.factors_moved and not all_zero:
+        return pending(f"the factor of BA has changed {row} look(s) ago: judged where it stays")
+    if not facts.factors_moved and all_zero and all(u.natural for u in known):
+        return pending("the factor of BA is 0 so far: it may be warmed up")
+    return None
+
+
 def _apart(got: float | None, natural: float | None) -> bool:
     return got is not None and natural is not None and abs(got - natural) > NEAR * max(abs(got), abs(natural))
 
@@ -67,6 +83,6 @@ CHECK = Check(
     why="With a factor of 0 the forward is that of the base model and every adapter gradient is exactly zero. With another one the adapter "
     "that is saved is not the one that was trained: loading computes alpha/r anew.",
     fix="Look for lora_alpha=0, set_scale() and scale_layer() without unscale_layer().",
-    quiet="use_rslora, rank_pattern and alpha_pattern; AdaLoRA and tuners other than LoRA, which have no such factor.",
+    quiet="A factor that is warmed up from 0, while it changes and in the first four steps; use_rslora, rank_pattern and alpha_pattern; AdaLoRA and tuners other than LoRA, which have no such factor.",
     judge=judge,
 )

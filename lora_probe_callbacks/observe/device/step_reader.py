@@ -245,6 +245,7 @@ class DeviceReader:
             no_gradient_at_all=when.moment in ("step", "waiting") and self._nothing_anywhere(gradients),
             all_non_finite=hopeless or bool(gradients.present.any() and not np.isfinite(gradients.norm).any()),
             update=update,
+            gathering=update is not None and self._gathers(update),
             others=self._others.facts(before, after, active, self._owners),
             base_drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
             copies=self._owners.copies_fact(),
@@ -252,6 +253,18 @@ class DeviceReader:
         )
         supervision = SupervisionFacts() if self.supervision is None else self.supervision.fact(readout)
         return Readings(facts, supervision, skipped, samples[0], samples[1])
+
+    @torch.no_grad()
+    def _gathers(self, update: Update) -> bool:
+        """Whether the optimizer has kept something of gradients by which it has moved nothing."""
+        # One tensor tells, and it is looked at only where nothing moved: this is a transfer of its own.
+        still = np.flatnonzero(update.stepped & (update.gradient_norm > 0.0) & ~update.moved).tolist()
+        tensor = self._owners.tensors[still[0]] if still and not update.moved.any() else None
+        if tensor is None:
+            return False
+        kept = [v for o in self._targets.optimizers for v in o.state.get(tensor, {}).values() if _like(v, tensor)]
+        # A copy of the tensor, as schedule-free optimizers keep, says nothing of gradients.
+        return any(bool(local(v).any()) and not torch.equal(local(v), local(tensor)) for v in kept)
 
     def _nothing_anywhere(self, gradients: Gradients) -> bool:
         optimizers = range(len(self._targets.optimizers))
@@ -280,6 +293,10 @@ def _enter(received: GradientReading | Gradients, readout: Readout, column: Floa
     else:
         column[received.present] = received.norm[received.present]
         present |= received.present
+
+
+def _like(value: object, tensor: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == tensor.shape
 
 
 def _flag(optimizer: Optimizer, readout: Readout) -> range | None:

@@ -27,6 +27,11 @@ class Candidate:
     observed: bool  # the calls of layers are
     with_grad: set[int]  # units whose layer ran with gradients enabled
     holds_expected: bool
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)  # adapter to rows with it, and all rows
+    without_token: int = 0
+    in_eval: set[int] = field(default_factory=set)
+    unchecked: int = 0
+    cut: set[int] = field(default_factory=set)  # units inside a reentrant checkpoint without a backward
     received: bool = False
     carries_graph: bool = True  # some output requires gradients
     modes_at_backward: tuple[Mode, ...] | None = None
@@ -69,6 +74,11 @@ class Candidate:
             holds_expected=self.holds_expected,
             carries_graph=self.carries_graph,
             with_grad=frozenset(self.with_grad) if self.observed else None,
+            rows=tuple((name, on, total) for name, (on, total) in self.rows.items()),
+            without_token=self.without_token,
+            in_eval=frozenset(self.in_eval),
+            unchecked=self.unchecked,
+            cut=frozenset(self.cut),
             reached=reached,
             why_unknown=self.why_unknown,
             dropped=frozenset(slots[i] for i in self.dropped if i in slots),

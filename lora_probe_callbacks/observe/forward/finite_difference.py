@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.facts import StepResponse
+from lora_probe_callbacks.observe.forward.backward_passes import hooked_by_others
 from lora_probe_callbacks.observe.forward.candidate import tensors_in
 from lora_probe_callbacks.observe.forward.replay import MOST_BYTES, KeptForward
 from lora_probe_callbacks.restore.model import holding, own_gradients
@@ -392,7 +393,7 @@ def _why_not(module: nn.Module, tensors: Sequence[torch.Tensor], ours: Collectio
             return reason
     for parameter in module.parameters():
         foreign = parameter._backward_hooks and id(parameter) not in ours
-        if foreign or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        if foreign or hooked_by_others(parameter):
             return "a hook on a parameter changes or uses its gradient"
     return None
 

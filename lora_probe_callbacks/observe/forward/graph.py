@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from lora_probe_callbacks._gc import no_collection
 
-__all__ = ["Walk", "capturing", "in_backward", "mark", "runs_to_all", "walk", "walk_from_here"]
+__all__ = [
+    "Walk",
+    "backwards_so_far",
+    "capturing",
+    "cut_by_checkpoint",
+    "in_backward",
+    "mark",
+    "runs_to_all",
+    "walk",
+    "walk_from_here",
+]
 
 _MARK = "lora_probe_callbacks"
 
@@ -31,6 +45,36 @@ def capturing() -> bool:
 def in_backward() -> bool:
     """Tell whether this thread is inside an autograd backward, as a recomputed forward is."""
     return torch._C._current_graph_task_id() != -1
+
+
+def backwards_so_far() -> int | None:
+    """How many backward passes this process has made, this look included.
+
+    Autograd numbers its passes. Two looks whose numbers follow each other have no other pass in between.
+
+    Returns:
+        The number of this one, or None where it cannot be told.
+    """
+    seen: list[int] = []
+    with contextlib.suppress(RuntimeError), torch.inference_mode(False), torch.enable_grad():
+        one = torch.zeros((), device="cpu", requires_grad=True)
+        one.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))  # type: ignore[no-untyped-call]
+        torch.autograd.backward(one)
+    return seen[0] if seen else None
+
+
+_CHECKPOINT = CheckpointFunction.forward.__code__
+
+
+def cut_by_checkpoint() -> bool:
+    """Tell whether a reentrant checkpoint is running none of whose inputs requires gradients: it has no backward."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CHECKPOINT:
+            inputs = frame.f_locals["args"]
+            return not any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs)
+        frame = frame.f_back
+    return False
 
 
 @dataclass(eq=False, slots=True)

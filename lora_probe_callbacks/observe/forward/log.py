@@ -12,9 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.facts import ForwardFacts, Mode
 from lora_probe_callbacks.observe.forward.candidate import Candidate, tensors_in
-from lora_probe_callbacks.observe.forward.graph import mark, runs_to_all, walk, walk_from_here
+from lora_probe_callbacks.observe.forward.graph import (
+    backwards_so_far,
+    cut_by_checkpoint,
+    mark,
+    runs_to_all,
+    walk,
+    walk_from_here,
+)
 from lora_probe_callbacks.observe.forward.weight_usage import WeightWitness
 from lora_probe_callbacks.observe.model.inventory import Inventory, Unit
+from lora_probe_callbacks.observe.model.rows import by_row, dropout_is_off
 from lora_probe_callbacks.observe.model.switches import Switches
 from lora_probe_callbacks.observe.model.wrappers import describe
 
@@ -55,6 +63,7 @@ class ForwardLog:
         self.merged_seen = False
         self.beside: set[Mode] = set()  # states in which layers ran beside training: no gradients, or disabled
         self.ran_beside: set[int] = set()  # units whose layer ran there
+        self._backwards: int | None = None  # up to the first forward
         self._walked: dict[tuple[str, tuple[Mode, ...]], list[Candidate]] = {}
 
     def watch(self, inventory: Inventory, units: list[Unit]) -> None:
@@ -104,6 +113,9 @@ class ForwardLog:
             with_grad=set(),
             holds_expected=id(module) in self._above_expected,
         )
+        # What stands above adapted layers alone: blocks, as a rule.
+        blocks = (m for _, m, _ in self.inventory.ancestors if getattr(m, "gradient_checkpointing", False) is True)
+        candidate.unchecked = sum(not block.training for block in blocks)
         self.active_seen.update(candidate.active)
         self.merged_seen |= "merged" in candidate.modes
         self.candidates.append(candidate)
@@ -119,11 +131,23 @@ class ForwardLog:
         if units is None:
             return
         graded = torch.is_grad_enabled()
+        names, offsets = by_row(module)
+        if offsets is not None:
+            candidate.without_token = max(candidate.without_token, sum(o is None for o in offsets))
+            candidate.rows.update(dict.fromkeys((self.units[i].adapter for i in units), _found(offsets)))
         for index in units:
+            unit = self.units[index]
             candidate.total_calls[index] = candidate.total_calls.get(index, 0) + 1
             mode = self._switches.mode(index)
+            if names is not None and mode in ("active", "inactive"):  # PEFT asks the batch, not the layer
+                candidate.rows[unit.adapter] = (names.count(unit.adapter), len(names))
+                mode = "active" if unit.adapter in names else "inactive"
+            if mode == "active" and dropout_is_off(unit):
+                candidate.in_eval.add(index)
             if graded:
                 candidate.with_grad.add(index)
+            elif self.closely and cut_by_checkpoint():
+                candidate.cut.add(index)
             if mode == "active":
                 candidate.active_calls[index] = candidate.active_calls.get(index, 0) + 1
             else:
@@ -147,6 +171,8 @@ class ForwardLog:
         outputs = [t for t in tensors_in(output) if t.requires_grad]
         key = (candidate.module, candidate.modes)
         candidate.carries_graph = bool(outputs)
+        if self._backwards is None and not self.bare:
+            self._backwards = backwards_so_far()
         alike = self._walked.setdefault(key, [])
         # One walk serves all micro-batches of the same kind, but none serves that was not for training.
         if not self.bare and len(alike) < _WALKS and not any(c.received for c in alike):
@@ -203,7 +229,15 @@ class ForwardLog:
             forwards_without_grad=self.without_grad,
             ran_beside=frozenset(self.ran_beside),
             unobservable=self.unobservable,
+            backward_called=self._backward_called(),
         )
+
+    def _backward_called(self) -> bool | None:
+        """Since the first forward of this step; None where nobody looked."""
+        if any(c.received for c in self.candidates):
+            return True
+        now = None if self._backwards is None else backwards_so_far()
+        return None if now is None or self._backwards is None else now > self._backwards + 1
 
     @property
     def unobservable(self) -> str | None:
@@ -221,3 +255,8 @@ class ForwardLog:
     def called(self) -> set[int]:
         """Ids of all modules that ran in a candidate that received a gradient."""
         return set().union(*(c.called for c in self.candidates if c.received))
+
+
+def _found(offsets: Sequence[object]) -> tuple[int, int]:
+    """Rows in which aLoRA found its invocation tokens, and all rows."""
+    return sum(offset is not None for offset in offsets), len(offsets)

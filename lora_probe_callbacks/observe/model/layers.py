@@ -54,6 +54,8 @@ class Layers:
         self._slots_of_unit = [tuple(range(a, b)) for a, b in itertools.pairwise(bounds)]
         self._facts: tuple[UnitFact, ...] = ()
         self._seen: object = None
+        self._factors: list[float | None] = []
+        self.factors_row, self.factors_moved = 0, False  # looks at which they were the same; others before
 
     # --- what ran ---------------------------------------------------------------------------
 
@@ -84,6 +86,9 @@ class Layers:
         for unit, factor in zip(self._of_factor, now, strict=True):
             if isinstance(factor, (float, int)):  # else it is no plain number any more
                 found[unit] = float(factor)
+        same = found == self._factors
+        self.factors_moved |= bool(self._factors) and not same
+        self._factors, self.factors_row = found, self.factors_row + 1 if same else 1
         return found
 
     def facts(

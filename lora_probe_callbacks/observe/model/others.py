@@ -7,8 +7,9 @@ from collections.abc import Set
 import torch
 
 from lora_probe_callbacks.facts import Floats, OtherAdapter
-from lora_probe_callbacks.observe.device.transfer import Readout
+from lora_probe_callbacks.observe.device.transfer import Readout, local
 from lora_probe_callbacks.observe.device.updates import Fingerprints, Followers
+from lora_probe_callbacks.observe.model.inventory import Slot
 from lora_probe_callbacks.observe.model.owners import Owners
 from lora_probe_callbacks.observe.model.targets import Targets
 
@@ -35,7 +36,17 @@ class OtherAdapters:
             name: {s.name: t for s in slots if (t := s.tensor) is not None} for name, slots in self._slots.items()
         }
         self._fingerprints = {name: Fingerprints(held) for name, held in tensors.items() if name not in lagged}
+        self._copies: set[str] = set()
         self.followers = Followers({name: list(tensors.get(name, {}).values()) for name in lagged})
+
+    @torch.no_grad()
+    def look_at_start(self) -> None:
+        """Find frozen copies of what trains; the values are read once, before the first forward."""
+        mine = {_place(slot): slot.tensor for slot in self._targets.slots}
+        for name, slots in self._slots.items():
+            pairs = [(slot.tensor, mine.get(_place(slot))) for slot in slots]
+            if pairs and all(_same(theirs, ours) for theirs, ours in pairs):
+                self._copies.add(name)
 
     def read(self, readout: Readout) -> range | None:
         """Put the norms of all adapters that must stay as they are into ``readout``. For use under ``no_grad``."""
@@ -101,7 +112,19 @@ class OtherAdapters:
             changed=inside or (outside if reference else ()),
             was_active=was_active,
             ever_changed=name in self._ever_changed,
+            copy=name in self._copies,
             active_now=name in self._targets.inventory.active,
             half=any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors),
             **self.followers.counts(name),
         )
+
+
+def _place(slot: Slot) -> tuple[int, tuple[str, ...]]:
+    """Where a slot is, but for the name of its adapter."""
+    return id(slot.layer), tuple(part for part in slot.path if part != slot.adapter)
+
+
+def _same(theirs: torch.Tensor | None, ours: torch.Tensor | None) -> bool:
+    if theirs is None or ours is None or theirs.requires_grad or theirs.shape != ours.shape:
+        return False
+    return theirs.device == ours.device and torch.equal(local(theirs), local(ours))

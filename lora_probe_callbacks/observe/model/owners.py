@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter, is_
 
 import numpy as np
 import torch
 
-from lora_probe_callbacks.facts import CopiesFact, Slots
+from lora_probe_callbacks.facts import Bools, CopiesFact, Slots
 from lora_probe_callbacks.observe.device.batching import Held, held
 from lora_probe_callbacks.observe.device.transfer import PLAIN, Kind, kind, local
 from lora_probe_callbacks.observe.model.master_weights import Copies, find_copies
@@ -17,6 +17,9 @@ from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.observe.model.wrappers import is_shard, master_copies, replicas
 
 __all__ = ["Owners"]
+
+
+_LOOKED_AT = 16  # tensors, between two probed steps: parts are thawed and frozen together
 
 
 class Owners:
@@ -28,6 +31,9 @@ class Owners:
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
+        self._trainable: object = None  # what thawed() has seen
+        self._shared = False  # some tensor stands in several groups
+        self._took_over: list[int] = []  # optimizers, the last one last
         self.inside_forward = False  # a module has been called: its tensors may be stand-ins
         self.copies: Copies | None = None
         self.settle()
@@ -101,8 +107,33 @@ class Owners:
         optimizers = self._targets.optimizers
         params, sizes = tensors_of(optimizers), self._group_sizes()
         if sizes != self._sizes or not all(map(is_, params, self._params)):
-            self._params, self._sizes, self._group_of = params, sizes, owner_of(optimizers)
+            self._params, self._sizes = params, sizes
+            self._shared = len(set(map(id, params))) < len(params)
+            self._group_of = owner_of(optimizers, self._took_over)
         self._groups = groups_of(optimizers)
+
+    def has_stepped(self, optimizer: int, stepped: Collection[int]) -> bool:
+        """An optimizer has stepped: it takes over what it shares with others that do not step any more.
+
+        Args:
+            optimizer: Its number.
+            stepped: Those that have stepped in this step.
+
+        Returns:
+            Whether it has taken over anything.
+        """
+        if not self._shared:
+            return False
+        groups = self._groups
+        held = {id(t) for group in self._targets.optimizers[optimizer].param_groups for t in group["params"]}
+        mine = [g for t in self.tensors if id(t) in held and (g := self._group_of.get(id(t))) is not None]
+        former = {groups[g].optimizer for g in mine} - {optimizer}
+        if not former or former & set(stepped):
+            return False
+        self._took_over = [o for o in self._took_over if o != optimizer] + [optimizer]
+        self._sizes = None
+        self.look()
+        return True
 
     def _behind_stand_in(self, now: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor | None:
         """torch.func.functional_call puts others in the place of what an optimizer owns, for one forward."""
@@ -123,9 +154,42 @@ class Owners:
             self.look()
         return self._owning
 
+    def thawed(self) -> bool:
+        """Something may train now that did not at the last call, or the other way round: asked in every step."""
+        step = max(1, len(self.tensors) // _LOOKED_AT)
+        now = self._group_sizes(), [t is not None and t.requires_grad for t in self.tensors[::step]]
+        before, self._trainable = self._trainable, now
+        return before is not None and before != now
+
     def has_gradients(self, optimizer: int) -> bool:
         """Some tensor of an optimizer has a gradient."""
         return any(t.grad is not None for t in tensors_of([self._targets.optimizers[optimizer]]))
+
+    def one_of_each(self, learning: Bools) -> dict[int, torch.Tensor]:
+        """Optimizer to one of the tensors that it steps.
+
+        Args:
+            learning: Slots that are known to get gradients: these first.
+
+        Returns:
+            A tensor of the model that requires gradients, where there is one.
+        """
+        of_group = np.array([*(group.optimizer for group in self._groups), -1])
+        owner, intended = of_group[self._step_group], ~self._frozen
+        found: dict[int, torch.Tensor] = {}
+        for optimizer in self._owning:
+            mine = intended & (owner == optimizer)
+            first = next((s for s in (mine & learning, mine & (self._role != "A"), mine) if s.any()), mine)
+            tensors = (self.tensors[slot] for slot in np.flatnonzero(first).tolist())
+            tensor = next((t for t in tensors if t is not None and t.requires_grad), None)
+            if tensor is not None:
+                found[optimizer] = tensor
+        return found
+
+    def others_train(self) -> bool:
+        """Some tensor of an optimizer that stands in no slot requires gradients."""
+        mine = {id(t) for t in self.tensors}
+        return any(t.requires_grad and id(t) not in mine for t in self._params)
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Some optimizer holds this very object."""

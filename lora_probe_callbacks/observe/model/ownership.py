@@ -79,19 +79,24 @@ def groups_of(optimizers: Sequence[Optimizer]) -> list[Ownership]:
     return found
 
 
-def owner_of(optimizers: Sequence[Optimizer]) -> dict[int, int]:
+def owner_of(optimizers: Sequence[Optimizer], took_over: Sequence[int] = ()) -> dict[int, int]:
     """Map the id of every tensor that an optimizer owns to its parameter group.
 
     Args:
         optimizers: Torch optimizers.
+        took_over: Those that have taken over what they share with others, the last one last.
 
     Returns:
-        Tensor id to the index in :func:`groups_of` of the first group that holds it.
+        Tensor id to the index in :func:`groups_of` of the first group that holds it, or of one that took over.
     """
     groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    of_group = [number for number, optimizer in enumerate(optimizers) for _ in optimizer.param_groups]
     owners: dict[int, int] = {}
     for number in range(len(groups) - 1, -1, -1):  # the first owner has the last word
         owners.update(dict.fromkeys(map(id, groups[number]), number))
+    for optimizer in took_over:
+        for number in (n for n, of in enumerate(of_group) if of == optimizer):
+            owners.update(dict.fromkeys(map(id, groups[number]), number))
     return owners
 
 

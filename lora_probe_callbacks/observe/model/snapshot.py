@@ -28,12 +28,13 @@ def model_facts(
     """
     inventory, config = targets.inventory, targets.config
     replaced, foreign = owners.replaced()
+    slots = owners.columns()
     return ModelFacts(
         expected=targets.expected,
         declared=config.names is not None,
         resumed=config.resumed,
         new_tokens=tuple(config.new_token_ids),
-        slots=owners.columns(),
+        slots=slots,
         modes=modes,
         active=active,
         trainable_bases=layers.trainable_bases(),
@@ -41,6 +42,7 @@ def model_facts(
         foreign_in_optimizer=foreign,
         optimizer_tensors=len(tensors_of(targets.optimizers)),
         optimizers=len(targets.optimizers),
+        others_train=not slots.requires_grad.all() and owners.others_train(),
         why_not_owned=owners.why_not_owned(),
         nested=tuple(inventory.nested),
         rewrapped=tuple(inventory.rewrapped),

@@ -89,7 +89,19 @@ class Targets:
             return self.config.names
         aside = {*self.config.reference_adapters, *self.config.lagged_adapters}
         active = tuple(name for name in self.inventory.active if name not in aside)
-        return active or tuple(name for name in self.inventory.adapters if name not in aside)
+        tenants = tuple(name for name in self._tenants(active) if name not in aside)
+        return active + tenants or tuple(name for name in self.inventory.adapters if name not in aside)
+
+    def _tenants(self, active: Sequence[str]) -> list[str]:
+        """Adapters with an optimizer of their own, which owns nothing of those that are active: they take turns."""
+        owners = owner_of(self.optimizers) if active and len(self.optimizers) > 1 else {}
+        by_optimizer: dict[str, set[int]] = {}
+        groups = [number for number, optimizer in enumerate(self.optimizers) for _ in optimizer.param_groups]
+        for unit in self.inventory.units:
+            mine = {groups[g] for slot in unit.slots if (g := owners.get(id(slot.tensor))) is not None}
+            by_optimizer.setdefault(unit.adapter, set()).update(mine)
+        taken = set().union(*(by_optimizer.get(name, set()) for name in active))
+        return [name for name, mine in by_optimizer.items() if name not in active and mine and not mine & taken]
 
     def expect(self, names: tuple[str, ...]) -> None:
         """Settle which units are expected to train.

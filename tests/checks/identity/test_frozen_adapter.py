@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from support.facts import ALL, bad, expect, facts
@@ -8,6 +9,8 @@ from support.facts import ALL, bad, expect, facts
 from lora_probe_callbacks.checks.identity.frozen_adapter import CHECK
 
 FROZEN = {"requires_grad": False}
+LEFT_OUT = {**FROZEN, "owner": None}  # frozen before the optimizer was built
+LATER = {**FROZEN, "had_move": True, "frozen": 1, "frozen_since": 5}
 
 
 def test_frozen_adapter_fails() -> None:
@@ -37,13 +40,13 @@ def test_one_of_two_expected_adapters_is_enough() -> None:
 
 
 def test_expected_adapter_without_a_judged_tensor_is_no_failure() -> None:
-    what = facts(at={1: FROZEN}, expected=("absent", "default"))
+    what = facts(at={1: LEFT_OUT}, expected=("absent", "default"))
     assert CHECK.judge(what).status == "warn"
 
 
 def test_part_that_is_frozen_warns() -> None:
     expect(
-        CHECK.judge(facts(at={0: FROZEN, 1: FROZEN})),
+        CHECK.judge(facts(at={0: LEFT_OUT, 1: LEFT_OUT})),
         "warn",
         "2 of 4 adapter tensors are frozen: layer.0.lora_A, layer.0.lora_B",
         slots=[0, 1],
@@ -55,20 +58,52 @@ def test_part_that_is_frozen_warns() -> None:
 
 def test_lora_fa_passes() -> None:
     expect(CHECK.judge(facts(at={0: FROZEN, 2: FROZEN})), "pass")
-    assert CHECK.judge(facts(at={0: FROZEN})).status == "warn"
+    assert CHECK.judge(facts(at={0: LEFT_OUT})).status == "warn"
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [({}, "pending"), ({"step": 99}, "pending"), ({"step": 100}, "warn"), ({"moment": "end"}, "warn")],
+)
+def test_part_that_the_optimizer_owns_may_wait_for_its_turn(more: dict[str, Any], status: str) -> None:
+    assert CHECK.judge(facts(at={0: FROZEN, 1: FROZEN}, **more)).status == status
+
+
+def test_what_has_trained_and_is_frozen_later_is_named_with_its_step() -> None:
+    expect(
+        CHECK.judge(facts(at={0: LATER, 2: LATER})),
+        "warn",
+        "2 of 4 adapter tensors have trained and are frozen since step 5: layer.0.lora_A, layer.1.lora_A",
+        slots=[0, 2],
+        cause="later",
+    )
+
+
+@pytest.mark.parametrize(("thawed_at", "status"), [(4, "warn"), (5, "pass"), (7, "pass")])
+def test_where_something_thaws_in_exchange_it_is_a_turn(thawed_at: int, status: str) -> None:
+    thawed = {"thawed": True, "thawed_at": thawed_at}
+    assert CHECK.judge(facts(at={0: LATER, 1: thawed, 2: LATER, 3: thawed})).status == status
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [
+        ({"others_train": True}, "pending"),
+        ({"thaw_announced": True}, "pending"),
+        ({}, "fail"),
+        ({"others_train": True, "moment": "end"}, "fail"),
+        ({"thaw_announced": True, "moment": "end"}, "fail"),
+    ],
+)
+def test_whole_adapter_may_be_thawed_later_where_something_else_trains(more: dict[str, Any], status: str) -> None:
+    assert CHECK.judge(facts(slot={**FROZEN, "had_signal": False}, **more)).status == status
+    left_out = facts(slot={**LEFT_OUT, "had_signal": False}, **more)
+    assert CHECK.judge(left_out).status == (status if more == {"thaw_announced": True} else "fail")
 
 
 def test_a_alone_is_no_lora_fa() -> None:
-    what = facts(at={0: FROZEN, 1: {"role": "other"}, 2: FROZEN, 3: {"role": "other"}})
+    what = facts(at={0: LEFT_OUT, 1: {"role": "other"}, 2: LEFT_OUT, 3: {"role": "other"}})
     assert CHECK.judge(what).status == "warn"
-
-
-def test_turns_of_a_and_b_pass_once_b_has_learned() -> None:
-    expect(CHECK.judge(facts(at={1: FROZEN, 3: FROZEN})), "pass")
-    never = {**FROZEN, "had_signal": False}
-    assert CHECK.judge(facts(at={1: FROZEN, 3: never})).status == "warn"
-    without_a = facts(at={0: {"role": "other"}, 2: {"role": "other"}, 1: FROZEN, 3: FROZEN})
-    assert CHECK.judge(without_a).status == "warn"
 
 
 def test_toggled_optimizers_are_asked_in_their_own_turn() -> None:
