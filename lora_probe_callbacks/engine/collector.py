@@ -29,6 +29,7 @@ from lora_probe_callbacks.facts import (
     Mode,
     ModelFacts,
     Moment,
+    Path,
     ReferenceFact,
     RunFacts,
     StartFact,
@@ -133,7 +134,8 @@ class Collector:
     def watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
         observers = self._observers
-        self._state.history = History.empty(len(observers.targets.slots))
+        size = len(observers.targets.slots)
+        self._state.history, self._state.path = History.empty(size), Path.empty(size)
         self._hooks.log.sharded = bool(observers.owners.shards())
         self._hooks.watch(observers.targets.inventory, observers.targets.units)
 
@@ -144,10 +146,10 @@ class Collector:
             observers.owners.look()
             return
         observers.settle()
-        history = state.history
+        history, path = state.history, state.path
         self.watch()
         if len(history) == len(state.history):
-            state.history = history
+            state.history, state.path = history, path
         else:
             observers.reader.forget_readings()
 
@@ -179,10 +181,12 @@ class Collector:
                 reader.read_gradients(owner, unowned=False)
         if probed and optimizer is not None:
             reader.read_gradients(optimizer, unowned=True)
-            reader.copy(optimizer)
+            reader.copy(optimizer, step)
+        elif optimizer is not None:
+            reader.read_position(optimizer, step, after=False)
         if self._agreement.several:
             reader.read_samples(optimizer if probed else None)
-        reader.send(cotangents=self._hooks.log.cotangents(), sample=probed)
+        reader.send(cotangents=self._hooks.log.cotangents(), sample=probed or optimizer is not None)
         # An accelerator is still busy with the backward at this time: what needs no values is looked at meanwhile.
         if not self._looked_at_start:
             self._looked_at_start = True
@@ -227,6 +231,7 @@ class Collector:
         """What is counted from decision to decision."""
         state, read = self._state, readings.facts
         state.history = state.history.after(model.slots, read.gradients, read.update, step)
+        state.path = state.path.along(read.looks, model.slots, read.update, read.base_moved, step)
         if readings.skipped_inside:
             state.skipped_in_a_row += 1
         elif readings.skipped_inside is not None:

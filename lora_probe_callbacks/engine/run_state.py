@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lora_probe_callbacks.facts import History, RunFacts
+from lora_probe_callbacks.facts import History, Path, RunFacts
 
 __all__ = ["RunState"]
 
@@ -29,6 +29,7 @@ class RunState:
         merges: Times that a layer was seen merged.
         was_active: Names of the adapters that were active in some forward.
         history: What was seen of each slot.
+        path: Where each came from.
     """
 
     framework_step: Callable[[], int]
@@ -45,6 +46,7 @@ class RunState:
     merges: int = 0
     was_active: set[str] = field(default_factory=set)
     history: History = field(default_factory=lambda: History.empty(0))
+    path: Path = field(default_factory=lambda: Path.empty(0))
 
     def has_stepped(self) -> None:
         """An optimizer that owns expected tensors has stepped."""
@@ -65,6 +67,7 @@ class RunState:
         """
         return RunFacts(
             history=self.history,
+            path=self.path,
             ever_stepped=self.ever_stepped,
             skipped_in_a_row=skipped,
             scaler=scaler,

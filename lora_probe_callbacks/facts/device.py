@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lora_probe_callbacks.facts.columns import Gradients, Update
 from lora_probe_callbacks.facts.model import BaseDrift, CopiesFact, OtherAdapter, TokenRowsFact
+from lora_probe_callbacks.facts.path import Look
 
 __all__ = ["DeviceFacts"]
 
@@ -24,6 +26,8 @@ class DeviceFacts:
         base_drift: Of sampled base weights.
         copies: What became of copies that an optimizer steps for the adapter; None if it holds none.
         token_rows: Of the embeddings in which new tokens can be watched.
+        looks: Where the tensors stood before and after steps, in order, since the last decision.
+        base_moved: Unit to whether its base weight has changed since it was sampled last; None if none was sampled.
     """
 
     gradients: Gradients = field(default_factory=lambda: Gradients.unread(0))
@@ -35,3 +39,5 @@ class DeviceFacts:
     base_drift: BaseDrift | None = None
     copies: CopiesFact | None = None
     token_rows: tuple[TokenRowsFact, ...] = ()
+    looks: tuple[Look, ...] = ()
+    base_moved: Mapping[int, bool] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lora_probe_callbacks.facts.columns import History
+from lora_probe_callbacks.facts.path import Path
 from lora_probe_callbacks.facts.words import Moment
 
 __all__ = ["RunFacts", "When"]
@@ -33,6 +34,7 @@ class RunFacts:
 
     Attributes:
         history: How often something was seen of each slot.
+        path: Where each slot came from, and what took that back.
         ever_stepped: An optimizer that owns expected tensors has stepped.
         skipped_in_a_row: Steps up to now that were skipped.
         scaler: The loss is scaled.
@@ -45,6 +47,7 @@ class RunFacts:
     """
 
     history: History = field(default_factory=lambda: History.empty(0))
+    path: Path = field(default_factory=lambda: Path.empty(0))
     ever_stepped: bool = False
     skipped_in_a_row: int = 0
     scaler: bool = False

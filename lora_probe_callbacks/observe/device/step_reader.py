@@ -6,7 +6,7 @@ one readout as small tensors, and fetched together when the decision is made.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lora_probe_callbacks.facts import SAMPLE, Bools, DeviceFacts, Floats, Gradients, Role, Sample, Update, When
 from lora_probe_callbacks.observe.device.base_drift import BaseSample
 from lora_probe_callbacks.observe.device.gradients import GradientReading, gradients_of, read_gradients
+from lora_probe_callbacks.observe.device.positions import PositionReading, read_position
 from lora_probe_callbacks.observe.device.rank_sample import rank_sample
 from lora_probe_callbacks.observe.device.token_rows import TokenRows
 from lora_probe_callbacks.observe.device.transfer import Readout, local
@@ -65,6 +66,7 @@ class _Tickets:
     followers: range | None = None
     copies: range | None = None
     arrived: list[range] = field(default_factory=list)
+    positions: list[PositionReading] = field(default_factory=list)
 
 
 class DeviceReader:
@@ -86,12 +88,13 @@ class DeviceReader:
         self._copies: dict[int, CopiesBefore] = {}  # by optimizer
         self._final: dict[int, Gradients] = {}  # those that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
+        self._looked_after: set[int] = set()  # optimizers whose last step was looked at when it had ended
 
     @property
     def waiting(self) -> bool:
         """Something was read that no decision has judged yet."""
         tickets = self._tickets
-        return bool(tickets.updates or tickets.gradients) or tickets.after is not None
+        return bool(tickets.updates or tickets.gradients or tickets.positions) or tickets.after is not None
 
     def forget_readings(self) -> None:
         """What was read is of slots that are no longer numbered like this."""
@@ -105,10 +108,33 @@ class DeviceReader:
         self._scaled.clear()
 
     @torch.no_grad()
-    def copy(self, optimizer: int) -> None:
+    def copy(self, optimizer: int, step: int) -> None:
         """Copy what an optimizer is about to change; the copies live until its step has ended."""
         if optimizer not in self._copies:
-            self._copies[optimizer] = copy_before(self._owners.held(optimizer), self._tickets.readout)
+            copies = self._copies[optimizer] = copy_before(self._owners.held(optimizer), self._tickets.readout)
+            self._stand(optimizer, copies.held.slots, copies.rows, copies.norms, step, after=False)
+
+    @torch.no_grad()
+    def read_position(self, optimizer: int, step: int, *, after: bool) -> None:
+        """Where its tensors stand beside a step that is not probed: is that where the last look has left them?"""
+        if not after and optimizer not in self._looked_after:
+            return
+        held, readout = self._owners.held(optimizer), self._tickets.readout
+        rows = held.rows()
+        self._stand(optimizer, held.slots, rows, readout.add_row_norms(rows, 2), step, after=after)
+
+    def _stand(
+        self, optimizer: int, slots: Sequence[int], rows: Sequence[torch.Tensor], norm: range, step: int, *, after: bool
+    ) -> None:
+        next_step = optimizer in self._looked_after
+        reading = read_position(slots, rows, norm, self._tickets.readout, step=step, after=after, next_step=next_step)
+        self._tickets.positions.append(reading)
+        if after:
+            self._looked_after.add(optimizer)
+
+    def stepped(self, optimizer: int) -> None:
+        """An optimizer has made a step that nobody may have looked at."""
+        self._looked_after.discard(optimizer)
 
     @torch.no_grad()
     def read_others_before(self) -> None:
@@ -159,6 +185,8 @@ class DeviceReader:
         update = read_update(copies, mine, tickets.readout, step, framework_step)
         if update is not None:
             tickets.updates.append(update)
+            tickets.positions.append(update.position)
+            self._looked_after.add(optimizer)
             received = scaled if known is None else known
             if received is None:
                 received = read_gradients(self._owners.held(optimizer), tickets.readout, None)
@@ -232,6 +260,8 @@ class DeviceReader:
             base_drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
             copies=self._owners.copies_fact(),
             token_rows=tuple(rows.fact() for rows in self.token_rows),
+            looks=tuple(position.look(size) for position in tickets.positions),
+            base_moved=None if tickets.drift is None else self._sample.moved(readout.get(tickets.drift)),
         )
         return Readings(facts, skipped, samples[0], samples[1])
 

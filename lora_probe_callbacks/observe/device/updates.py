@@ -10,6 +10,7 @@ import torch
 
 from lora_probe_callbacks.facts import Bools, Floats, Update
 from lora_probe_callbacks.observe.device.batching import Held
+from lora_probe_callbacks.observe.device.positions import PositionReading, read_position
 from lora_probe_callbacks.observe.device.transfer import Readout, batches, kind, local
 
 __all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update", "update_of"]
@@ -37,6 +38,7 @@ class UpdateReading:
     norm: range
     size: range
     moved: range
+    position: PositionReading  # where the step has led
 
 
 def update_of(
@@ -120,6 +122,8 @@ def read_update(
         now = [t if same else c.view(k[-1]) for t, same, c, k in zip(now, there, copies, kinds, strict=True)]
     rows = batches(now, held.grouping)  # type: ignore[arg-type]
     norm = readout.add_row_norms(rows, 2)
+    slots = [s if t else None for s, t in zip(held.slots, there, strict=True)]
+    position = read_position(slots, rows, norm, readout, step=step, after=True)
     torch._foreach_sub_(before.rows, rows)
     size = readout.add_row_norms(before.rows, 2)
     # A difference is zero exactly where the bits agree, but for what is not finite: inf - inf is nan.
@@ -128,12 +132,13 @@ def read_update(
     return UpdateReading(
         step=step,
         framework_step=framework_step,
-        slots=[s if t else None for s, t in zip(held.slots, there, strict=True)],
+        slots=slots,
         counts=[shape.numel() for _, _, shape in kinds],
         starts=lambda: ahead.get(ticket),
         norm=norm,
         size=size,
         moved=moved,
+        position=position,
     )
 
 
