@@ -46,6 +46,7 @@ from lora_probe_callbacks.facts.words import Mode, Moment, Role, WrapperKind
 
 __all__ = [
     "CLAIMS",
+    "FEW",
     "NEAR",
     "SAMPLE",
     "BaseDrift",
@@ -54,7 +55,6 @@ __all__ = [
     "CopiesFact",
     "Coverage",
     "DeviceFacts",
-    "FEW",
     "EstimatorFact",
     "EstimatorFacts",
     "Facts",

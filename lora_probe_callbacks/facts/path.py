@@ -56,13 +56,13 @@ class Path:
         end: The same after the last step that was looked at.
         end_norm: Euclidean norm then.
         end_step: That step, -1 before the first.
-        driven: It had a gradient other than zero in that step.
+        driven: It had a gradient other than zero in that step, or nobody knows.
         way: Steps from ``start_step`` to the last look that was judged.
         fraction: What part of them was taken back at the last write, nan without one.
-        undone: Times in a row that a write took back nearly all; a way of a single step counts half.
+        undone: Five for every time in a row that a write took back nearly all; two, where that was a single step.
         partly: The same for most of it.
         times: Times in a row that either happened.
-        judged: Had a way when the last write was seen.
+        under_way: Had gone somewhere when such a write was seen.
         seen: (step, step): the last write was after the one and before the other.
         base: Unit to whether its base weight had changed at the last decision.
     """
@@ -75,10 +75,10 @@ class Path:
     driven: Bools
     way: Ints
     fraction: Floats
-    undone: Floats
-    partly: Floats
+    undone: Ints
+    partly: Ints
     times: Ints
-    judged: Bools
+    under_way: Bools
     seen: tuple[int, int] | None = None
     base: Mapping[int, bool] | None = None
 
@@ -93,9 +93,8 @@ class Path:
             The path before the first look.
         """
         few, none, no = np.zeros((size, FEW)), np.full(size, -1), np.zeros(size, np.bool_)
-        zero, nan = np.zeros(size), np.full(size, np.nan)
-        number = np.zeros(size, np.int64)
-        return cls(few, none, few, nan, none, no, number, nan, zero, zero, number, no)
+        number, nan = np.zeros(size, np.int64), np.full(size, np.nan)
+        return cls(few, none, few, nan, none, no, number, nan, number, number, number, no)
 
     def __len__(self) -> int:
         return len(self.start)
@@ -129,9 +128,10 @@ class Path:
         return replace(path, base=base) if looks else path
 
     def _stepped(self, look: Look, update: Update | None) -> Path:
-        known, driven = look.known, self.driven
+        known = look.known
+        driven = self.driven | known  # of a step that is not probed no gradient was read
         if update is not None and update.step == look.step:
-            driven = np.where(known & update.stepped, update.gradient_norm > 0.0, driven)
+            driven = np.where(known & update.stepped, update.gradient_norm > 0.0, self.driven)
         return replace(
             self,
             end=np.where(known[:, None], look.few, self.end),
@@ -159,17 +159,18 @@ class Path:
     ) -> Path:
         way, back = self.end - self.start, look.few - self.end
         length, left = (np.linalg.norm(x, axis=1) for x in (way, look.few - self.start))
-        judged = (wrote | came_back) & self.driven & (length > _ROUNDING * np.linalg.norm(self.end, axis=1))
-        judged &= ~_masked_by_its_method(slots)
+        gone = look.known & self.driven & (length > _ROUNDING * np.linalg.norm(self.end, axis=1))
+        gone &= ~_masked_by_its_method(slots)
+        judged = gone & (wrote | came_back)
         fraction = np.where(judged, 1.0 - left / np.where(length > 0, length, 1.0), np.nan)
         here = wrote & judged
         most = max(UNDONE, _CONSTRAINED if _shrinks(look.few[here], self.end[here]) else 0.0)
-        gone = _dropped(look, self.end_norm, wrote, slots)
+        dropped = _dropped(look, self.end_norm, wrote, slots)
         merged = _merged(base, slots, look.norm == 0.0)
         followed = merged | (here & _follows(way[here], back[here]))
-        undone = judged & ((fraction >= np.where(came_back, 0.95, most)) | (gone & wrote)) & ~followed
+        undone = judged & ((fraction >= np.where(came_back, 0.95, most)) | (dropped & wrote)) & ~followed
         partly = undone | (here & (fraction >= PARTLY) & ~followed & (most < _CONSTRAINED))
-        weight = np.where(self.end_step - self.start_step >= 1, 1.0, 0.5)
+        weight = np.where(self.end_step > self.start_step, 5, 2)
         restart = wrote | undone
         settled = restart & judged
         concerned = undone | partly
@@ -178,11 +179,11 @@ class Path:
             start=np.where(restart[:, None], look.few, self.start),
             start_step=np.where(restart, look.step, self.start_step),
             way=np.where(concerned, self.end_step - self.start_step + 1, self.way),
-            fraction=np.where(concerned, np.where(gone, 1.0, fraction), self.fraction),
-            undone=np.where(undone, self.undone + weight, np.where(settled, 0.0, self.undone)),
-            partly=np.where(partly, self.partly + weight, np.where(settled, 0.0, self.partly)),
+            fraction=np.where(concerned, np.where(dropped, 1.0, fraction), self.fraction),
+            undone=np.where(undone, self.undone + weight, np.where(settled, 0, self.undone)),
+            partly=np.where(partly, self.partly + weight, np.where(settled, 0, self.partly)),
             times=np.where(concerned, self.times + 1, np.where(settled, 0, self.times)),
-            judged=np.where(restart.any(), judged, self.judged),
+            under_way=gone if concerned.any() else self.under_way,
             seen=(int(self.end_step[concerned].max()), look.step) if concerned.any() else self.seen,
         )
 

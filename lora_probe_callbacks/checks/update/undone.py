@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, some, warn
+from lora_probe_callbacks.checks._base import Check, Verdict, fail, ok, pending, skipped, some, warn
+from lora_probe_callbacks.checks.update._undone import begin_alike, undone_slots
 from lora_probe_callbacks.facts import Bools, Facts, count
 
-TWICE = 2.0  # one return to an earlier state is a rollback
-MOSTLY = 3.0
+MOSTLY = 15  # three times
 WHOLE = 0.9  # of the tensors of an adapter that had gone somewhere
 
 
@@ -17,7 +17,9 @@ def judge(facts: Facts) -> Verdict:
     path = facts.path
     if not (path.end_step >= 0).any():
         return pending("no step was followed by another one that was looked at")
-    undone = facts.intended & (path.undone >= TWICE)
+    undone = undone_slots(facts)
+    if undone.any() and begin_alike(facts, undone):
+        return skipped("explained by LP401")
     if undone.any():
         return _verdict(facts, undone, certain=_whole(facts, undone))
     partly = facts.intended & (path.partly >= MOSTLY)
@@ -25,11 +27,12 @@ def judge(facts: Facts) -> Verdict:
 
 
 def _whole(facts: Facts, undone: Bools) -> bool:
-    """Nearly all of one adapter that had gone somewhere."""
+    """Nearly all of one adapter that had gone somewhere, or of its B."""
     slots = facts.slots
     for name in sorted({slots.adapter[i] for i in np.flatnonzero(undone)}):
-        mine = slots.of_adapter(name) & facts.intended
-        if count(mine & undone) >= WHOLE * count(mine & (facts.path.judged | undone)):
+        mine = slots.of_adapter(name) & facts.intended & (facts.path.under_way | undone)
+        b = mine & slots.of_role("B")  # without it A adds nothing
+        if any(part.any() and count(part & undone) >= WHOLE * count(part) for part in (mine, b)):
             return True
     return False
 

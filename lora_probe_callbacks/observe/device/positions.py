@@ -73,10 +73,4 @@ def read_position(
     Returns:
         A reading that yields a look after ``readout.receive()``.
     """
-    few = []
-    for part in rows:
-        flat = part.flatten(1)
-        stride = max(1, flat.shape[1] // FEW)
-        some = flat[:, : FEW * stride : stride]
-        few.append((some.shape, readout.add(some.reshape(-1))))
-    return PositionReading(step, after, next_step, slots, readout, norm, few)
+    return PositionReading(step, after, next_step, slots, readout, norm, readout.add_row_elements(rows, FEW))
