@@ -89,6 +89,7 @@ class LoraProbe(Door, Callback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             framework_step=lambda: trainer.global_step,
             accumulation=trainer.accumulate_grad_batches if pl_module.automatic_optimization else None,
+            saves_whole=bool(trainer.checkpoint_callbacks),
         )
         self._session, self._restored = session, None  # what was restored is of this fit alone
         session.judge_ownership()

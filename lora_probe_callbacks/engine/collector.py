@@ -38,6 +38,7 @@ from lora_probe_callbacks.facts import (
     When,
 )
 from lora_probe_callbacks.facts.model import Coverage
+from lora_probe_callbacks.observe.device.frozen_state import FrozenState
 from lora_probe_callbacks.observe.device.step_reader import DeviceReader, Readings
 from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
 from lora_probe_callbacks.observe.forward.replay import ForwardRepeat
@@ -129,6 +130,11 @@ class Collector:
         self.looks = StepLooks()
         self.checkpoints: Checkpoints | None = None
 
+    @property
+    def frozen_state(self) -> FrozenState:
+        """What training moves beside the adapter."""
+        return self._observers.reader.frozen_state
+
     # --- what is watched --------------------------------------------------------------------
 
     def watch(self) -> None:
@@ -186,7 +192,11 @@ class Collector:
             reader.read_position(optimizer, step, after=False)
         if self._agreement.several:
             reader.read_samples(optimizer if probed else None)
-        reader.send(cotangents=self._hooks.log.cotangents(), sample=probed or optimizer is not None)
+        reader.send(
+            cotangents=self._hooks.log.cotangents(),
+            sample=probed or optimizer is not None,
+            closely=probed and self._hooks.log.closely,
+        )
         # An accelerator is still busy with the backward at this time: what needs no values is looked at meanwhile.
         if not self._looked_at_start:
             self._looked_at_start = True
@@ -299,6 +309,7 @@ class Collector:
             found = FileFacts(checkpoints.take(again=True, end=facts.moment == "end"), checkpoints.resumed())
         if not found.saves and found.restored is None:
             return facts
+        self._state.saves_whole |= any(save.form == "state" and save.compared for save in found.saves)
         return dataclasses.replace(facts, saves=found.saves, restored=found.restored)
 
 

@@ -28,6 +28,7 @@ class RunState:
         cleared: How often since then gradients were thrown away.
         merges: Times that a layer was seen merged.
         was_active: Names of the adapters that were active in some forward.
+        saves_whole: Checkpoints hold whole modules, not the adapter alone.
         history: What was seen of each slot.
         path: Where each came from.
     """
@@ -45,6 +46,7 @@ class RunState:
     cleared: int = 0
     merges: int = 0
     was_active: set[str] = field(default_factory=set)
+    saves_whole: bool = False
     history: History = field(default_factory=lambda: History.empty(0))
     path: Path = field(default_factory=lambda: Path.empty(0))
 
@@ -77,4 +79,5 @@ class RunState:
             passes=passes,
             cleared=self.cleared,
             accumulation=self.accumulation,
+            saves_whole=self.saves_whole,
         )

@@ -26,6 +26,7 @@ class DeviceFacts:
         base_drift: Of sampled base weights.
         copies: What became of copies that an optimizer steps for the adapter; None if it holds none.
         token_rows: Of the embeddings in which new tokens can be watched.
+        unsaved: Name and relative change of buffers and small frozen parameters that training has moved by itself.
         looks: Where the tensors stood before and after steps, in order, since the last decision.
         base_moved: Unit to whether its base weight has changed since it was sampled last; None if none was sampled.
     """
@@ -39,5 +40,6 @@ class DeviceFacts:
     base_drift: BaseDrift | None = None
     copies: CopiesFact | None = None
     token_rows: tuple[TokenRowsFact, ...] = ()
+    unsaved: tuple[tuple[str, float], ...] = ()
     looks: tuple[Look, ...] = ()
     base_moved: Mapping[int, bool] | None = None

@@ -43,6 +43,7 @@ class RunFacts:
         waited_for: Optimizers that own expected tensors, have not stepped once, and are no longer waited for.
         passes: Backward passes since an optimizer that owns expected tensors has stepped last.
         cleared: How often since then the gradients of the adapter were thrown away between two of them.
+        saves_whole: Checkpoints hold whole modules, not the adapter alone, as the framework says or a file showed.
         accumulation: Backward passes to a step, as the framework says; None where nothing says it.
     """
 
@@ -57,3 +58,4 @@ class RunFacts:
     passes: int = 0
     cleared: int = 0
     accumulation: int | None = None
+    saves_whole: bool = False

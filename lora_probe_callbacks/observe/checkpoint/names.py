@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -239,7 +240,7 @@ def changed_settings(names: AdapterNames, folder: Path) -> list[tuple[str, str, 
         layer = unit.layer.module
         if not isinstance(layer, LoraLayer) or names.adapter not in layer.scaling:
             continue
-        name = bare(unit.layer.name)
+        name = _targeted(unit)
         try:
             rank = _of(saved.get("rank_pattern"), name, saved["r"])
             alpha = _of(saved.get("alpha_pattern"), name, saved["lora_alpha"])
@@ -255,6 +256,15 @@ def changed_settings(names: AdapterNames, folder: Path) -> list[tuple[str, str, 
             what = "scaling" if alpha == layer.lora_alpha[names.adapter] else "lora_alpha"
             found.setdefault(what, (what, f"{scale:g} = scaling of lora_alpha {alpha}", f"{live_scale:g}"))
     return list(found.values())
+
+
+def _targeted(unit: Unit) -> str:
+    """The name that patterns are matched with: of a parameter of its own, that parameter's (peft 0.21)."""
+    layer = unit.layer.module
+    if not isinstance(layer, ParamWrapper):
+        return bare(unit.layer.name)
+    path = [part for part in bare(unit.layer.name).split(".") if part != "base_layer"]
+    return ".".join((*path, layer.parameter_name))
 
 
 def _of(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lora_probe_callbacks.facts import SAMPLE, Bools, DeviceFacts, Floats, Gradients, Role, Sample, Update, When
 from lora_probe_callbacks.observe.device.base_drift import BaseSample
+from lora_probe_callbacks.observe.device.frozen_state import FrozenState
 from lora_probe_callbacks.observe.device.gradients import GradientReading, gradients_of, read_gradients
 from lora_probe_callbacks.observe.device.positions import PositionReading, read_position
 from lora_probe_callbacks.observe.device.rank_sample import rank_sample
@@ -63,6 +64,7 @@ class _Tickets:
     tensor_sample: range | None = None
     gradient_sample: range | None = None
     drift: range | None = None
+    frozen: range | None = None
     followers: range | None = None
     copies: range | None = None
     arrived: list[range] = field(default_factory=list)
@@ -83,6 +85,7 @@ class DeviceReader:
         self._owners = owners
         self._others = others
         self._sample = BaseSample(targets.layers)
+        self.frozen_state = FrozenState(targets)
         self._tickets = self._sent = _Tickets()
         self.token_rows: list[TokenRows] = []
         self._copies: dict[int, CopiesBefore] = {}  # by optimizer
@@ -206,16 +209,18 @@ class DeviceReader:
                 self._tickets.rows.append((rows, *found, step, framework_step))
 
     @torch.no_grad()
-    def send(self, *, cotangents: list[torch.Tensor], sample: bool) -> None:
+    def send(self, *, cotangents: list[torch.Tensor], sample: bool, closely: bool) -> None:
         """Gather on the device what a decision needs; the device may still be busy with the backward.
 
         Args:
             cotangents: Gradients of one element that arrived at outputs.
             sample: Look at the sampled base weights too.
+            closely: And at what else is frozen.
         """
         self._sent, self._tickets = self._tickets, _Tickets()
         sent, readout = self._sent, self._sent.readout
         sent.drift = self._sample.read(readout) if sample else None
+        sent.frozen = self.frozen_state.read(readout) if sample and closely else None
         sent.followers = self._others.followers.read(readout) if sample else None
         sent.copies = self._owners.copies.read(readout) if sample and self._owners.copies is not None else None
         sent.arrived = [readout.add(c.reshape(1)) for c in cotangents]
@@ -260,6 +265,7 @@ class DeviceReader:
             base_drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
             copies=self._owners.copies_fact(),
             token_rows=tuple(rows.fact() for rows in self.token_rows),
+            unsaved=self.frozen_state.moved,
             looks=tuple(position.look(size) for position in tickets.positions),
             base_moved=None if tickets.drift is None else self._sample.moved(readout.get(tickets.drift)),
         )
@@ -272,6 +278,8 @@ class DeviceReader:
     def _advance(self, tickets: _Tickets, update: Update | None, step: int) -> None:
         """What is counted from decision to decision."""
         readout, copies = tickets.readout, self._owners.copies
+        if tickets.frozen is not None:
+            self.frozen_state.advance(readout.get(tickets.frozen))
         if tickets.followers is not None:
             moved = update is not None and bool(update.moved.any())
             self._others.followers.advance(readout.get(tickets.followers), step, moved=moved)

@@ -7,8 +7,10 @@ from collections.abc import Set
 import torch
 
 from lora_probe_callbacks.facts import Floats, OtherAdapter
+from lora_probe_callbacks.observe.device.followers import Followers, Pair
 from lora_probe_callbacks.observe.device.transfer import Readout
-from lora_probe_callbacks.observe.device.updates import Fingerprints, Followers
+from lora_probe_callbacks.observe.device.updates import Fingerprints
+from lora_probe_callbacks.observe.model.inventory import Slot
 from lora_probe_callbacks.observe.model.owners import Owners
 from lora_probe_callbacks.observe.model.targets import Targets
 
@@ -35,7 +37,13 @@ class OtherAdapters:
             name: {s.name: t for s in slots if (t := s.tensor) is not None} for name, slots in self._slots.items()
         }
         self._fingerprints = {name: Fingerprints(held) for name, held in tensors.items() if name not in lagged}
-        self.followers = Followers({name: list(tensors.get(name, {}).values()) for name in lagged})
+        self.followers = Followers({name: self._pairs(name) for name in lagged})
+
+    def _pairs(self, name: str) -> list[Pair]:
+        """The tensors of a lagged adapter, each beside the trained one of the same place in the same layer."""
+        trained = {(id(s.layer.module), _place(s)): s.tensor for s in self._targets.slots}
+        slots = [(s, t) for s in self._slots.get(name, ()) if (t := s.tensor) is not None]
+        return [Pair(s.name, t, trained.get((id(s.layer.module), _place(s)))) for s, t in slots]
 
     def read(self, readout: Readout) -> range | None:
         """Put the norms of all adapters that must stay as they are into ``readout``. For use under ``no_grad``."""
@@ -105,3 +113,8 @@ class OtherAdapters:
             half=any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors),
             **self.followers.counts(name),
         )
+
+
+def _place(slot: Slot) -> tuple[str, ...]:
+    """The path to a tensor without the name of its adapter."""
+    return tuple(part for part in slot.path if part != slot.adapter)
