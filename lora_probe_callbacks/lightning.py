@@ -82,6 +82,8 @@ class LoraProbe(Door, Callback):
         session = ProbeSession(self._config, log=self._keep, main_rank=trainer.is_global_zero)
         if self._restored is not None:
             session.files.load_state_dict(self._restored, whole=True)
+        if trainer.checkpoint_callbacks:
+            session.files.take_as_whole()
         self._trainer = trainer
         session.start(
             _roots(trainer, pl_module),
@@ -89,7 +91,6 @@ class LoraProbe(Door, Callback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             framework_step=lambda: trainer.global_step,
             accumulation=trainer.accumulate_grad_batches if pl_module.automatic_optimization else None,
-            saves_whole=bool(trainer.checkpoint_callbacks),
         )
         self._session, self._restored = session, None  # what was restored is of this fit alone
         session.judge_ownership()

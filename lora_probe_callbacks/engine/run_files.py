@@ -134,6 +134,10 @@ class RunFiles:
             with self._errors.contain("files"):
                 self._checkpoints.check(path, self._state.step, self._state.framework_step(), running=True)
 
+    def take_as_whole(self) -> None:
+        """The framework's checkpoints hold whole modules, with everything that training moves in them."""
+        self._state.saves_whole = True
+
     # --- saves ------------------------------------------------------------------------------
 
     def announced(self, path: str | os.PathLike[str]) -> None:

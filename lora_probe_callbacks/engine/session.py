@@ -89,7 +89,6 @@ class ProbeSession:
         scaler: torch.amp.GradScaler | None = None,
         framework_step: Callable[[], int] | None = None,
         accumulation: int | None = None,
-        saves_whole: bool = False,
     ) -> None:
         """Begin: find the adapters, take hold of the optimizers, arm the hooks of the first step.
 
@@ -99,7 +98,6 @@ class ProbeSession:
             scaler: A gradient scaler, if the loop has one.
             framework_step: The framework's own step counter.
             accumulation: Backward passes to a step, where the framework says so.
-            saves_whole: The framework writes checkpoints of whole modules.
 
         Raises:
             ValueError: If there is no adapter, a name that does not exist, or no way to choose.
@@ -107,7 +105,6 @@ class ProbeSession:
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         state = self._state
         state.framework_step, state.accumulation = framework_step or (lambda: state.step), accumulation
-        state.saves_whole = saves_whole
         try:
             targets = Targets(list(roots), [unwrap_optimizer(o) for o in optimizers], self.config)
         except NotJudgedError as error:

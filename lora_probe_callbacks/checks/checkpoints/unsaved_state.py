@@ -49,7 +49,7 @@ def _what(moved: Sequence[tuple[str, float]]) -> str:
     names = [name for name, _ in sorted(moved, key=lambda pair: -pair[1])]
     most = max(change for _, change in moved)
     by = "from zero" if most == float("inf") else f"by up to {most:.0%}"
-    return f"{len(moved)} tensors that nobody trains, {by}: {some(names)}"
+    return f"{len(moved)} tensors that no optimizer holds, moved {by}: {some(names)}"
 
 
 _FIX = (

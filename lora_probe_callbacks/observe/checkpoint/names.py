@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -378,9 +379,27 @@ def table_of(file: StoredFile, names: AdapterNames) -> tuple[Form, dict[str, Sto
             best = (max(as_saved, as_state), form, table)
     if best is None:
         return "adapter", {}
+    if not best[0] and (converted := _of_diffusers(saved, best[2])):
+        return "adapter", converted
     if not best[0]:  # nothing fits: an adapter's file has nothing else in it
         return ("adapter" if best[2] and all("lora_" in key for key in best[2]) else "state"), best[2]
     return best[1], best[2]
+
+
+# diffusers writes either of these, behind the name of the part of the pipeline (0.35, utils/state_dict_utils.py).
+_DOWN_AND_UP = re.compile(r"\.lora(?:_linear_layer)?\.(down|up)\.")
+
+
+def _of_diffusers(saved: Iterable[str], table: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """What a file of diffusers holds of this adapter, under PEFT's names; other parts of a pipeline are left out."""
+    full = {name.removeprefix(_PEFT): name for name in saved}
+    found = {}
+    for key, stored in table.items():
+        name = _DOWN_AND_UP.sub(lambda m: ".lora_A." if m[1] == "down" else ".lora_B.", bare(key))
+        mine = full.get(name) or full.get(name.partition(".")[2])
+        if mine is not None:
+            found[mine] = stored
+    return found
 
 
 def holds_any(table: Mapping[str, StoredTensor], expected: Iterable[str]) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -110,14 +111,24 @@ def _places(targets: Targets) -> Iterator[_Place]:
     known |= {id(w) for layer in targets.inventory.layers if (w := layer.base_weight) is not None}
     for top in _tops(targets):
         prefix = "" if isinstance(top, PeftModel | PeftMixedModel) else _PEFT
-        saved = {
-            id(m) for w in top.modules() if isinstance(w, ModulesToSaveWrapper) for m in w.modules_to_save.modules()
-        }
+        of_adapters = set(_of_adapters(targets))
         for path, module in top.named_modules():
-            if id(module) in saved:
+            if id(module) in of_adapters:
                 continue
             for name in _names(module, known):
                 yield _Place(f"{prefix}{path}.{name}" if path else f"{prefix}{name}", module, name)
+
+
+def _of_adapters(targets: Targets) -> Iterator[int]:
+    """Ids of the modules that belong to an adapter: a file holds what PEFT wants to be in it."""
+    for layer in targets.inventory.layers:
+        module = layer.module
+        if isinstance(module, ModulesToSaveWrapper):
+            yield from map(id, module.modules_to_save.modules())
+        elif isinstance(module, BaseTunerLayer):
+            yield id(module)
+            own = (child for name, child in module.named_children() if name != "base_layer")
+            yield from (id(m) for child in own for m in child.modules())
 
 
 def _tops(targets: Targets) -> list[nn.Module]:
