@@ -82,6 +82,8 @@ class LoraProbe(Door, Callback):
         session = ProbeSession(self._config, log=self._keep, main_rank=trainer.is_global_zero)
         if self._restored is not None:
             session.files.load_state_dict(self._restored, whole=True)
+        if trainer.checkpoint_callbacks:
+            session.files.take_as_whole()
         self._trainer = trainer
         session.start(
             _roots(trainer, pl_module),

@@ -150,7 +150,9 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         checkpoint = _folder(args, state)
         stored = _stored(state, type(self).__name__)
         if state.global_step:  # resumed; else what is stored is this callback's own state of a moment ago
-            session.files.load_state_dict(stored, source=checkpoint, whole=not args.save_only_model)
+            # With save_only_model the Trainer writes none, and the optimizer begins anew by intent (transformers 5.23).
+            optimizer = not args.save_only_model or os.path.exists(os.path.join(checkpoint, "optimizer.pt"))
+            session.files.load_state_dict(stored, source=checkpoint, whole=optimizer, optimizer_saved=optimizer)
         self._session = session
         weakref.finalize(self, session.close)
         trainer = _trainer_of(state)

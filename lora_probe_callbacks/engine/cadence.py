@@ -69,6 +69,10 @@ class Cadence:
         """What trains has changed: look at the next steps until everything is proven."""
         self._began = step
 
+    def precedes(self, step: int) -> bool:
+        """The step after this one is probed by its number: what happens between the two shall be seen."""
+        return (step + 1) % self._every == 0
+
     def closely(self, step: int) -> bool:
         """Walk the graph of this step's forwards, whether or not gradients show that it is whole."""
         due = step < ALWAYS or step - self._last_closely >= _CLOSELY_EVERY

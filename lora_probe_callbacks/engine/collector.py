@@ -29,6 +29,7 @@ from lora_probe_callbacks.facts import (
     Mode,
     ModelFacts,
     Moment,
+    Path,
     ReferenceFact,
     RunFacts,
     StartFact,
@@ -37,6 +38,7 @@ from lora_probe_callbacks.facts import (
     When,
 )
 from lora_probe_callbacks.facts.model import Coverage
+from lora_probe_callbacks.observe.device.frozen_state import FrozenState
 from lora_probe_callbacks.observe.device.step_reader import DeviceReader, Readings
 from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
 from lora_probe_callbacks.observe.forward.replay import ForwardRepeat
@@ -129,12 +131,18 @@ class Collector:
         self.looks = StepLooks()
         self.checkpoints: Checkpoints | None = None
 
+    @property
+    def frozen_state(self) -> FrozenState:
+        """What training moves beside the adapter."""
+        return self._observers.reader.frozen_state
+
     # --- what is watched --------------------------------------------------------------------
 
     def watch(self) -> None:
         """Observe the units that are expected now, from a clean slate."""
         observers = self._observers
-        self._state.history = History.empty(len(observers.targets.slots))
+        size = len(observers.targets.slots)
+        self._state.history, self._state.path = History.empty(size), Path.empty(size)
         self._hooks.log.tensors = observers.owners.tensors
         self._hooks.log.sharded = bool(observers.owners.shards())
         self._hooks.watch(observers.targets.inventory, observers.targets.units)
@@ -147,10 +155,10 @@ class Collector:
             self._hooks.log.tensors = observers.owners.tensors
             return
         observers.settle()
-        history = state.history
+        history, path = state.history, state.path
         self.watch()
         if len(history) == len(state.history):
-            state.history = history
+            state.history, state.path = history, path
         else:
             observers.reader.forget_readings()
 
@@ -182,10 +190,16 @@ class Collector:
                 reader.read_gradients(owner, unowned=False)
         if probed and optimizer is not None:
             reader.read_gradients(optimizer, unowned=True)
-            reader.copy(optimizer)
+            reader.copy(optimizer, step)
+        elif optimizer is not None:
+            reader.read_position(optimizer, step, after=False)
         if self._agreement.several:
             reader.read_samples(optimizer if probed else None)
-        reader.send(cotangents=self._hooks.log.cotangents(), sample=probed)
+        reader.send(
+            cotangents=self._hooks.log.cotangents(),
+            sample=probed or optimizer is not None,
+            closely=probed and self._hooks.log.closely,
+        )
         # An accelerator is still busy with the backward at this time: what needs no values is looked at meanwhile.
         if not self._looked_at_start:
             self._looked_at_start = True
@@ -246,6 +260,7 @@ class Collector:
         """What is counted from decision to decision."""
         state, read = self._state, readings.facts
         state.history = state.history.after(model.slots, read.gradients, read.update, step)
+        state.path = state.path.along(read.looks, model.slots, read.update, read.base_moved, step)
         if readings.skipped_inside:
             state.skipped_in_a_row += 1
         elif readings.skipped_inside is not None:
@@ -313,6 +328,7 @@ class Collector:
             found = FileFacts(checkpoints.take(again=True, end=facts.moment == "end"), checkpoints.resumed())
         if not found.saves and found.restored is None:
             return facts
+        self._state.saves_whole |= any(save.form == "state" and save.compared for save in found.saves)
         return dataclasses.replace(facts, saves=found.saves, restored=found.restored)
 
 

@@ -14,6 +14,7 @@ from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.saves import Checkpoints
 from lora_probe_callbacks.engine.telling import Teller
 from lora_probe_callbacks.facts import SavedFact
+from lora_probe_callbacks.observe.checkpoint.fingerprint import without_optimizer
 from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.report.report import ProbeReport
 
@@ -67,7 +68,7 @@ class RunFiles:
         if not self._judge.with_need("files", "resume"):
             return
         with self._errors.contain("files"):
-            collector.checkpoints = Checkpoints(targets, reads=self._reads)
+            collector.checkpoints = Checkpoints(targets, reads=self._reads, frozen_state=collector.frozen_state)
             if self._restored is not None:
                 state, source, whole = self._restored
                 collector.checkpoints.restored(state, source, whole=whole)
@@ -98,19 +99,30 @@ class RunFiles:
                 state["fingerprint"] = self._checkpoints.state()
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], *, source: str = "the checkpoint", whole: bool = False) -> None:
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        *,
+        source: str = "the checkpoint",
+        whole: bool = False,
+        optimizer_saved: bool = True,
+    ) -> None:
         """Take over what an earlier session knew; the next decision compares its fingerprint with what is here.
 
         Args:
             state: What :meth:`state_dict` returned.
             source: Where it comes from, for messages.
             whole: The adapter and the optimizer are restored from the same place, by a framework.
+            optimizer_saved: Else the optimizer was left out by intent: it begins anew.
         """
         self._ledger.baseline = state.get("baseline")
-        if state.get("fingerprint") is not None:
-            self._restored = (state["fingerprint"], source, whole)
-            if self._checkpoints is not None:
-                self._checkpoints.restored(state["fingerprint"], source, whole=whole)
+        saved = state.get("fingerprint")
+        if saved is None:
+            return
+        saved = saved if optimizer_saved else without_optimizer(saved)
+        self._restored = (saved, source, whole)
+        if self._checkpoints is not None:
+            self._checkpoints.restored(saved, source, whole=whole)
 
     def restored_from(self, path: str | os.PathLike[str]) -> None:
         """The run goes on from a checkpoint that holds no state of this probe: the adapter should be its own.
@@ -121,6 +133,10 @@ class RunFiles:
         if self._checkpoints is not None and self._reads and os.path.exists(path):
             with self._errors.contain("files"):
                 self._checkpoints.check(path, self._state.step, self._state.framework_step(), running=True)
+
+    def take_as_whole(self) -> None:
+        """The framework's checkpoints hold whole modules, with everything that training moves in them."""
+        self._state.saves_whole = True
 
     # --- saves ------------------------------------------------------------------------------
 
@@ -169,7 +185,7 @@ class RunFiles:
         if self._checkpoints is not None and not state.broken:
             with self._errors.contain("files"):
                 found += self._checkpoints.check(
-                    path, self._present_step, state.framework_step(), running=state.running
+                    path, self._present_step, state.framework_step(), running=state.running, asked=True
                 )
         if found:
             self._decisions.on_files(found, ledger)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lora_probe_callbacks.facts import History, RunFacts
+from lora_probe_callbacks.facts import History, Path, RunFacts
 from lora_probe_callbacks.observe.forward.backward_passes import BackwardPasses
 
 __all__ = ["RunState"]
@@ -31,8 +31,10 @@ class RunState:
         cleared: How often since then gradients were thrown away.
         merges: Times that a layer was seen merged.
         was_active: Names of the adapters that were active in some forward.
+        saves_whole: Checkpoints hold whole modules, not the adapter alone.
         history: What was seen of each slot.
         backwards: Backward passes, counted in every step.
+        path: Where each came from.
     """
 
     framework_step: Callable[[], int]
@@ -50,8 +52,10 @@ class RunState:
     cleared: int = 0
     merges: int = 0
     was_active: set[str] = field(default_factory=set)
+    saves_whole: bool = False
     history: History = field(default_factory=lambda: History.empty(0))
     backwards: BackwardPasses = field(default_factory=BackwardPasses)
+    path: Path = field(default_factory=lambda: Path.empty(0))
 
     def has_stepped(self) -> None:
         """An optimizer that owns expected tensors has stepped."""
@@ -72,6 +76,7 @@ class RunState:
         """
         return RunFacts(
             history=self.history,
+            path=self.path,
             ever_stepped=self.ever_stepped,
             skipped_in_a_row=skipped,
             scaler=scaler,
@@ -83,4 +88,5 @@ class RunState:
             accumulation=self.accumulation,
             since_step=tuple(self.backwards.since),
             usual_passes=tuple(self.backwards.usual),
+            saves_whole=self.saves_whole,
         )

@@ -19,6 +19,7 @@ from lora_probe_callbacks.observe.checkpoint.compare import Known, read_back, sa
 from lora_probe_callbacks.observe.checkpoint.fingerprint import compared, fingerprint
 from lora_probe_callbacks.observe.checkpoint.format import Elements, file_of, state_of
 from lora_probe_callbacks.observe.checkpoint.names import AdapterNames, adapter_names
+from lora_probe_callbacks.observe.device.frozen_state import FrozenState
 from lora_probe_callbacks.observe.model.inventory import Unit
 from lora_probe_callbacks.observe.model.targets import Targets
 
@@ -48,10 +49,12 @@ class Checkpoints:
     Args:
         targets: What is expected to train.
         reads: This process reads files (rank 0).
+        frozen_state: What training moves beside the adapter.
     """
 
-    def __init__(self, targets: Targets, *, reads: bool) -> None:
+    def __init__(self, targets: Targets, *, reads: bool, frozen_state: FrozenState) -> None:
         self._targets = targets
+        self._frozen_state = frozen_state
         self._reads = reads
         self._names: dict[str, AdapterNames] = {}
         self._slots: dict[str, frozenset[int]] = {}
@@ -124,7 +127,9 @@ class Checkpoints:
         found, self._found = self._found, []
         return tuple(found)
 
-    def check(self, path: str | os.PathLike[str], step: int, framework_step: int, *, running: bool) -> list[SavedFact]:
+    def check(
+        self, path: str | os.PathLike[str], step: int, framework_step: int, *, running: bool, asked: bool = False
+    ) -> list[SavedFact]:
         """Compare a file with the adapter as it is now, or as it was when that file was announced.
 
         Args:
@@ -132,6 +137,7 @@ class Checkpoints:
             step: The present step.
             framework_step: Its number in the framework.
             running: Training goes on: what is found is judged by the next decision as well.
+            asked: A user wants to know whether this is the adapter; what is near it concerns nobody else.
 
         Returns:
             One fact for each file and adapter.
@@ -157,7 +163,7 @@ class Checkpoints:
         facts = [replace(f, final=not running, before_steps=not self.stepped_at) for f in facts]
         if running:
             self._found += facts
-        return facts
+        return [replace(f, asked=asked) for f in facts]
 
     # --- resumes ----------------------------------------------------------------------------
 
@@ -225,9 +231,10 @@ class Checkpoints:
     ) -> list[SavedFact]:
         """One fact for each expected adapter."""
         facts = []
+        unsaved = self._frozen_state.now() if whole else self._frozen_state.moved
         for adapter, names in self._adapters().items():
             mine, start = live.get(adapter, {}), self._start.get(adapter, {})
-            known = Known(mine, start, self._previous.get(adapter), self.moved, why_no_values, whole)
+            known = Known(mine, start, self._previous.get(adapter), self.moved, why_no_values, whole, unsaved)
             fact = SavedFact(str(place), adapter, step, framework_step, self._slots[adapter])
             fact, saved = read_back(fact, place, names, self._targets, known)
             if saved is not None:

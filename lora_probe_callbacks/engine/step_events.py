@@ -200,7 +200,7 @@ class StepEvents:
                 if self._probed:
                     with self._errors.contain():
                         self._observers.owners.look()
-                        reader.copy(index)
+                        reader.copy(index, self._state.step)
                 self._before_update(inside=True)
             self.now.inside.add(index)
 
@@ -235,9 +235,13 @@ class StepEvents:
         with self._errors.contain():
             if copies is not None:
                 copies.stepped(state.step, state.framework_step())
+            reader = self._observers.reader
+            reader.stepped(index)
             if self._probed:
                 with no_collection():
-                    self._observers.reader.read_after(index, state.step, state.framework_step())
+                    reader.read_after(index, state.step, state.framework_step())
+            elif self._cadence.precedes(state.step):
+                reader.read_position(index, state.step, after=True)
 
     def _measure(self) -> None:
         """Directly after the last update of a step, never inside a closure or a forward."""
@@ -268,7 +272,7 @@ class StepEvents:
         self._before_update()
         if self._probed and not state.broken:
             with self._errors.contain():
-                reader.copy(index)
+                reader.copy(index, state.step)
                 reader.read_others_before()
 
     def _decide_step(self, index: int, *, final: bool) -> None:

@@ -38,6 +38,7 @@ from lora_probe_callbacks.facts.model import (
     UnitFact,
     UnitStart,
 )
+from lora_probe_callbacks.facts.path import FEW, Look, Path
 from lora_probe_callbacks.facts.proof import CLAIMS, Claim, Proof
 from lora_probe_callbacks.facts.ranks import NEAR, SAMPLE, RankFacts, RankReport, RanksFact, Sample, Sums, Wrapping
 from lora_probe_callbacks.facts.run import RunFacts, When
@@ -46,6 +47,7 @@ from lora_probe_callbacks.facts.words import Mode, Moment, Role, WrapperKind
 
 __all__ = [
     "CLAIMS",
+    "FEW",
     "NEAR",
     "SAMPLE",
     "BaseDrift",
@@ -65,10 +67,12 @@ __all__ = [
     "Gradients",
     "History",
     "Ints",
+    "Look",
     "Mode",
     "ModelFacts",
     "Moment",
     "OtherAdapter",
+    "Path",
     "Proof",
     "RankFacts",
     "RankReport",

@@ -23,6 +23,7 @@ class SavedFact:
         unreadable: Why the file cannot be read at all.
         final: Nobody trains any more: a file that cannot be read now stays so.
         before_steps: No step was made yet: the adapter should be the file's, if that was restored.
+        asked: Somebody asked by hand whether this is the adapter: what is near it is not it.
         why_not: Why it was not compared at all.
         tensors: Number of tensors that the file should hold of the adapter.
         missing: Those that it does not hold.
@@ -32,6 +33,9 @@ class SavedFact:
         shapes: Name, shape in the file and live, where they differ.
         compared: Number of tensors of which values were compared.
         differing: Names of those with other values than the live ones.
+        rounded: The 16-bit type to which live values were rounded on their way into a file of a wider type.
+        near: Why the differing values may be meant as the live ones; empty where nothing explains them.
+        farthest: Names of the tensors that differ most, by their own norm, and how much, ``|file - live| / |live|``.
         zero_b: Every compared B is exactly zero in the file.
         live_zero_b: Every live B is exactly zero. This and what follows is known where values differ.
         b_moved: Some B was moved by a step before.
@@ -48,6 +52,7 @@ class SavedFact:
             of the initial one, at twice the rank.
         settings: Setting, saved and live, where a reload would compute something else.
         left_out: What was trained or resized beside the adapter and is not in the file, and how.
+        unsaved: What training itself has moved beside the adapter and is not in the file: name and relative change.
         beside: Another file of weights in the same folder, which may hold that.
     """
 
@@ -60,6 +65,7 @@ class SavedFact:
     unreadable: str | None = None
     final: bool = False
     before_steps: bool = False
+    asked: bool = False
     why_not: str | None = None
     tensors: int = 0
     missing: tuple[str, ...] = ()
@@ -69,6 +75,9 @@ class SavedFact:
     shapes: tuple[tuple[str, str, str], ...] = ()
     compared: int = 0
     differing: tuple[str, ...] = ()
+    rounded: str = ""
+    near: str = ""
+    farthest: tuple[tuple[str, float], ...] = ()
     zero_b: bool = False
     live_zero_b: bool = False
     b_moved: bool = False
@@ -84,6 +93,7 @@ class SavedFact:
     converted: bool = False
     settings: tuple[tuple[str, str, str], ...] = ()
     left_out: tuple[tuple[str, LeftOut], ...] = ()
+    unsaved: tuple[tuple[str, float], ...] = ()
     beside: str | None = None
 
     @property

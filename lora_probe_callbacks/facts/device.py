@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lora_probe_callbacks.facts.columns import Gradients, Update
 from lora_probe_callbacks.facts.model import BaseDrift, CopiesFact, OtherAdapter, TokenRowsFact
+from lora_probe_callbacks.facts.path import Look
 
 __all__ = ["DeviceFacts"]
 
@@ -25,6 +27,9 @@ class DeviceFacts:
         base_drift: Of sampled base weights.
         copies: What became of copies that an optimizer steps for the adapter; None if it holds none.
         token_rows: Of the embeddings in which new tokens can be watched.
+        unsaved: Name and relative change of buffers and small frozen parameters that training has moved by itself.
+        looks: Where the tensors stood before and after steps, in order, since the last decision.
+        base_moved: Unit to whether its base weight has changed since it was sampled last; None if none was sampled.
     """
 
     gradients: Gradients = field(default_factory=lambda: Gradients.unread(0))
@@ -37,3 +42,6 @@ class DeviceFacts:
     base_drift: BaseDrift | None = None
     copies: CopiesFact | None = None
     token_rows: tuple[TokenRowsFact, ...] = ()
+    unsaved: tuple[tuple[str, float], ...] = ()
+    looks: tuple[Look, ...] = ()
+    base_moved: Mapping[int, bool] | None = None

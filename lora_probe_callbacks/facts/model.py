@@ -47,6 +47,11 @@ class OtherAdapter:
     still: int = 0  # probed steps in a row after which it was bit-equal, while the expected adapter moved; lagged only
     still_since: int = 0  # the step in which that row began
     written: int = 0  # of these, those in which something wrote to it all the same
+    behind: tuple[
+        str, ...
+    ] = ()  # lagged only: tensors that stand still while it is written to and the trained ones are far
+    lost: float = 0.0  # of the elements that were far from the trained ones, the fraction that stands still
+    astray: tuple[str, ...] = ()  # tensors that move away from the trained ones of their places, again and again
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lora_probe_callbacks.facts.columns import History
+from lora_probe_callbacks.facts.path import Path
 from lora_probe_callbacks.facts.words import Moment
 
 __all__ = ["RunFacts", "When"]
@@ -33,6 +34,7 @@ class RunFacts:
 
     Attributes:
         history: How often something was seen of each slot.
+        path: Where each slot came from, and what took that back.
         ever_stepped: An optimizer that owns expected tensors has stepped.
         skipped_in_a_row: Steps up to now that were skipped.
         scaler: The loss is scaled.
@@ -41,12 +43,14 @@ class RunFacts:
         waited_for: Optimizers that own expected tensors, have not stepped once, and are no longer waited for.
         passes: Backward passes since an optimizer that owns expected tensors has stepped last.
         cleared: How often since then the gradients of the adapter were thrown away between two of them.
+        saves_whole: Checkpoints hold whole modules, not the adapter alone, as the framework says or a file showed.
         accumulation: Backward passes to a step, as the framework says; None where nothing says it.
         since_step: Backward passes that came to the adapter since each optimizer has stepped last, seen or not.
         usual_passes: The most that came between two steps of each.
     """
 
     history: History = field(default_factory=lambda: History.empty(0))
+    path: Path = field(default_factory=lambda: Path.empty(0))
     ever_stepped: bool = False
     skipped_in_a_row: int = 0
     scaler: bool = False
@@ -58,3 +62,4 @@ class RunFacts:
     accumulation: int | None = None
     since_step: tuple[int, ...] = ()
     usual_passes: tuple[int, ...] = ()
+    saves_whole: bool = False

@@ -73,6 +73,12 @@ from lora_probe_callbacks.faults.targets import (
     target_filtered_out,
     tokens_added_before_wrapping,
 )
+from lora_probe_callbacks.faults.values import (
+    average_left_in_place,
+    averaged_in_another_order,
+    norms_left_in_training_mode,
+    restarted_without_merging,
+)
 from lora_probe_callbacks.faults.wrapping import (
     frozen_after_wrapping,
     left_merged,
@@ -95,6 +101,8 @@ __all__ = [
     "added_after_a_frozen_one",
     "added_but_not_activated",
     "attached_when_training_starts",
+    "average_left_in_place",
+    "averaged_in_another_order",
     "averaged_in_half_precision",
     "base_model_called",
     "casts_cached_without_gradients",
@@ -122,6 +130,7 @@ __all__ = [
     "merged_and_unloaded",
     "misspelt_target",
     "no_advantage",
+    "norms_left_in_training_mode",
     "one_tower_only",
     "only_default_marked_trainable",
     "optimizer_before_adapter",
@@ -135,6 +144,7 @@ __all__ = [
     "recompute_with_other_dropout",
     "reference_left_trainable",
     "reference_not_disabled",
+    "restarted_without_merging",
     "resumed_and_wrapped_anew",
     "scheduler_never_stepped",
     "second_moment_not_representable",

@@ -129,6 +129,20 @@ class Block(nn.Module):
         return self.second(hidden)  # type: ignore[no-any-return]
 
 
+class Normed(nn.Module):
+    """Two linear layers with batch normalisation in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(LENGTH, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.second = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.norm(self.first(x))
+        return self.second(hidden)  # type: ignore[no-any-return]
+
+
 class Tower(nn.Module):
     def __init__(self, width: int, out: int) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ from lora_probe_callbacks.faults._models import (
     tiny_llama,
     with_second,
 )
+from lora_probe_callbacks.faults._trials_of_values import TRIALS as OF_VALUES
 
 __all__ = ["trial_of"]
 
@@ -49,7 +50,7 @@ def trial_of(fault: Fault) -> Trial:
     return _TRIALS[fault.name]()
 
 
-_TRIALS: dict[str, Callable[[], Trial]] = {}
+_TRIALS: dict[str, Callable[[], Trial]] = {**OF_VALUES}
 
 
 def _trial(make: Callable[[], Trial]) -> Callable[[], Trial]:

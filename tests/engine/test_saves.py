@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed", "ignore:You.re resuming from a checkpoint that ended before"
 )
 FILE = "adapter_model.safetensors"
-LP8 = {f"LP80{n}" for n in range(1, 8)}
+LP8 = {f"LP80{n}" for n in range(1, 8)}  # LP808 is judged without a file as well
 
 
 def found(report: ProbeReport) -> list[tuple[str, str, int]]:
@@ -377,6 +377,16 @@ def test_trainer_resume_is_recognised(trainer_checkpoint: Path) -> None:
     probe = LoraProbeTrainerCallback(verbose=False, every_n_steps=1)
     train(Training(square(), optimizer=fast), trainer_checkpoint.parent, 6, probe, trainer_checkpoint)
     assert {"LP803", "LP804", "LP806"} <= passed(probe.report)
+
+
+def test_trainer_resume_without_the_optimizer_by_intent(tmp_path: Path) -> None:
+    first = LoraProbeTrainerCallback(verbose=False)
+    train(Training(square(), optimizer=fast), tmp_path, 4, first, save_only_model=True)
+    probe = LoraProbeTrainerCallback(verbose=False, every_n_steps=1)
+    run = Training(square(), optimizer=fast)
+    train(run, tmp_path, 6, probe, tmp_path / "checkpoint-4", save_only_model=True)
+    assert {"LP803", "LP806"} <= passed(probe.report)
+    assert [f.status for f in probe.report.findings if f.code == "LP804"] == ["skipped"]
 
 
 class Forgetful(RunTrainer):

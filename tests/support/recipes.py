@@ -608,3 +608,20 @@ from_selftest(
 from_selftest(
     "J14", "quantisation_error_in_the_adapter", "LP504", 0, "the reference is not the base model", reference="disabled"
 )
+from_selftest(
+    "R01", "average_left_in_place", "LP409", 4, "taken back", "way of 2 steps", "the 2nd time", "8 adapter tensors"
+)
+from_selftest(
+    "R02", "restarted_without_merging", "LP409", 4, "taken back", "between the end of step 3 and the update of step 4"
+)
+from_selftest("R03", "norms_left_in_training_mode", "LP808", 0, "running_mean", "will not hold", status="warn")
+from_selftest(
+    "R04",
+    "averaged_in_another_order",
+    "LP408",
+    4,
+    "'teacher'",
+    "follows other tensors",
+    adapter="default",
+    lagged_adapters=("teacher",),
+)

@@ -108,7 +108,8 @@ def _values(save: SavedFact) -> Verdict | None:
     values = values_of(save)
     if values == "partly":
         return fail(
-            f"{where} differs from the live one in {len(save.differing)} of its {save.tensors} tensors: {some(save.differing)}",
+            f"{where} differs from the live one in {len(save.differing)} of its {save.tensors} tensors, by {save.apart:.2g} of the norm of "
+            f"all: {some(save.differing)}",
             save.slots,
             cause="partly",
             got=f"{len(save.differing)} tensors with other values",
@@ -126,12 +127,15 @@ def _values(save: SavedFact) -> Verdict | None:
     if values in ("related", "fresh", *_VALUES):
         if save.before_steps:
             return skipped("explained by LP803: no step was made yet")
+        if save.asked:
+            return _apart(save, where)
         return skipped(
             f"{save.path}: its values differ from the live ones by {save.apart:.1%} of their norm and point the same way, "
             "as an average over steps or the adapter of another step does"
         )
     if save.why_no_values is not None:
-        return skipped(f"{save.path}: {save.why_no_values}; its names and shapes are right")
+        distance = f"; it differs from it by {save.apart:.2g} of its norm" if save.differing else ""
+        return skipped(f"{save.path}: {save.why_no_values}{distance}; its names and shapes are right")
     if save.foreign:
         return warn(
             f"{where} holds {len(save.foreign)} tensors that stand for nothing in the model: {some(save.foreign, 2)}",
@@ -140,7 +144,30 @@ def _values(save: SavedFact) -> Verdict | None:
             expected="0",
             fix="save with PeftModel.save_pretrained, which writes one adapter to a file; compare the names with model.state_dict()",
         )
+    if save.rounded:
+        return Verdict("pass", f"{where} holds the live values rounded to {save.rounded}")
     return ok()
+
+
+def _apart(save: SavedFact, where: str) -> Verdict:
+    """By how much, and where: the answer to a question."""
+    far = ", ".join(f"{name} by {apart:.2g}" for name, apart in save.farthest)
+    words = (
+        f"{where} is not the live one: its values differ by {save.apart:.2g} of their norm in {len(save.differing)} of "
+        f"{save.compared} tensors, most in {far}"
+    )
+    got, expected = f"relative distance {save.apart:.2g}", "the live values, or these rounded to the type of the file"
+    if save.near:
+        fix = f"{save.near} explains it; if that was not meant, save the adapter again"
+        return warn(words, save.slots, cause="near", got=got, expected=expected, fix=fix)
+    return fail(
+        words,
+        save.slots,
+        cause="apart",
+        got=got,
+        expected=expected,
+        fix="if the file should hold an average over steps or another step nothing is wrong with it; else save the adapter again",
+    )
 
 
 CHECK = Check(
@@ -151,7 +178,7 @@ CHECK = Check(
     why="Saving prints nothing about what it leaves out: sharded parameters are saved empty, a compiled model under names that no load finds, and "
     "a load that finds nothing is as silent.",
     fix="Save with PeftModel.save_pretrained on the module inside all wrappers, and load the file once into a fresh model before you rely on it.",
-    quiet="Copies rounded to 16 bits; averages over steps (EMA, SWA), whose values are not judged; files older than the last step; checkpoints of a whole wrapped "
+    quiet="Copies rounded to 16 bits; averages over steps (EMA, SWA), whose values are judged by hand alone; files older than the last step; checkpoints of a whole wrapped "
     "module, which are restored into the same; saved embeddings; PiSSA converted to LoRA. While training goes on, some elements of up to 32 tensors are compared, half of these in turn; by hand all of all.",
     threads=(
         "huggingface/trl#4416",

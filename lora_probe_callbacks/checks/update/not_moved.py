@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, fail, ok, pending, some, warn
+from lora_probe_callbacks.checks._base import PERSISTENT, Check, Verdict, fail, ok, pending, skipped, some, warn
+from lora_probe_callbacks.checks.update._undone import begin_alike, undone_slots
 from lora_probe_callbacks.facts import Bools, Facts, Update, count
 
 # A loop may throw away its first gradients on purpose; not so many without a single step.
@@ -153,8 +154,13 @@ def _put_back(facts: Facts, judged: Bools) -> Verdict:
     back = judged & (history.put_back >= PERSISTENT - 1)
     if not back.any():
         return ok()
+    undone = undone_slots(facts)
+    if undone.any() and not begin_alike(facts, undone):
+        return skipped("explained by LP409")
     # What has no gradient of its own may go on, by weight decay: A, while B is put back to zero.
     learning = judged & (history.zero == 0) & (history.missing == 0)
+    if (learning & ~back & (facts.path.undone > 0)).any():
+        return pending("what else is written may be taken back as well")  # LP409
     report = warn if (learning & ~back).any() else fail
     return report(
         f"{count(back)} adapter tensors are put back after every step: {PERSISTENT} probed steps began with the same values",

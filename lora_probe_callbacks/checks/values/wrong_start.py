@@ -28,7 +28,8 @@ def judge(facts: Facts) -> Verdict:
         return _lost(facts, identity, plain)
     if len(identity) == len(plain) and facts.resumed is None:
         return _step_without_adapter(facts, start, plain)
-    if changed and facts.reference is not None and not start.framework_step and not start.optimizer_state:
+    new_run = facts.resumed is None and not start.framework_step and not start.optimizer_state
+    if changed and facts.reference is not None and new_run:
         return _other_reference(facts, changed, plain)
     return ok()
 

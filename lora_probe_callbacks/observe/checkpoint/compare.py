@@ -28,6 +28,7 @@ from lora_probe_callbacks.observe.checkpoint.format import (
 from lora_probe_callbacks.observe.checkpoint.names import (
     AdapterNames,
     adapter_names,
+    bare,
     changed_settings,
     full_shape,
     holds_any,
@@ -57,6 +58,7 @@ class Known:
         b_moved: Some B was moved by a step.
         why_no_values: Why the file need not hold the live values; None if it must.
         whole: The live elements are all there are, not a few of each tensor.
+        unsaved: Name and relative change of what training has moved beside the adapter.
     """
 
     live: Elements
@@ -65,6 +67,7 @@ class Known:
     b_moved: bool
     why_no_values: str | None = None
     whole: bool = False
+    unsaved: tuple[tuple[str, float], ...] = ()
 
 
 def sampled(names: AdapterNames, *, turn: int | None = None, whole: bool = False) -> Elements:
@@ -134,7 +137,7 @@ def _compare(
     at = matched(expected, table, exact=form == "adapter")
     fact = _in_shape(replace(fact, form=form, tensors=len(expected)), names, table, at)
     if form == "adapter":
-        fact = _beside(fact, file, names, targets, table, at)
+        fact = _beside(fact, file, names, targets, table, at, known.unsaved)
     if fact.missing or fact.empty or fact.converted or not at:
         return fact, None
     same_shape = {n: key for n, key in at.items() if n in known.live and expected[n] == table[key].shape}
@@ -197,13 +200,18 @@ def _beside(
     targets: Targets,
     table: Mapping[str, StoredTensor],
     at: Mapping[str, str],
+    unsaved: tuple[tuple[str, float], ...],
 ) -> SavedFact:
     """What an adapter file holds besides, leaves out and says in its configuration."""
     wrapped, foreign = strangers(names, table, set(at.values()))
     settings = () if fact.converted else tuple(changed_settings(names, file.path.parent))
     out = tuple(left_out(names, targets, table))
-    beside = weights_beside(file.path) if out else None
-    return replace(fact, wrapped=wrapped, foreign=foreign, settings=settings, left_out=out, beside=beside)
+    in_file = {bare(key) for key in table}
+    unsaved = tuple((name, change) for name, change in unsaved if bare(name) not in in_file)
+    beside = weights_beside(file.path) if out or unsaved else None
+    return replace(
+        fact, wrapped=wrapped, foreign=foreign, settings=settings, left_out=out, unsaved=unsaved, beside=beside
+    )
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -224,8 +232,12 @@ def _values(
     if not saved and not fact.shapes:
         return replace(fact, why_no_values="no rank holds a whole tensor of it"), None
     differing = tuple(n for n, v in saved.items() if not _equal(v, live[n]))
+    rounded = _rounded(saved, live, differing) if differing else ""
+    differing = () if rounded else differing
     zero_b = _all_zero(names, saved)
-    fact = replace(fact, compared=len(saved), differing=differing, zero_b=zero_b, b_moved=known.b_moved)
+    fact = replace(
+        fact, compared=len(saved), differing=differing, rounded=rounded, zero_b=zero_b, b_moved=known.b_moved
+    )
     if fact.shapes or differing:
         other = _whose(fact, file, table, targets)
         if other is not None:
@@ -251,6 +263,8 @@ def _apart(fact: SavedFact, names: AdapterNames, saved: Elements, known: Known) 
         like_previous=previous is not None and _same(saved, previous[0]) and not _same(live, previous[1]),
         apart=apart,
         cosine=cosine,
+        near=_near(saved, live, apart),
+        farthest=tuple(_farthest(saved, live, fact.differing)),
     )
 
 
@@ -300,6 +314,42 @@ def _equal(saved: torch.Tensor, live: torch.Tensor) -> bool:
     """Equal once the live values are rounded to the type of the file: a copy in 16 bits is a copy."""
     cast = live.to(saved.dtype)
     return torch.equal(saved, cast) or torch.allclose(saved.double(), cast.double(), rtol=0, atol=0, equal_nan=True)
+
+
+_SHORT = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_NOISE = 1e-6  # relative: float32 that was added to and subtracted from
+
+
+def _rounded(saved: Elements, live: Elements, names: Iterable[str]) -> str:
+    """The 16-bit type through which all of these values went; a file may be wider than what was written to it."""
+    for name, short in _SHORT.items():
+        if all(torch.equal(saved[n], live[n].to(short).to(saved[n].dtype)) for n in names):
+            return name
+    return ""
+
+
+def _near(saved: Elements, live: Elements, apart: float) -> str:
+    """What may explain values that are not the live ones."""
+    if apart <= _NOISE:
+        return "the rounding of an addition"
+    for name, short in _SHORT.items():
+        step = 2 * torch.finfo(short).eps
+        if all(
+            torch.equal(v, v.to(short).to(v.dtype))
+            and bool(((v.double() - live[n].double()).abs() <= step * live[n].double().abs() + 1e-7).all())
+            for n, v in saved.items()
+        ):
+            return f"another rounding to {name}"
+    return ""
+
+
+def _farthest(saved: Elements, live: Elements, names: Iterable[str], most: int = 3) -> list[tuple[str, float]]:
+    found = []
+    for n in names:
+        size = float(live[n].double().norm())
+        distance = float((saved[n].double() - live[n].double()).norm())
+        found.append((n, distance / size if size else float("inf")))
+    return sorted(found, key=lambda pair: -pair[1])[:most]
 
 
 def _same(a: Elements, b: Elements) -> bool:

@@ -19,7 +19,7 @@ from lora_probe_callbacks.observe.model.ownership import Ownership, ownership
 from lora_probe_callbacks.observe.model.targets import Targets
 from lora_probe_callbacks.observe.model.wrappers import is_shard
 
-__all__ = ["compared", "fingerprint"]
+__all__ = ["compared", "fingerprint", "without_optimizer"]
 
 _FEW = 4  # elements of a tensor of the adapter and of the optimizer's state
 _STATES = 128  # tensors of which the optimizer's state is kept, about
@@ -63,6 +63,18 @@ def fingerprint(targets: Targets) -> dict[str, Any]:
         },
         "base": {"names": [bare(name) for name in base], "kinds": _kinds(base.values()), "values": of_base},
     }
+
+
+def without_optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint that tells of no optimizer.
+
+    Args:
+        state: What :func:`fingerprint` returned.
+
+    Returns:
+        The same without the optimizer's state.
+    """
+    return {**state, "optimizer": {"names": [], "keys": [], "values": "", "rates": []}}
 
 
 def _kinds(tensors: Iterable[torch.Tensor]) -> list[str]:

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_DIFFUSERS_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 Elements = dict[str, torch.Tensor]  # name to [elements], all of a tensor or a sample
 _DTYPES = {
@@ -317,7 +318,7 @@ def file_of(place: Path, adapter: str) -> Path:
         for name in ADAPTER_FILES:
             if (folder / name).is_file():
                 return folder / name
-    for name in (*_MODEL_FILES, "checkpoint.ckpt"):
+    for name in (*_DIFFUSERS_FILES, *_MODEL_FILES, "checkpoint.ckpt"):
         if (place / name).is_file():
             return place / name
     raise FileNotFoundError(place)

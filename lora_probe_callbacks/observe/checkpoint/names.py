@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -239,7 +241,7 @@ def changed_settings(names: AdapterNames, folder: Path) -> list[tuple[str, str, 
         layer = unit.layer.module
         if not isinstance(layer, LoraLayer) or names.adapter not in layer.scaling:
             continue
-        name = bare(unit.layer.name)
+        name = _targeted(unit)
         try:
             rank = _of(saved.get("rank_pattern"), name, saved["r"])
             alpha = _of(saved.get("alpha_pattern"), name, saved["lora_alpha"])
@@ -255,6 +257,15 @@ def changed_settings(names: AdapterNames, folder: Path) -> list[tuple[str, str, 
             what = "scaling" if alpha == layer.lora_alpha[names.adapter] else "lora_alpha"
             found.setdefault(what, (what, f"{scale:g} = scaling of lora_alpha {alpha}", f"{live_scale:g}"))
     return list(found.values())
+
+
+def _targeted(unit: Unit) -> str:
+    """The name that patterns are matched with: of a parameter of its own, that parameter's (peft 0.21)."""
+    layer = unit.layer.module
+    if not isinstance(layer, ParamWrapper):
+        return bare(unit.layer.name)
+    path = [part for part in bare(unit.layer.name).split(".") if part != "base_layer"]
+    return ".".join((*path, layer.parameter_name))
 
 
 def _of(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -368,9 +379,27 @@ def table_of(file: StoredFile, names: AdapterNames) -> tuple[Form, dict[str, Sto
             best = (max(as_saved, as_state), form, table)
     if best is None:
         return "adapter", {}
+    if not best[0] and (converted := _of_diffusers(saved, best[2])):
+        return "adapter", converted
     if not best[0]:  # nothing fits: an adapter's file has nothing else in it
         return ("adapter" if best[2] and all("lora_" in key for key in best[2]) else "state"), best[2]
     return best[1], best[2]
+
+
+# diffusers writes either of these, behind the name of the part of the pipeline (0.35, utils/state_dict_utils.py).
+_DOWN_AND_UP = re.compile(r"\.lora(?:_linear_layer)?\.(down|up)\.")
+
+
+def _of_diffusers(saved: Iterable[str], table: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """What a file of diffusers holds of this adapter, under PEFT's names; other parts of a pipeline are left out."""
+    full = {name.removeprefix(_PEFT): name for name in saved}
+    found = {}
+    for key, stored in table.items():
+        name = _DOWN_AND_UP.sub(lambda m: ".lora_A." if m[1] == "down" else ".lora_B.", bare(key))
+        mine = full.get(name) or full.get(name.partition(".")[2])
+        if mine is not None:
+            found[mine] = stored
+    return found
 
 
 def holds_any(table: Mapping[str, StoredTensor], expected: Iterable[str]) -> bool:

@@ -34,12 +34,14 @@ class BaseSample:
 
     @torch.no_grad()
     def __init__(self, layers: Sequence[AdaptedLayer], max_layers: int = 8, elements: int = 1024) -> None:
-        usable = [layer for layer in layers if _at_hand(layer) is not None]
+        usable = [(unit, layer) for unit, layer in enumerate(layers) if _at_hand(layer) is not None]
         self._elements = elements
-        self._layers = usable[:: max(1, math.ceil(len(usable) / max_layers))][:max_layers]
+        chosen = usable[:: max(1, math.ceil(len(usable) / max_layers))][:max_layers]
+        self._units, self._layers = [unit for unit, _ in chosen], [layer for _, layer in chosen]
         self._start = [self._take(layer).clone() for layer in self._layers]
         self._partner = [self._take_a(layer).clone() for layer in self._layers]
         self._known: dict[int, tuple[float, float]] = {}  # number of a layer to its last change, and what that meant
+        self._last: dict[int, float] = {}  # number of a layer to its change at the last look
         self._group()
 
     def _group(self) -> None:
@@ -80,6 +82,11 @@ class BaseSample:
         changes = [now.float() - start.float() if _is_plain(start) else (now != start).float() for now, start in pairs]
         return readout.add_row_norms(changes, 2)
 
+    def moved(self, values: Floats) -> dict[int, bool]:
+        """Unit to whether its weight has changed since the last look, of those that are sampled."""
+        last, self._last = self._last, dict(zip(self._grouping.order, values.tolist(), strict=True))
+        return {self._units[i]: change != last.get(i, 0.0) for i, change in self._last.items()}
+
     def fact(self, values: Floats, merges: int) -> BaseDrift:
         """The largest drift among the sampled layers."""
         drifts = {i: self._drift(i, change) for i, change in zip(self._grouping.order, values, strict=True)}
@@ -101,6 +108,7 @@ class BaseSample:
         if small and then * now and (then**2 + now**2 - apart**2) / (2 * then * now) < MADE_ANEW:
             self._start[i], self._partner[i] = self._take(self._layers[i]).clone(), a.clone()
             self._known.pop(i, None)
+            self._last[i] = 0.0
             self._group()
             return 0.0
         # Of codes the fraction that changed, which is the square of this quotient.

@@ -6,7 +6,7 @@ one readout as small tensors, and fetched together when the decision is made.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,6 +20,7 @@ from lora_probe_callbacks.facts import (
     DeviceFacts,
     Floats,
     Gradients,
+    Ints,
     Role,
     Sample,
     SupervisionFacts,
@@ -27,7 +28,9 @@ from lora_probe_callbacks.facts import (
     When,
 )
 from lora_probe_callbacks.observe.device.base_drift import BaseSample
+from lora_probe_callbacks.observe.device.frozen_state import FrozenState
 from lora_probe_callbacks.observe.device.gradients import GradientReading, gradients_of, read_gradients
+from lora_probe_callbacks.observe.device.positions import PositionReading, read_position
 from lora_probe_callbacks.observe.device.rank_sample import rank_sample
 from lora_probe_callbacks.observe.device.token_rows import TokenRows
 from lora_probe_callbacks.observe.device.transfer import Readout, local
@@ -76,9 +79,11 @@ class _Tickets:
     tensor_sample: range | None = None
     gradient_sample: range | None = None
     drift: range | None = None
+    frozen: range | None = None
     followers: range | None = None
     copies: range | None = None
     arrived: list[range] = field(default_factory=list)
+    positions: list[PositionReading] = field(default_factory=list)
 
 
 class DeviceReader:
@@ -95,18 +100,20 @@ class DeviceReader:
         self._owners = owners
         self._others = others
         self._sample = BaseSample(targets.layers)
+        self.frozen_state = FrozenState(targets)
         self._tickets = self._sent = _Tickets()
         self.token_rows: list[TokenRows] = []
         self.supervision: SupervisionObserver | None = None
         self._copies: dict[int, CopiesBefore] = {}  # by optimizer
         self._final: dict[int, Gradients] = {}  # those that nothing can change before the update
         self._scaled: dict[int, GradientReading] = {}  # of fused optimizers, which unscale them in place
+        self._looked_after: set[int] = set()  # optimizers whose last step was looked at when it had ended
 
     @property
     def waiting(self) -> bool:
         """Something was read that no decision has judged yet."""
         tickets = self._tickets
-        return bool(tickets.updates or tickets.gradients) or tickets.after is not None
+        return bool(tickets.updates or tickets.gradients or tickets.positions) or tickets.after is not None
 
     def forget_readings(self) -> None:
         """What was read is of slots that are no longer numbered like this."""
@@ -120,10 +127,34 @@ class DeviceReader:
         self._scaled.clear()
 
     @torch.no_grad()
-    def copy(self, optimizer: int) -> None:
+    def copy(self, optimizer: int, step: int) -> None:
         """Copy what an optimizer is about to change; the copies live until its step has ended."""
         if optimizer not in self._copies:
-            self._copies[optimizer] = copy_before(self._owners.held(optimizer), self._tickets.readout)
+            copies = self._copies[optimizer] = copy_before(self._owners.held(optimizer), self._tickets.readout)
+            self._stand(optimizer, copies.held.slots, copies.rows, copies.norms, step, after=False)
+
+    @torch.no_grad()
+    def read_position(self, optimizer: int, step: int, *, after: bool) -> None:
+        """Where its tensors stand beside a step that is not probed: is that where the last look has left them?"""
+        if not after and optimizer not in self._looked_after:
+            return
+        held, readout = self._owners.held(optimizer), self._tickets.readout
+        rows = held.rows()
+        self._stand(optimizer, held.slots, rows, readout.add_row_norms(rows, 2), step, after=after)
+
+    def _stand(
+        self, optimizer: int, slots: Ints, rows: Sequence[torch.Tensor], norm: range, step: int, *, after: bool
+    ) -> None:
+        next_step = optimizer in self._looked_after
+        readout = self._tickets.readout
+        reading = read_position(slots, slice(None), rows, norm, readout, step=step, after=after, next_step=next_step)
+        self._tickets.positions.append(reading)
+        if after:
+            self._looked_after.add(optimizer)
+
+    def stepped(self, optimizer: int) -> None:
+        """An optimizer has made a step that nobody may have looked at."""
+        self._looked_after.discard(optimizer)
 
     @torch.no_grad()
     def read_others_before(self) -> None:
@@ -174,6 +205,8 @@ class DeviceReader:
         update = read_update(copies, mine, tickets.readout, step, framework_step)
         if update is not None:
             tickets.updates.append(update)
+            tickets.positions.append(update.position)
+            self._looked_after.add(optimizer)
             received = scaled if known is None else known
             if received is None:
                 received = read_gradients(self._owners.held(optimizer), tickets.readout, None)
@@ -193,16 +226,18 @@ class DeviceReader:
                 self._tickets.rows.append((rows, *found, step, framework_step))
 
     @torch.no_grad()
-    def send(self, *, cotangents: list[torch.Tensor], sample: bool) -> None:
+    def send(self, *, cotangents: list[torch.Tensor], sample: bool, closely: bool) -> None:
         """Gather on the device what a decision needs; the device may still be busy with the backward.
 
         Args:
             cotangents: Gradients of one element that arrived at outputs.
             sample: Look at the sampled base weights too.
+            closely: And at what else is frozen.
         """
         self._sent, self._tickets = self._tickets, _Tickets()
         sent, readout = self._sent, self._sent.readout
         sent.drift = self._sample.read(readout) if sample else None
+        sent.frozen = self.frozen_state.read(readout) if sample and closely else None
         sent.followers = self._others.followers.read(readout) if sample else None
         sent.copies = self._owners.copies.read(readout) if sample and self._owners.copies is not None else None
         sent.arrived = [readout.add(c.reshape(1)) for c in cotangents]
@@ -250,6 +285,9 @@ class DeviceReader:
             base_drift=None if tickets.drift is None else self._sample.fact(readout.get(tickets.drift), merges),
             copies=self._owners.copies_fact(),
             token_rows=tuple(rows.fact() for rows in self.token_rows),
+            unsaved=self.frozen_state.moved,
+            looks=tuple(position.look(size) for position in tickets.positions),
+            base_moved=None if tickets.drift is None else self._sample.moved(readout.get(tickets.drift)),
         )
         supervision = SupervisionFacts() if self.supervision is None else self.supervision.fact(readout)
         return Readings(facts, supervision, skipped, samples[0], samples[1])
@@ -273,6 +311,8 @@ class DeviceReader:
     def _advance(self, tickets: _Tickets, update: Update | None, step: int) -> None:
         """What is counted from decision to decision."""
         readout, copies = tickets.readout, self._owners.copies
+        if tickets.frozen is not None:
+            self.frozen_state.advance(readout.get(tickets.frozen))
         if tickets.followers is not None:
             moved = update is not None and bool(update.moved.any())
             self._others.followers.advance(readout.get(tickets.followers), step, moved=moved)

@@ -93,6 +93,24 @@ class Readout:
             start = stop
         return ticket
 
+    def add_row_elements(self, rows: Sequence[torch.Tensor], few: int) -> list[tuple[torch.Size, range]]:
+        """Add a few elements of each row, as they are now.
+
+        Args:
+            rows: Tensors as for :meth:`add_row_norms`.
+            few: Elements of a row, evenly spread; all of one that has fewer.
+
+        Returns:
+            For each tensor rows and elements of a row, and where these will be found.
+        """
+        found = []
+        for part in rows:
+            flat = part.flatten(1)
+            stride = max(1, flat.shape[1] // few)
+            some = flat[:, : few * stride : stride].to(_wide(part), copy=True)
+            found.append((some.shape, self.add(some.reshape(-1))))
+        return found
+
     def _add_rows(
         self, places: Sequence[int], rows: Sequence[torch.Tensor], order: float, scale: torch.Tensor | None
     ) -> None:

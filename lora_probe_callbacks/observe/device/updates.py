@@ -10,9 +10,10 @@ import torch
 
 from lora_probe_callbacks.facts import Bools, Floats, Ints, Update
 from lora_probe_callbacks.observe.device.batching import Held
+from lora_probe_callbacks.observe.device.positions import PositionReading, read_position
 from lora_probe_callbacks.observe.device.transfer import Readout, batches, kind, local
 
-__all__ = ["CopiesBefore", "Fingerprints", "Followers", "UpdateReading", "copy_before", "read_update", "update_of"]
+__all__ = ["CopiesBefore", "Fingerprints", "UpdateReading", "copy_before", "read_update", "update_of"]
 
 
 @dataclass(eq=False, slots=True)
@@ -38,6 +39,7 @@ class UpdateReading:
     norm: range
     size: range
     moved: range
+    position: PositionReading  # where the step has led
 
 
 def update_of(
@@ -122,6 +124,7 @@ def read_update(
         return None
     rows = batches(now, held.grouping)  # type: ignore[arg-type]
     norm = readout.add_row_norms(rows, 2)
+    position = read_position(held.slots, there, rows, norm, readout, step=step, after=True)
     torch._foreach_sub_(before.rows, rows)
     size = readout.add_row_norms(before.rows, 2)
     # A difference is zero exactly where the bits agree, but for what is not finite: inf - inf is nan.
@@ -137,6 +140,7 @@ def read_update(
         norm=norm,
         size=size,
         moved=moved,
+        position=position,
     )
 
 
@@ -167,57 +171,3 @@ class Fingerprints:
         names = [name for name, t in self._tensors.items() if t.is_floating_point()]
         half = len(names)
         return tuple(name for i, name in enumerate(names) if last[i] != values[i] or last[i + half] != values[i + half])
-
-
-class Followers:
-    """Adapters that must follow the trained one: for how many steps has each been bit-equal?
-
-    Norms do not tell: the step of a slow average changes last digits alone. The bits are added up as integers.
-
-    Args:
-        adapters: Name to its tensors.
-    """
-
-    def __init__(self, adapters: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        self._adapters = {name: [t for t in tensors if t.is_floating_point()] for name, tensors in adapters.items()}
-        self._last: dict[str, tuple[float, int]] = {}  # of each: sum of bits, and how often autograd saw a write
-        self._counts: dict[str, dict[str, int]] = {}
-
-    def read(self, readout: Readout) -> range | None:
-        """Put a sum of the bits of each adapter into ``readout``."""
-        if not self._adapters:
-            return None
-        tickets = [readout.add(_sum_of_bits(tensors).reshape(1)) for tensors in self._adapters.values()]
-        return range(tickets[0].start, tickets[-1].stop)
-
-    def advance(self, sums: Sequence[float] | Floats, step: int, *, moved: bool) -> None:
-        """Count one more look.
-
-        Args:
-            sums: What was read.
-            step: The step in which it was read.
-            moved: The trained adapter has moved since the last look.
-        """
-        for (name, tensors), bits in zip(self._adapters.items(), sums, strict=True):
-            version = sum(t._version for t in tensors)
-            before = self._last.get(name)
-            if before is None or before[0] != bits:
-                self._counts[name] = {"still": 0, "still_since": step, "written": 0}
-            elif moved:
-                count = self._counts[name]
-                count["still"] += 1
-                count["written"] += version > before[1]
-            self._last[name] = (bits, version)
-
-    def counts(self, name: str) -> dict[str, int]:
-        """Fields of the fact about one adapter."""
-        return self._counts.get(name, {})
-
-
-def _sum_of_bits(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.int64)
-    for tensor in tensors:
-        values = local(tensor)
-        bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
-        total = total.to(bits.device) + bits.sum(dtype=torch.int64)
-    return total % 2**24  # float32 holds it exactly

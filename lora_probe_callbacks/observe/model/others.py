@@ -7,8 +7,9 @@ from collections.abc import Set
 import torch
 
 from lora_probe_callbacks.facts import Floats, OtherAdapter
+from lora_probe_callbacks.observe.device.followers import Followers, Pair
 from lora_probe_callbacks.observe.device.transfer import Readout, local
-from lora_probe_callbacks.observe.device.updates import Fingerprints, Followers
+from lora_probe_callbacks.observe.device.updates import Fingerprints
 from lora_probe_callbacks.observe.model.inventory import Slot
 from lora_probe_callbacks.observe.model.owners import Owners
 from lora_probe_callbacks.observe.model.targets import Targets
@@ -37,7 +38,13 @@ class OtherAdapters:
         }
         self._fingerprints = {name: Fingerprints(held) for name, held in tensors.items() if name not in lagged}
         self._copies: set[str] = set()
-        self.followers = Followers({name: list(tensors.get(name, {}).values()) for name in lagged})
+        self.followers = Followers({name: self._pairs(name) for name in lagged})
+
+    def _pairs(self, name: str) -> list[Pair]:
+        """The tensors of a lagged adapter, each beside the trained one of the same place in the same layer."""
+        trained = {_place(s): s.tensor for s in self._targets.slots}
+        slots = [(s, t) for s in self._slots.get(name, ()) if (t := s.tensor) is not None]
+        return [Pair(s.name, t, trained.get(_place(s))) for s, t in slots]
 
     @torch.no_grad()
     def look_at_start(self) -> None:
@@ -121,7 +128,7 @@ class OtherAdapters:
 
 def _place(slot: Slot) -> tuple[int, tuple[str, ...]]:
     """Where a slot is, but for the name of its adapter."""
-    return id(slot.layer), tuple(part for part in slot.path if part != slot.adapter)
+    return id(slot.layer.module), tuple(part for part in slot.path if part != slot.adapter)
 
 
 def _same(theirs: torch.Tensor | None, ours: torch.Tensor | None) -> bool:

@@ -161,8 +161,8 @@ def test_other_values_fail(values: str, cause: str, words: str, got: str, expect
 def test_some_tensors_of_another_time_fail(before_steps: bool) -> None:
     told(
         "fail",
-        f"{WHERE} differs from the live one in 2 of its 4 tensors: x, y",
-        of={"values": "partly", "differing": ("x", "y"), "before_steps": before_steps},
+        f"{WHERE} differs from the live one in 2 of its 4 tensors, by 0.25 of the norm of all: x, y",
+        of={"values": "partly", "differing": ("x", "y"), "before_steps": before_steps, "apart": 0.25},
         cause="partly",
         got="2 tensors with other values",
         expected="the values of all as they were when it was saved",
@@ -173,6 +173,45 @@ def test_some_tensors_of_another_time_fail(before_steps: bool) -> None:
 def test_values_that_point_the_same_way_are_not_judged(values: str) -> None:
     told("skipped", "differ from the live ones by 12.5% of their norm", of={"values": values, "apart": 0.125})
     told("skipped", "explained by LP803", of={"values": values, "before_steps": True})
+
+
+FAR = {"apart": 0.001, "farthest": (("a", 0.002), ("b", 0.001))}
+
+
+@pytest.mark.parametrize("values", ["related", "fresh"])
+def test_who_asks_is_told_by_how_much_and_where(values: str) -> None:
+    told(
+        "fail",
+        f"{WHERE} is not the live one: its values differ by 0.001 of their norm in 4 of 4 tensors, ",
+        "most in a by 0.002, b by 0.001",
+        of={"values": values, "asked": True, **FAR},
+        cause="apart",
+        got="relative distance 0.001",
+        expected="the live values, or these rounded to the type of the file",
+        fix="if the file should hold an average over steps or another step nothing is wrong with it; else save",
+    )
+
+
+def test_who_asks_is_told_what_explains_values_that_are_near() -> None:
+    told(
+        "warn",
+        f"{WHERE} is not the live one",
+        of={"values": "related", "asked": True, "near": "another rounding to bfloat16", **FAR},
+        cause="near",
+        got="relative distance 0.001",
+        expected="the live values, or these rounded to the type of the file",
+        fix="another rounding to bfloat16 explains it",
+    )
+
+
+def test_file_of_another_step_says_how_far_it_is() -> None:
+    old = {"values": "related", "asked": True, "why_no_values": "the file is older than the last step", **FAR}
+    told("skipped", "the file is older than the last step; it differs from it by 0.001 of its norm", of=old)
+
+
+def test_rounded_values_pass_and_say_so() -> None:
+    verdict = judge(facts(saves=(saved(rounded="bfloat16"),)))
+    assert (verdict.status, verdict.message) == ("pass", f"{WHERE} holds the live values rounded to bfloat16")
 
 
 def test_values_that_were_not_compared_are_said() -> None:

@@ -87,5 +87,34 @@ def test_what_cannot_be_judged_says_why() -> None:
     expect(judge(facts(others=(teacher(still=2),))), "pending", "'teacher' has not moved in 2 probed step(s)")
 
 
+def test_copy_that_follows_other_tensors_fails() -> None:
+    expect(
+        judge(facts(others=(teacher(astray=("x", "y")),))),
+        "fail",
+        "lagged adapter 'teacher' follows other tensors: 2 of 4 move away from those of ['default'] in the same",
+        "places: x, y",
+        cause="teacher",
+        got="2 tensors farther from the trained ones after every write",
+        expected="a step towards ['default'], tensor by tensor",
+        fix="pair the tensors by name",
+    )
+
+
+@pytest.mark.parametrize(
+    ("behind", "half", "status"),
+    [(2, True, "fail"), (1, True, "warn"), (1, False, "fail"), (4, True, "fail"), (0, True, "pass")],
+)
+def test_copy_of_which_a_part_stands_still(behind: int, half: bool, status: str) -> None:
+    verdict = judge(facts(others=(teacher(behind=tuple("wxyz")[:behind], half=half, lost=0.875),)))
+    assert verdict.status == status
+    if behind:
+        assert (
+            f"{behind} of 4 tensors stand still while it is written to, 88% of what should move is lost"
+            in verdict.message
+        )
+        assert ("float32" in verdict.fix) is half
+        assert ("16 bits" in str(verdict.evidence["got"])) is half
+
+
 def test_reference_that_moved_is_left_to_its_own_check() -> None:
     assert list(bad(facts(others=(other("ref", declared="reference", changed=("x",)),)))) == ["LP404"]
