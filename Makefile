@@ -48,7 +48,7 @@ mutation: $(STAMP)
 
 # Outside CI: training scripts changed by machine, each run with the probe and without it. It takes about half an hour.
 loop-mutants: $(STAMP)
-	PYTHONPATH=. $(BIN)/python -W ignore benchmarks/loop_mutants.py
+	$(BIN)/python -W ignore benchmarks/loop_mutants.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
