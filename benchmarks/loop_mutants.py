@@ -64,6 +64,7 @@ SCRIPTS = {path.stem: path.read_text() for path in sorted(LOOPS.glob("*.py")) if
 TRAINED = {"lightning": "module.model", "transformers": "trainer.model"}  # else "model"
 LIMIT = 30.0  # seconds for one run
 STILL = 16  # steps without a change, up to the end, after which a tensor counts as dead
+ALIKE = 0.9  # cosine between the ways of two runs that came to about the same
 CADENCES = {"default": None, "every step": 1}
 
 
@@ -267,6 +268,7 @@ def run_apart(script: str, source: str, probe: int | bool | None) -> Run:
     child = os.fork()
     if child == 0:
         os.close(reading)
+        warnings.simplefilter("ignore")
         quiet = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
@@ -435,6 +437,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "verdicts": dict(collections.Counter(row["verdict"] for row in mine)),
             **{name: dict(collections.Counter(_status(row[name]) for row in mine)) for name in CADENCES},
         }
+    bent: dict[str, collections.Counter[str]] = {}
+    for row in judged:
+        if row["truth"] == "bent":
+            kind = row["operator"] if row["operator"] == "constant" else f"{row['operator']}: {row['kind']}"
+            told = any(row[name]["status"] != "healthy" or row[name]["found"] for name in CADENCES)
+            aside = row["cosine"] is None or row["cosine"] < ALIKE
+            bent.setdefault(kind, collections.Counter())[
+                ("told" if told else "not told") + (", far" if aside else "")
+            ] += 1
+    table["bent, by kind"] = {kind: dict(bent[kind]) for kind in sorted(bent)}
     return table
 
 
