@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types pytest peft-matrix detection mutation clean
+.PHONY: demo test lint types pytest peft-matrix detection mutation loop-mutants clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ detection: $(STAMP)
 mutation: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/mutmut mutmut==3.8.1
 	PYTHONPATH=$(VENV)/mutmut $(BIN)/python benchmarks/mutation.py
+
+# Outside CI: training scripts changed by machine, each run with the probe and without it. It takes about half an hour.
+loop-mutants: $(STAMP)
+	$(BIN)/python -W ignore benchmarks/loop_mutants.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -258,6 +258,8 @@ class StepEvents:
         elif not final and self.now.announced_twice(index):
             self.now.discarded.add(index)
             self._end_step_if_done()
+        if self._trails(index):
+            return
         first = index not in self.now.ready
         self.now.ready.add(index)
         self._decisions.raise_again()
@@ -274,6 +276,11 @@ class StepEvents:
             with self._errors.contain():
                 reader.copy(index, state.step)
                 reader.read_others_before()
+
+    def _trails(self, index: int) -> bool:
+        """It owns no adapter tensor and steps after the one that does, before anything of the next step has run."""
+        of_others = index not in self._observers.owners.owning() and bool(self.waited_for)
+        return of_others and self._probed and not self.now.decided and not self._hooks.log.candidates
 
     def _decide_step(self, index: int, *, final: bool) -> None:
         checkpoints, together = self._collector.checkpoints, self._agreement.several

@@ -172,6 +172,25 @@ class Value(nn.Module):
         return self.head(self.trunk(input_ids=ids).logits).squeeze(-1)
 
 
+@pytest.mark.filterwarnings("ignore::lora_probe_callbacks.LoraProbeWarning")
+@pytest.mark.parametrize("last", ["head", "body"])
+def test_optimizer_of_the_head_steps_before_or_after_that_of_the_adapter(last: str) -> None:
+    model = Value()
+    optimizers = [adamw(model.trunk), SGD(model.head.parameters(), lr=0.1)]
+    in_order = optimizers if last == "head" else optimizers[::-1]
+    with monitor(model, optimizers, on_failure="warn") as probe:
+        for number, batch in enumerate(batches(8)):
+            if number == 5:
+                model.trunk.base_model.disable_adapter_layers()
+            model(batch).pow(2).mean().backward()
+            for optimizer in in_order:
+                optimizer.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+    assert [(f.code, f.step) for f in probe.report.failures] == [("LP102", 5)]
+    assert probe.report.judged_steps == 8
+
+
 def actor_critic(policy: nn.Module, value: nn.Module, optimizers: list[Optimizer], steps: int = 6) -> None:
     for batch in batches(steps):
         estimate = value(batch)[:, 1:]
