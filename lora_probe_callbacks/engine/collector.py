@@ -51,6 +51,8 @@ from lora_probe_callbacks.observe.model.unused import AdaptersElsewhere
 
 __all__ = ["Collector", "Observers"]
 
+_STEPS = 8  # whose accumulation is remembered
+
 
 class Observers:
     """Everything that looks at one run.
@@ -176,14 +178,15 @@ class Collector:
         self._refresh()
         reader, owners, targets = self._observers.reader, self._observers.owners, self._observers.targets
         if moment == "waiting":
-            for owner in owners.owning():
+            for owner in filter(owners.has_gradients, owners.owning()):  # else they were cleared since
                 reader.read_gradients(owner, unowned=False)
         if probed and optimizer is not None:
             reader.read_gradients(optimizer, unowned=True)
             reader.copy(optimizer)
         if self._agreement.several:
             reader.read_samples(optimizer if probed else None)
-        reader.send(cotangents=self._hooks.log.cotangents(), sample=probed)
+        arrivals = self._hooks.log.arrivals
+        reader.send(cotangents=self._hooks.log.cotangents(), counts=arrivals.counts() if probed else [], sample=probed)
         # An accelerator is still busy with the backward at this time: what needs no values is looked at meanwhile.
         if not self._looked_at_start:
             self._looked_at_start = True
@@ -197,6 +200,8 @@ class Collector:
         readings = reader.receive(
             When(moment, optimizer if probed else None, step), final=final, merges=self._state.merges, active=was_active
         )
+        if probed and moment in ("step", "skipped", "waiting"):
+            self._state.accumulated = (*self._state.accumulated, arrivals.fact(readings.counts))[-_STEPS:]
         self._advance(model, readings, step)
         facts = Facts.of(
             When(moment, optimizer, step, self._state.framework_step()),

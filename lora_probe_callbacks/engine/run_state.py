@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lora_probe_callbacks.facts import History, RunFacts
+from lora_probe_callbacks.facts import Accumulation, History, RunFacts
 
 __all__ = ["RunState"]
 
@@ -29,6 +29,7 @@ class RunState:
         cleared: How often since then gradients were thrown away.
         merges: Times that a layer was seen merged.
         was_active: Names of the adapters that were active in some forward.
+        accumulated: What became of the gradients of the last probed steps.
         history: What was seen of each slot.
     """
 
@@ -46,6 +47,7 @@ class RunState:
     cleared: int = 0
     merges: int = 0
     was_active: set[str] = field(default_factory=set)
+    accumulated: tuple[Accumulation, ...] = ()
     history: History = field(default_factory=lambda: History.empty(0))
 
     def has_stepped(self) -> None:
@@ -76,4 +78,5 @@ class RunState:
             passes=passes,
             cleared=self.cleared,
             accumulation=self.accumulation,
+            accumulated=self.accumulated,
         )

@@ -130,8 +130,12 @@ class StepEvents:
         state.was_active |= hooks.log.active_seen
         state.merges += hooks.log.merged_seen
         self._last_probed = self._probed or self._estimates.due(state.step)
+        stepped = self.now.stepped
         state.step += 1
         self.begin_step()
+        if self._probed and not state.broken:
+            owners = self._observers.owners
+            hooks.log.arrivals.step_ended({slot for index in stepped for slot in owners.of_optimizer(index)})
 
     @property
     def waited_for(self) -> set[int]:

@@ -40,7 +40,7 @@ from lora_probe_callbacks.facts.model import (
 )
 from lora_probe_callbacks.facts.proof import CLAIMS, Claim, Proof
 from lora_probe_callbacks.facts.ranks import NEAR, SAMPLE, RankFacts, RankReport, RanksFact, Sample, Sums, Wrapping
-from lora_probe_callbacks.facts.run import RunFacts, When
+from lora_probe_callbacks.facts.run import Accumulation, RunFacts, When
 from lora_probe_callbacks.facts.supervision import SampleRow, Supervision, SupervisionFacts, SupervisionTotals
 from lora_probe_callbacks.facts.words import Mode, Moment, Role, WrapperKind
 
@@ -48,6 +48,7 @@ __all__ = [
     "CLAIMS",
     "NEAR",
     "SAMPLE",
+    "Accumulation",
     "BaseDrift",
     "Bools",
     "Claim",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from lora_probe_callbacks.facts.columns import History
 from lora_probe_callbacks.facts.words import Moment
 
-__all__ = ["RunFacts", "When"]
+__all__ = ["Accumulation", "RunFacts", "When"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,23 @@ class When:
     framework_step: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Accumulation:
+    """What became of the gradients of one step between its backward passes.
+
+    Attributes:
+        passes: Backward passes that left gradients.
+        lost: Those of them whose gradients were gone before the optimizer had them: cleared before a later pass.
+        old: Gradients that were there at the first of them as the step before had left them, and not zero.
+        aligned: The cosine between what the last pass had left and what is applied; None where nothing was lost.
+    """
+
+    passes: int = 0
+    lost: int = 0
+    old: int = 0
+    aligned: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class RunFacts:
     """What has happened in the run up to now.
@@ -42,6 +59,7 @@ class RunFacts:
         passes: Backward passes since an optimizer that owns expected tensors has stepped last.
         cleared: How often since then the gradients of the adapter were thrown away between two of them.
         accumulation: Backward passes to a step, as the framework says; None where nothing says it.
+        accumulated: What became of the gradients of this step and of the probed ones before it, the last ones.
     """
 
     history: History = field(default_factory=lambda: History.empty(0))
@@ -54,3 +72,4 @@ class RunFacts:
     passes: int = 0
     cleared: int = 0
     accumulation: int | None = None
+    accumulated: tuple[Accumulation, ...] = ()

@@ -49,6 +49,7 @@ class Readings:
         facts: What a check may know of it.
         supervision: The tokens that the loss is made of.
         skipped_inside: Whether a fused optimizer left the update out by itself; None where it was not asked to decide.
+        counts: Single numbers of others that travelled along.
         tensor_sample: Of what every rank should hold alike, if it was asked for.
         gradient_sample: The same of the gradients.
     """
@@ -56,6 +57,7 @@ class Readings:
     facts: DeviceFacts
     supervision: SupervisionFacts
     skipped_inside: bool | None
+    counts: list[float]
     tensor_sample: Sample
     gradient_sample: Sample
 
@@ -79,6 +81,7 @@ class _Tickets:
     followers: range | None = None
     copies: range | None = None
     arrived: list[range] = field(default_factory=list)
+    counts: list[range] = field(default_factory=list)
 
 
 class DeviceReader:
@@ -193,11 +196,12 @@ class DeviceReader:
                 self._tickets.rows.append((rows, *found, step, framework_step))
 
     @torch.no_grad()
-    def send(self, *, cotangents: list[torch.Tensor], sample: bool) -> None:
+    def send(self, *, cotangents: list[torch.Tensor], counts: list[torch.Tensor], sample: bool) -> None:
         """Gather on the device what a decision needs; the device may still be busy with the backward.
 
         Args:
             cotangents: Gradients of one element that arrived at outputs.
+            counts: Single numbers of others that travel along.
             sample: Look at the sampled base weights too.
         """
         self._sent, self._tickets = self._tickets, _Tickets()
@@ -208,6 +212,7 @@ class DeviceReader:
         sent.arrived = [readout.add(c.reshape(1)) for c in cotangents]
         if self.supervision is not None:
             self.supervision.send(readout)
+        sent.counts = [readout.add(c.reshape(1)) for c in counts]
         readout.send()
 
     def receive(self, when: When, *, final: bool, merges: int, active: Set[str]) -> Readings:
@@ -251,7 +256,8 @@ class DeviceReader:
             token_rows=tuple(rows.fact() for rows in self.token_rows),
         )
         supervision = SupervisionFacts() if self.supervision is None else self.supervision.fact(readout)
-        return Readings(facts, supervision, skipped, samples[0], samples[1])
+        counts = [float(readout.get(ticket)[0]) for ticket in tickets.counts]
+        return Readings(facts, supervision, skipped, counts, samples[0], samples[1])
 
     def _nothing_anywhere(self, gradients: Gradients) -> bool:
         optimizers = range(len(self._targets.optimizers))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.facts import ForwardFacts, Mode
+from lora_probe_callbacks.observe.forward.arrivals import Arrivals
 from lora_probe_callbacks.observe.forward.candidate import Candidate, tensors_in
 from lora_probe_callbacks.observe.forward.graph import mark, runs_to_all, walk, walk_from_here
 from lora_probe_callbacks.observe.forward.weight_usage import WeightWitness
-from lora_probe_callbacks.observe.model.inventory import Inventory, Unit
+from lora_probe_callbacks.observe.model.inventory import Inventory, Slot, Unit
 from lora_probe_callbacks.observe.model.wrappers import describe
 
 __all__ = ["ForwardLog"]
@@ -41,12 +44,14 @@ class ForwardLog:
         self.sharded = False  # the tensors inside a forward are not those outside
         self.traced = False  # hooks ended up inside a compiled region
         self.output_handles: list[RemovableHandle] = []
+        self.arrivals = Arrivals(on_error)
         self._hook = hook
         self._on_error = on_error
         self.begin()
 
     def begin(self) -> None:
         """A new step: forget what the last one showed."""
+        self.arrivals.begin()
         self.candidates: list[Candidate] = []
         self.without_grad = 0
         self.active_seen: set[str] = set()
@@ -64,6 +69,7 @@ class ForwardLog:
         """
         self.inventory = inventory
         self.units = units
+        self.arrivals.watch([partial(_shown, slot) for unit in units for slot in unit.slots])
         self._units_of: dict[int, list[int]] = {}
         for index, unit in enumerate(units):
             self._units_of.setdefault(id(unit.layer.called), []).append(index)
@@ -87,8 +93,8 @@ class ForwardLog:
         self.merged_seen |= any(layer.merged for layer in self.inventory.layers)
         self.note_beside(module)
 
-    def new_candidate(self, name: str, module: nn.Module) -> Candidate:
-        """An outermost call with gradients."""
+    def new_candidate(self, name: str, module: nn.Module, inputs: object) -> Candidate:
+        """An outermost call with gradients, and what it was given."""
         if self.bare:
             candidate = Candidate("", (), (), None, set(), holds_expected=False)
             self.candidates.append(candidate)
@@ -102,6 +108,7 @@ class ForwardLog:
             calls=[(0, 0, None)] * len(self.units) if observable else None,
             with_grad=set(),
             holds_expected=id(module) in self._above_expected,
+            inputs=[weakref.ref(t) for t in tensors_in(inputs)],
         )
         self.active_seen.update(candidate.active)
         self.merged_seen |= "merged" in candidate.modes
@@ -175,6 +182,7 @@ class ForwardLog:
         if self.bare:
             return
         try:
+            self.arrivals.backward_begins(candidate.inputs)
             candidate.modes_at_backward, candidate.active_at_backward = self.state()
             if candidate.to_walk:
                 self._see_plan(candidate)
@@ -224,3 +232,7 @@ class ForwardLog:
     def called(self) -> set[int]:
         """Ids of all modules that ran in a candidate that received a gradient."""
         return set().union(*(c.called for c in self.candidates if c.received))
+
+
+def _shown(slot: Slot) -> torch.Tensor | None:
+    return slot.shown
