@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lora_probe_callbacks.checks._base import Need
@@ -18,6 +19,7 @@ from lora_probe_callbacks.distributed.consensus import Agreement
 from lora_probe_callbacks.engine.errors import Errors
 from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.saves import Checkpoints
+from lora_probe_callbacks.engine.touches import Touches
 from lora_probe_callbacks.facts import (
     EstimatorFact,
     EstimatorFacts,
@@ -81,11 +83,13 @@ class StepLooks:
 
     Attributes:
         replay: Repeats a forward, to see whether it uses the present weights.
-        responses: What the last steps did to the loss, where it was measured.
+        touches: What was measured of the gradient of each tensor.
+        responses: The last of these measurements.
         estimates: Estimators looked at since the last decision.
     """
 
     replay: ForwardRepeat | None = None
+    touches: Touches = dataclasses.field(default_factory=lambda: Touches((), np.zeros(0, np.bool_)))
     responses: tuple[StepResponse, ...] = ()
     estimates: list[EstimatorFact] = dataclasses.field(default_factory=list)
 
@@ -260,6 +264,7 @@ class Collector:
             stale_forward=None if replay is None else replay.stale,
             why_not_repeated=None if replay is None else replay.why_not,
             responses=self.looks.responses,
+            measured=self.looks.touches.measured,
         )
 
     def _look_beside(self, forwards: tuple[ForwardFact, ...], moment: Moment) -> None:

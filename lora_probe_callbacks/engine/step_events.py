@@ -114,8 +114,12 @@ class StepEvents:
         suspected = layers.suspected_weights()
         if suspected and not self._observers.targets.inventory.compiled:
             self._hooks.log.witness = WeightWitness(suspected)
-        if self._cadence.repeats(state.step):
-            self._reruns.prepare(first=state.step == 0)
+        repeats, touches = self._cadence.repeats(state.step), self._reruns.touches
+        touch = self._cadence.touches(
+            state.step, begun=touches.number, complete=touches.complete, doubt=touches.in_doubt
+        )
+        # Before the first update no forward can be stale.
+        self._reruns.prepare(repeat=repeats and state.step > 0, touch=touch)
 
     def end_step(self) -> None:
         """The step is over: count it, and begin the next one."""

@@ -1,9 +1,9 @@
 """What becomes of gradients between the backward passes of one step, and between steps.
 
 Accumulation is an agreement: what one backward leaves in ``.grad`` is still there when the next one begins, and
-nothing of an earlier step is. Both are looked at where a backward begins (a loop may clear gradients between forward and
-backward) and where it ends. Who holds which gradient, and how often it was written, is known to the host; values are
-only needed where that has changed, and travel with everything else.
+nothing of an earlier step is. Both are looked at where a backward begins (a loop may clear gradients between forward
+and backward) and where it ends. Who holds which gradient, and how often it was written, is known to the host; values
+are only needed where that has changed, and travel with everything else.
 """
 
 from __future__ import annotations
