@@ -5,8 +5,8 @@ to first order ``v(theta) = <c, out(theta)>``. Its gradient is ``g``, and along 
 
     v(theta + h d) - v(theta - h d)  =  2 h <g, d>  +  O(h^3)
 
-Both sides are measured: two forwards without gradients, and a product. Where they differ, a gradient is made anew at
-another point and asked there: see :meth:`_Trial.aside`.
+Both sides are measured: two forwards without gradients, and a product. Where they differ, a gradient is made anew from
+the outputs alone, in 16 bits at another point: see :meth:`_Trial.aside`.
 """
 
 from __future__ import annotations
@@ -130,13 +130,13 @@ def _of_gradient(
         found = dataclasses.replace(found, half=_ratio(g, *trial.around(direction, size / 2)))
     generator = torch.Generator().manual_seed(0)
     if plan.unsettled(found):
-        trial = trial.aside(generator)
+        trial = trial.aside(generator) if trial.sixteen else trial
         g = trial.gradients()
         direction = g if whole else _levelled(g)
         found = dataclasses.replace(found, own=_ratio(g, *trial.around(direction, size / 2)))
-    if plan.unsettled(found):
+    if plan.unsettled(found) and trial.sixteen:
         found = dataclasses.replace(found, again=_ratio(g, *trial.around(direction, size)))
-    if plan.unsettled(found):
+    if plan.unsettled(found) and trial.sixteen:
         noise = trial.noise(direction, size / 2, generator) / abs(_along(g, direction, trial, size / 2))
         found = dataclasses.replace(found, noise=max(found.noise, noise))
     return found

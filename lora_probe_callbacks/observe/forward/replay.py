@@ -174,7 +174,8 @@ class KeptForward:
 
     def in_sixteen_bits(self) -> bool:
         """Some of it is computed in 16 bits, or less."""
-        if self._autocast[0] or any(p.dtype in _HALVES for p in self.module.parameters()):
+        coarse = self._device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        if coarse or self._autocast[0] or any(p.dtype in _HALVES for p in self.module.parameters()):
             return True
         kinds = ((type(m).__name__, getattr(m, "compute_dtype", None)) for m in self.module.modules())
         return any(name == "Linear8bitLt" or (name == "Linear4bit" and dtype in _HALVES) for name, dtype in kinds)

