@@ -194,9 +194,19 @@ def loss_of(model: nn.Module, ids: Tensor, fault: str) -> Tensor:
     if fault != FAULTS[8]:
         return model(input_ids=ids, labels=ids).loss
     logits = model(input_ids=ids).logits[:, :-1].float()
-    dropped = torch.arange(logits.shape[-1]) % 2 == 0
-    logits = torch.where(dropped, logits.detach(), logits)
-    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    return nn.functional.cross_entropy(HalfDropped.apply(logits).flatten(0, 1), ids[:, 1:].flatten())
+
+
+class HalfDropped(torch.autograd.Function):
+    """A backward that forgets half of the vocabulary."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:  # noqa: D102
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: D102
+        return gradient * (torch.arange(gradient.shape[-1]) % 2)
 
 
 # --- one training -----------------------------------------------------------------------------------

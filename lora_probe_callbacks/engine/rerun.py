@@ -18,6 +18,7 @@ from lora_probe_callbacks.facts import StepResponse
 from lora_probe_callbacks.observe.forward.finite_difference import Plan, measure
 from lora_probe_callbacks.observe.forward.followed_backward import BackwardObserver
 from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
+from lora_probe_callbacks.observe.forward.loss_outside import LossTape, may_record
 from lora_probe_callbacks.observe.forward.replay import ForwardRepeat, KeptForward
 from lora_probe_callbacks.observe.model.ownership import grad_scale
 from lora_probe_callbacks.report.metrics import metrics_of_response
@@ -72,7 +73,9 @@ class Reruns:
         if "finite difference" in self._needs and touch and not hopeless(self._looks.responses):
             tensors = [slot.tensor for slot in self._targets.slots]
             if all(t is not None for t in tensors):
-                self._backward = BackwardObserver([t for t in tensors if t is not None], self._hooks.hook)
+                # From the second on: what the loop compiles would have been seen by then.
+                tape = LossTape() if self.touches.number and may_record() else None
+                self._backward = BackwardObserver([t for t in tensors if t is not None], self._hooks.hook, tape)
 
     @property
     def touches(self) -> Touches:

@@ -17,7 +17,7 @@ _PARTS = 14  # and so many parts follow, in turn
 _KEPT = 32
 _TRIES = 2  # of a part that cannot be told from rounding, before it is left for a while
 _STEPS = 3  # in which what was wrong once is looked at again
-_DOUBTS = 2  # touches of healthy runs in 16 bits that may cost more than two forwards, at first
+_DOUBTS = 1  # touches of healthy runs in 16 bits that may cost more than two forwards, at first
 _DOUBTS_EVERY = 4  # and one of so many later
 
 

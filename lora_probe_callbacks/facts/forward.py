@@ -75,13 +75,16 @@ class StepResponse:
         bend: How far the middle lies off the line between both ends, twice, in units of the loss.
         sides: What the half ahead and the half behind say alone. This and what follows is measured only as long as
             nothing before it settles the question.
-        half: The central difference over half the distance: where it is nearer to 1, the loss is curved.
+        near: The central difference over a quarter of the distance: where it is another, the loss is curved.
         own: The central difference for a gradient made anew from the outputs alone, a little aside and at half the
             distance.
         again: The same at the whole distance.
         stray: Of tensors whose gradient is exactly zero: the change of the loss where they are moved at random, over
             what the gradient of all tensors says of the same distance.
-        noise: What rounding makes of these, at least.
+        outside: Where the loss is made outside the model: how far its change is from what arrived at the outputs says,
+            where these are moved at random, in standard deviations of what that says.
+        outside_noise: What rounding and curvature make of it.
+        noise: What rounding makes of the others, at least.
         why_not: Why nothing was measured.
         passing: That may be over in the next step.
     """
@@ -96,10 +99,12 @@ class StepResponse:
     change: float | None = None
     bend: float | None = None
     sides: tuple[float, float] | None = None
-    half: float | None = None
+    near: float | None = None
     own: float | None = None
     again: float | None = None
     stray: float | None = None
+    outside: float | None = None
+    outside_noise: float = 0.0
     noise: float = 0.0
     why_not: str | None = None
     passing: bool = False

@@ -12,6 +12,7 @@ from lora_probe_callbacks.facts import Facts, StepResponse, mask
 # Healthy central differences over what the gradient says: 1.00 in float32, and 0.5 to 1.05 in 16 bits, where small
 # moves are lost to rounding as long as B is about zero; aside from there, 0.9 to 1.05.
 OFF, OFF_16 = 0.02, 0.15
+OUTSIDE = 0.1  # of what a random move of the outputs changes
 STRAY = 0.002  # the same where the gradient is exactly zero, of the gradient of all tensors
 AGREE = 0.1  # how far two of them may lie apart to be believed, relative to the first if that is below 1
 LEAST = 0.1  # below that nothing is left of the gradient's share so far out
@@ -29,13 +30,36 @@ def judge(facts: Facts) -> Verdict:
     wrong = _wrong(facts.responses)
     if len(wrong) >= STEPS:
         return _fail(facts, wrong)
+    outside = [r for r in facts.responses if _wrong_outside(r)]
+    if len(outside) >= STEPS:
+        return _fail_outside(facts, outside)
     reason = _why_not(last)
     if reason is not None:
         given_up = f" ({PATIENCE} steps in a row: not tried again in this run)" if hopeless(facts.responses) else ""
         return skipped(reason + given_up)
+    if unsettled(last) and not is_bad(last):
+        return skipped("the loss changes by another amount, as in a step before, in which a closer look explained it")
     if wrong and wrong[-1] is last:
         return pending(f"the gradient disagrees with a finite difference in one step ({_said(last)})")
     return ok()
+
+
+def _wrong_outside(response: StepResponse) -> bool:
+    off = response.outside
+    return off is not None and abs(off) > max(OUTSIDE, SURE * response.outside_noise)
+
+
+def _fail_outside(facts: Facts, wrong: list[StepResponse]) -> Verdict:
+    verdict = fail(
+        "the loss is made outside the model, and its backward is wrong: where the outputs are moved, the loss changes by another amount than the gradient "
+        "that arrived at them says",
+        facts.intended,
+        cause="loss",
+        got=f"off by {', '.join(f'{abs(r.outside or 0.0):.2f}' for r in wrong)} of a random move's change, in steps {', '.join(str(r.step) for r in wrong)}",
+        expected="0, within rounding",
+        fix="Compare the gradient of the loss with that of a plain PyTorch version of it on the same outputs: look at custom autograd functions and fused losses.",
+    )
+    return dataclasses.replace(verdict, seen=(wrong[-1].step, wrong[-1].framework_step))
 
 
 def _wrong(responses: Sequence[StepResponse]) -> list[StepResponse]:
@@ -91,7 +115,7 @@ def unsettled(response: StepResponse) -> bool:
 
 def is_bad(response: StepResponse) -> bool:
     """Everything that was asked says that the gradient is wrong, and enough was asked."""
-    asked = response.own is not None if response.stray is None else response.half is not None
+    asked = response.own is not None if response.stray is None else response.near is not None
     return unsettled(response) and asked
 
 
@@ -117,10 +141,10 @@ def _off(response: StepResponse) -> bool:
 
 
 def _best(response: StepResponse) -> float:
-    """The central difference; with the half of it the third order can be taken out (Richardson)."""
-    central, half = response.central, response.half
+    """The central difference; with that over a quarter of the way the third order can be taken out (Richardson)."""
+    central, near = response.central, response.near
     assert central is not None
-    return central if half is None else (4 * half - central) / 3
+    return central if near is None else (16 * near - central) / 15
 
 
 def _is_off(ratio: float, response: StepResponse) -> bool:
@@ -133,7 +157,7 @@ def _why_not(response: StepResponse) -> str | None:
         return response.why_not
     if response.stray is not None:
         return _why_not_zero(response)
-    central, half, own, again = response.central, response.half, response.own, response.again
+    central, near, own, again = response.central, response.near, response.own, response.again
     if central is None or math.isnan(central):
         return "the gradient says that nothing changes along it"
     if not _off(response):
@@ -145,12 +169,9 @@ def _why_not(response: StepResponse) -> str | None:
             "made anew from the outputs alone and a little aside, the gradient is right: either it holds more than what left "
             "the model, such as a penalty on weights or inner activations, or small moves are lost to rounding"
         )
-    pairs = [(half, central)] if half is not None else []
-    if again is not None:
-        pairs.append((math.nan if own is None else own, again))
-    near = response.noise if response.sixteen else 0.0
-    apart = any(not abs(a - b) <= AGREE * min(1.0, abs(a)) + near for a, b in pairs)
-    if apart or (own is not None and not abs(own) > LEAST):
+    curved = near is not None and not abs(near - central) <= min(AGREE * min(1.0, abs(near)), abs(_best(response) - 1))
+    apart = again is not None and not abs((own or 0.0) - again) <= AGREE * min(1.0, abs(own or 0.0)) + response.noise
+    if curved or apart or (own is not None and not abs(own) > LEAST):
         return "finite differences of two sizes disagree: the forward is not precise enough, or too curved, for them"
     if not abs(_best(response) - 1) > SURE * response.noise:
         return "the change along the gradient is too small to be told from rounding"
@@ -163,11 +184,11 @@ def _straight(response: StepResponse) -> bool:
 
 
 def _why_not_zero(response: StepResponse) -> str | None:
-    stray, half = response.stray, response.half
+    stray, near = response.stray, response.near
     assert stray is not None
     if abs(stray) <= STRAY:
         return None
-    if half is not None and not abs(half - stray) <= 2 * AGREE * abs(stray):
+    if near is not None and not abs(near - stray) <= 2 * AGREE * abs(stray):
         return "where tensors without a gradient are moved, the loss jumps: it is no smooth function of them"
     if not abs(stray) > SURE * response.noise:
         return "the change of the loss is too small to be told from rounding"

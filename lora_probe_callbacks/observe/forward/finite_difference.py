@@ -29,6 +29,8 @@ __all__ = ["Plan", "measure"]
 # measured on tiny models, see benchmarks/gradients.py. In 16 bits a part of the adapter has to go further.
 _SIZE, _SIZE_16 = 0.005, 0.02
 _ASIDE = 0.3  # how far off a second look is taken, likewise
+_DIRECTIONS = 2  # in which the outputs are moved where the loss is made of them outside the model
+_SAME = 1e-3  # how far the loss made again may be from what it was
 _MOST = 10  # a tensor with a small gradient goes so much further than the middle one
 
 _Tensors = Sequence[torch.Tensor]
@@ -88,11 +90,14 @@ def _measure(watched: BackwardObserver, plan: Plan, found: StepResponse) -> Step
     moving = list(plan.choose([i for i, n in norms.items() if n], [i for i, n in norms.items() if not n]))
     trial = _Trial(watched.forwards, watched.tensors, watched.before, moving)
     found = dataclasses.replace(found, slots=tuple(moving), sixteen=trial.sixteen)
-    if plan.response:
-        found = _response(trial, watched, gradients, plan, found)
+    found = _of_loss(watched, trial, found)
     if not any(norms[i] for i in moving):
         return _of_zero(trial, math.hypot(*norms.values()), plan, found)
-    return _of_gradient(trial, {i: gradients[i] for i in moving}, plan, found, whole=len(moving) == len(norms))
+    whole = len(moving) == sum(map(bool, norms.values()))
+    found = _of_gradient(trial, {i: gradients[i] for i in moving}, plan, found, whole=whole)
+    if plan.response and found.why_not is None and found.own is None:  # in doubt, there were forwards enough
+        found = _response(trial, watched, gradients, plan, found)
+    return found
 
 
 def _response(
@@ -120,26 +125,76 @@ def _of_gradient(
     change = _expected(g, behind, ahead)
     found = dataclasses.replace(found, central=_ratio(g, behind, ahead), change=abs(change) / plan.scale)
     found = _with_middle(found, trial, behind, ahead, trial.kept_value(), plan)
-    # In doubt, a gradient of the outputs alone and of another place is asked, by as few forwards as will do.
-    if plan.unsettled(found):
-        here = trial.here()
-        if (why_not := trial.repeats(here)) is not None:
-            return dataclasses.replace(found, why_not=why_not)
-        found = _with_middle(found, trial, behind, ahead, here.value, plan)
+    # In doubt, a gradient of the outputs alone is asked, by as few forwards as will do.
+    here = trial
     if plan.unsettled(found) and not trial.sixteen:
-        found = dataclasses.replace(found, half=_ratio(g, *trial.around(direction, size / 2)))
+        found = dataclasses.replace(found, near=_ratio(g, *trial.around(direction, size / 4)))
     generator = torch.Generator().manual_seed(0)
     if plan.unsettled(found):
-        trial = trial.aside(generator) if trial.sixteen else trial
+        # What rounding swallows makes the loss change by less than a right gradient says, never by more.
+        swallowed = trial.sixteen and (found.central or 0.0) < 1
+        trial = trial.aside(generator) if swallowed else trial
         g = trial.gradients()
         direction = g if whole else _levelled(g)
         found = dataclasses.replace(found, own=_ratio(g, *trial.around(direction, size / 2)))
     if plan.unsettled(found) and trial.sixteen:
         found = dataclasses.replace(found, again=_ratio(g, *trial.around(direction, size)))
+    if plan.unsettled(found):
+        middle = here.here()
+        if (why_not := here.repeats(middle)) is not None:
+            return dataclasses.replace(found, why_not=why_not)
+        found = _with_middle(found, here, behind, ahead, middle.value, plan)
     if plan.unsettled(found) and trial.sixteen:
         noise = trial.noise(direction, size / 2, generator) / abs(_along(g, direction, trial, size / 2))
         found = dataclasses.replace(found, noise=max(found.noise, noise))
     return found
+
+
+def _of_loss(watched: BackwardObserver, trial: _Trial, found: StepResponse) -> StepResponse:
+    """Where the loss is made outside the model: is what arrived at the outputs its gradient?
+
+    What its backward leaves out lies at right angles to what it gives, so the outputs are moved at random.
+
+    Args:
+        watched: What was kept of the step.
+        trial: The forwards.
+        found: What is known so far.
+
+    Returns:
+        The same, and what the loss does where the outputs are moved.
+    """
+    tape = watched.tape
+    if tape is None or not tape.complete or any(f.large for f in watched.forwards):
+        return found
+    c = [f.cotangents.get(i) for f in watched.forwards for i in f.order]
+    if len(watched.forwards) != watched.followed or all(x is None or x.numel() == 1 for x in c):
+        return found  # the loss is made inside
+    outputs = [out for f in watched.forwards for out in f.outputs()]
+    middle = tape.again(outputs)
+    if not abs(middle - tape.was()) <= _SAME * abs(tape.was()):
+        return found  # a kernel that torch does not see, or random numbers
+    worst, noise, generator = 0.0, 0.0, torch.Generator().manual_seed(found.step)
+    for _ in range(_DIRECTIONS):
+        drawn = [None if o is None else _drawn(o, generator) * o.float().std() for o in outputs]
+        size = _SIZE_16 if trial.sixteen else _SIZE
+        behind, ahead = (
+            [
+                None if o is None or d is None else (o.float() + s * size * d).to(o)
+                for o, d in zip(outputs, drawn, strict=True)
+            ]
+            for s in (-1, 1)
+        )
+        parts = [
+            x.float() * (a.float() - b.float())
+            for x, a, b in zip(c, ahead, behind, strict=True)
+            if x is not None and a is not None and b is not None
+        ]
+        unit = math.sqrt(_dot(parts, parts))  # one standard deviation of what is expected
+        before, after = tape.again(behind), tape.again(ahead)
+        off = after - before - float(sum(part.sum(dtype=torch.float64) for part in parts))
+        if unit and abs(off) / unit >= abs(worst):
+            worst, noise = off / unit, abs(after + before - 2 * middle) / math.sqrt(3) / unit
+    return dataclasses.replace(found, outside=worst, outside_noise=noise)
 
 
 def _of_zero(trial: _Trial, norm: float, plan: Plan, found: StepResponse) -> StepResponse:
@@ -154,8 +209,8 @@ def _of_zero(trial: _Trial, norm: float, plan: Plan, found: StepResponse) -> Ste
     if plan.unsettled(found):
         found = _with_middle(found, trial, behind, ahead, trial.here().value, plan)
     if plan.unsettled(found):
-        behind, ahead = trial.around(direction, _SIZE / 2)
-        found = dataclasses.replace(found, half=2 * (ahead.value - behind.value) / unit)
+        behind, ahead = trial.around(direction, _SIZE / 4)
+        found = dataclasses.replace(found, near=4 * (ahead.value - behind.value) / unit)
     return found
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.observe.forward.candidate import tensors_in
+from lora_probe_callbacks.observe.forward.loss_outside import LossTape
 from lora_probe_callbacks.observe.forward.replay import MOST_BYTES, KeptForward
 from lora_probe_callbacks.observe.model.wrappers import is_compiled
 
@@ -33,6 +34,7 @@ class Followed:
     Attributes:
         kept: What it takes to run it again.
         samples: Some elements of every floating output.
+        order: The numbers of the outputs with a graph, as they were handed on.
         cotangents: By the number of the floating output.
         large: Outputs whose gradient is too large to be kept.
         head: The output head, where it ran once.
@@ -42,6 +44,7 @@ class Followed:
 
     kept: KeptForward
     samples: list[torch.Tensor]
+    order: list[int] = field(default_factory=list)
     cotangents: dict[int, torch.Tensor] = field(default_factory=dict)
     large: set[int] = field(default_factory=set)
     head: nn.Module | None = None
@@ -81,6 +84,12 @@ class Followed:
         outputs = self.kept.call()
         return [outputs[i] for i in self.cotangents]
 
+    def outputs(self) -> list[torch.Tensor | None]:
+        """Run it again; returns the outputs with a graph, None for those without a gradient."""
+        with self.kept.again(), torch.no_grad():
+            found = self.kept.call()
+        return [found[i] if i in self.cotangents else None for i in self.order]
+
     def run(self) -> list[torch.Tensor]:
         """The same without gradients, and all state comes back."""
         with self.kept.again(), torch.no_grad():
@@ -93,11 +102,16 @@ class BackwardObserver:
     Args:
         tensors: The adapter's tensors.
         hook: Makes a hook of a method and its first argument.
+        tape: Records how the loss is made of the outputs, if that is wanted.
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], hook: Callable[[Callable[..., None], object], Callable[..., None]]
+        self,
+        tensors: Sequence[torch.Tensor],
+        hook: Callable[[Callable[..., None], object], Callable[..., None]],
+        tape: LossTape | None = None,
     ) -> None:
+        self.tape = tape
         self.tensors = list(tensors)
         self.why_not: str | None = None
         self.gradients: dict[int, torch.Tensor] = {}
@@ -112,6 +126,11 @@ class BackwardObserver:
         self._entered: list[torch.Tensor] = []  # what the output head was given in this forward
 
     @property
+    def followed(self) -> int:
+        """How many forwards there were."""
+        return len(self._followed)
+
+    @property
     def forwards(self) -> list[Followed]:
         """Those whose outputs have received a gradient."""
         return [f for f in self._followed if f.received]
@@ -122,6 +141,8 @@ class BackwardObserver:
         """Watch what enters the output head, whose output may be too large to keep its gradient."""
         self._let_head_go()
         self._entered.clear()
+        if self.tape is not None:
+            self.tape.paused = True
         if self._complete or self.why_not is not None:
             return
         head = None if any(is_compiled(m) for m in module.modules()) else output_head(module)
@@ -178,6 +199,9 @@ class BackwardObserver:
             output = aliased(output, seen)
         for former, tensor in seen.items():
             self._listen(tensor, self._receive, (followed, place[former]))
+        followed.order = [place[former] for former in seen]
+        if self.tape is not None:
+            self.tape.starts_from(list(seen.values()))
         return output
 
     def _watch_tensors(self) -> None:
@@ -235,6 +259,8 @@ class BackwardObserver:
         """What was wanted is there: take the hooks away."""
         self._complete = True
         self._unhook()
+        if self.tape is not None:
+            self.tape.close()
 
     def incomplete(self) -> str | None:
         """Say what is missing to measure anything, or None."""
@@ -257,6 +283,8 @@ class BackwardObserver:
         self._let_head_go()
         self._entered.clear()
         self._unhook()
+        if self.tape is not None:
+            self.tape.forget()
         self.gradients.clear()
         self.before.clear()
         self._followed.clear()

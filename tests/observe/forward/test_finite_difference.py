@@ -306,8 +306,12 @@ def test_small_moves_that_sixteen_bits_swallow_are_no_wrong_gradient() -> None:
     """While B is about zero, every layer rounds back to what it was, and less comes out than the gradient says."""
     result = seen(Training(swallowing(), optimizer=lambda m: adamw(m, lr=1e-5)), ignore=("LP401", "LP403"))
     assert not result.found, result.found
-    assert all(0.6 < r.central < 0.8 and abs(r.own - 1) < 0.15 for r in result.responses[:2]), result.responses
-    assert all("lost to rounding" in _why_not(r) for r in result.responses[:2])
+    first, second = result.responses[:2]
+    assert 0.6 < first.central < 0.8
+    assert abs(first.own - 1) < 0.15
+    assert "lost to rounding" in _why_not(first)
+    assert 0.6 < second.central < 0.8
+    assert second.own is None, "explained once, it is not asked again at once"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -403,9 +407,10 @@ def test_penalty_on_the_weights_is_no_wrong_gradient() -> None:
 
     result = seen(Training(model(), loss))
     assert not result.found
-    first = result.responses[:2]
-    assert all(abs(r.central - 1) > 0.15 and abs(r.own - 1) < 0.02 for r in first)
-    assert all("a penalty on weights" in _why_not(r) for r in first)
+    first = result.responses[0]
+    assert abs(first.central - 1) > 0.15
+    assert abs(first.own - 1) < 0.02
+    assert "a penalty on weights" in _why_not(first)
 
 
 def test_model_that_is_not_repeatable_is_skipped() -> None:
@@ -418,8 +423,8 @@ def test_model_that_is_not_repeatable_is_skipped() -> None:
 
     torch.manual_seed(0)
     counting = get_peft_model(Counting(), config(target_modules=["inside"]))
-    (reason,) = why_not(Training(counting, vectors))
-    assert "gave other outputs" in reason
+    reasons = why_not(Training(counting, vectors))
+    assert any("gave other outputs" in reason for reason in reasons if reason)
 
 
 def test_4bit_model_in_eval_mode_is_never_run_again() -> None:
@@ -551,6 +556,79 @@ def test_gradient_of_exactly_zero_that_is_none() -> None:
         assert step <= 4
         assert "exactly zero, and the loss changes where they are moved" in result.report.failures[0].message
         assert "lm_head" in result.report.failures[0].message
+
+
+class Dropping(torch.autograd.Function):
+    """A loss of its own: the mean of -log p, whose backward may forget a part."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, wrong: bool) -> Tensor:
+        log_p = logits.log_softmax(-1)
+        ctx.save_for_backward(log_p, labels)
+        ctx.wrong = wrong
+        return -log_p.gather(-1, labels[..., None]).mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        log_p, labels = ctx.saved_tensors
+        delta = log_p.exp() - nn.functional.one_hot(labels, log_p.shape[-1])
+        if ctx.wrong:
+            delta[..., ::2] = 0
+        return gradient * delta / labels.numel(), None, None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [True, False])
+def test_backward_of_a_loss_outside_the_model(wrong: bool, dtype: torch.dtype) -> None:
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        logits = model(input_ids=batch).logits[:, :-1].float()
+        return Dropping.apply(logits, batch[:, 1:], wrong)
+
+    result = seen(Training(model(dtype), loss))
+    assert sum(r.outside is not None for r in result.responses) >= 3
+    if wrong:
+        assert [(code, status) for code, status, _ in result.found] == [("LP307", "fail")]
+        assert result.found[0][2] <= 3
+        assert "the loss is made outside the model, and its backward is wrong" in result.report.failures[0].message
+    else:
+        assert not result.found
+        assert all(abs(r.outside) < 0.02 + 4 * r.outside_noise for r in result.responses if r.outside is not None)
+
+
+def test_what_a_loss_takes_for_a_constant_stays_one() -> None:
+    """GRPO's ratio to itself, a weight made of the outputs, and an operation under no_grad."""
+
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        logits = model(input_ids=batch).logits[:, :-1]
+        log_p = logits.log_softmax(-1).gather(-1, batch[:, 1:, None])[..., 0]
+        with torch.no_grad():
+            weight = logits.softmax(-1).amax(-1)
+        ratio = (log_p - log_p.detach()).exp()
+        value = -(ratio * weight).mean()
+        value *= 2
+        return value
+
+    result = seen(Training(model(), loss))
+    assert not result.found
+    known = [r for r in result.responses if r.outside is not None]
+    assert len(known) >= 3
+    assert all(abs(r.outside) < 0.01 for r in known)
+
+
+def test_a_loss_that_writes_into_the_loops_own_tensors_is_not_made_again() -> None:
+    total = torch.zeros(())
+
+    def loss(model: nn.Module, batch: Tensor, step: int) -> Tensor:
+        value = model(input_ids=batch).logits.square().mean()
+        total.add_(value.detach())
+        with torch.no_grad():
+            total.add_(value)
+        return value
+
+    result = seen(Training(model(), loss))
+    assert not result.found
+    assert all(r.outside is None for r in result.responses)
+    assert not torch.overrides._get_current_function_mode_stack()
 
 
 # --- no trace -----------------------------------------------------------------------------------
