@@ -74,7 +74,7 @@ class Reruns:
             tensors = [slot.tensor for slot in self._targets.slots]
             if all(t is not None for t in tensors):
                 # From the second on: what the loop compiles would have been seen by then.
-                tape = LossTape() if self.touches.number and may_record() else None
+                tape = LossTape() if self.touches.asks_loss and may_record() else None
                 self._backward = BackwardObserver([t for t in tensors if t is not None], self._hooks.hook, tape)
 
     @property

@@ -15,6 +15,7 @@ __all__ = ["Touches"]
 _WHOLE = 2  # the first touches move all of it: what is wrong everywhere is wrong by most there
 _PARTS = 14  # and so many parts follow, in turn
 _KEPT = 32
+_LOSS, _LOSS_EVERY = (1, 2), 8
 _TRIES = 2  # of a part that cannot be told from rounding, before it is left for a while
 _STEPS = 3  # in which what was wrong once is looked at again
 _DOUBTS = 1  # touches of healthy runs in 16 bits that may cost more than two forwards, at first
@@ -66,6 +67,11 @@ class Touches:
     def may_doubt(self) -> bool:
         """Touches that turn out to be in doubt may take more forwards to settle it."""
         return self._doubts < _DOUBTS + self.number // _DOUBTS_EVERY or self.in_doubt
+
+    @property
+    def asks_loss(self) -> bool:
+        """Also ask whether the loss, where it is made outside the model, has a right backward: one forward more."""
+        return self.number in _LOSS or (self.number > 0 and self.number % _LOSS_EVERY == 0)
 
     @property
     def bends(self) -> list[float]:

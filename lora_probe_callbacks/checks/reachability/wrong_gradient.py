@@ -27,21 +27,21 @@ def judge(facts: Facts) -> Verdict:
     if not facts.responses:
         return pending("no gradient was measured yet")
     last = facts.responses[-1]
-    wrong = _wrong(facts.responses)
-    if len(wrong) >= STEPS:
-        return _fail(facts, wrong)
     outside = [r for r in facts.responses if _wrong_outside(r)]
-    if len(outside) >= STEPS:
+    if len(outside) >= STEPS and outside[-1] is last:
         return _fail_outside(facts, outside)
     reason = _why_not(last)
     if reason is not None:
         given_up = f" ({PATIENCE} steps in a row: not tried again in this run)" if hopeless(facts.responses) else ""
         return skipped(reason + given_up)
-    if unsettled(last) and not is_bad(last):
+    if not _off(last):
+        return ok()
+    if not is_bad(last):
         return skipped("the loss changes by another amount, as in a step before, in which a closer look explained it")
-    if wrong and wrong[-1] is last:
+    wrong = _wrong(facts.responses)
+    if len(wrong) < STEPS:
         return pending(f"the gradient disagrees with a finite difference in one step ({_said(last)})")
-    return ok()
+    return _fail(facts, wrong)
 
 
 def _wrong_outside(response: StepResponse) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -169,13 +169,14 @@ def _of_loss(watched: BackwardObserver, trial: _Trial, found: StepResponse) -> S
     c = [f.cotangents.get(i) for f in watched.forwards for i in f.order]
     if len(watched.forwards) != watched.followed or all(x is None or x.numel() == 1 for x in c):
         return found  # the loss is made inside
-    outputs = [out for f in watched.forwards for out in f.outputs()]
+    with trial.there():
+        outputs = [out for f in watched.forwards for out in f.outputs()]
     middle = tape.again(outputs)
     if not abs(middle - tape.was()) <= _SAME * abs(tape.was()):
         return found  # a kernel that torch does not see, or random numbers
     worst, noise, generator = 0.0, 0.0, torch.Generator().manual_seed(found.step)
     for _ in range(_DIRECTIONS):
-        drawn = [None if o is None else _drawn(o, generator) * o.float().std() for o in outputs]
+        drawn = [None if o is None else _drawn(o, generator) * o.float().square().mean().sqrt() for o in outputs]
         size = _SIZE_16 if trial.sixteen else _SIZE
         behind, ahead = (
             [
@@ -386,12 +387,16 @@ class _Trial:
         found = [t.grad.float() for t in alike if t.grad is not None]
         return torch.stack(found).sum(0) if found else torch.zeros_like(tensor, dtype=torch.float32)
 
+    def there(self, values: Mapping[int, torch.Tensor] | None = None) -> AbstractContextManager[None]:
+        """Inside, the adapter is at ``theta``, but for the tensors that are given values of their own."""
+        theta = dict(enumerate(self.theta)) | dict(values or {})
+        written = self._without_twins()
+        return holding([self.tensors[i] for i in written], [theta[i] for i in written])
+
     def _at(self, values: list[torch.Tensor]) -> _Place:
         """What comes out where those that move hold other values."""
-        theta = dict(enumerate(self.theta)) | dict(zip(self.moving, values, strict=True))
-        written = self._without_twins()
         value, samples = 0.0, []
-        with holding([self.tensors[i] for i in written], [theta[i] for i in written]):
+        with self.there(dict(zip(self.moving, values, strict=True))):
             for forward in self.forwards:
                 ends = forward.run()
                 value += _value(forward, ends)
