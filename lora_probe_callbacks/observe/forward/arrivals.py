@@ -95,7 +95,7 @@ class Arrivals:
             now is not None and now == then for now, then in zip(places, self._after_step, strict=True)
         ):
             self._old = _not_zero(tensors)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._backward_ends(places, inputs))  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._backward_ends(places, inputs))
 
     def _backward_ends(self, before: _Places, inputs: Sequence[weakref.ref[torch.Tensor]]) -> None:
         try:

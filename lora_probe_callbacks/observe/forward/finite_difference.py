@@ -242,7 +242,8 @@ def _with_middle(
         found = dataclasses.replace(found, bend=abs(bend) / plan.scale)
         if found.central is not None:
             sign = math.copysign(1.0, (ahead.value - behind.value) * found.central)
-            found = dataclasses.replace(found, sides=tuple(found.central + s * sign * bend / change for s in (1, -1)))
+            apart = sign * bend / change
+            found = dataclasses.replace(found, sides=(found.central + apart, found.central - apart))
         bends = sorted([*plan.bends, abs(bend) / plan.scale])
         usual = bends[len(bends) // 2] * plan.scale if trial.sixteen else 0.0
         noise = max(noise, max(abs(bend), usual) / math.sqrt(3))  # it has three times the variance of the difference

@@ -98,7 +98,7 @@ class LossTape(PassingMode):
             return func(*args, **kwargs)
         if func is torch.Tensor.backward:
             self._end(args, kwargs)
-            return func(*args, **kwargs)
+            return func(*args, **kwargs)  # type: ignore[no-untyped-call]
         leaves, form = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
         found = {id(t): made for t in tensors if (made := self._find(t)) is not None}
