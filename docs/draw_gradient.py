@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_probe_callbacks import LoraProbeMonitor
-from lora_probe_callbacks.checks.reachability.wrong_gradient import OFF
+from lora_probe_callbacks.checks.reachability.wrong_gradient import OFF, SURE
 from lora_probe_callbacks.facts import StepResponse
 
 STEPS = 18
@@ -52,10 +52,12 @@ def main() -> None:
     axes.axhspan(1 - OFF, 1 + OFF, color="0.9", label=f"allowed: {OFF:.0%}")
     for wrong, style, name in ((False, "o", "right"), (True, "x", "wrong in one projection of layer 2")):
         seen = [r for r in train(wrong=wrong) if r.central is not None]
-        axes.plot([r.step for r in seen], [r.central for r in seen], style, label=name)
+        noise = [SURE * r.noise for r in seen]
+        axes.errorbar([r.step for r in seen], [r.central for r in seen], noise, fmt=style, elinewidth=0.8, label=name)
     axes.axvline(1.5, color="0.7", linewidth=0.8)
     axes.set(xlabel="step (0 and 1: the whole adapter, then a part at a time)", ylabel="measured / predicted change")
-    axes.legend(frameon=False)
+    axes.set_ylim(0.8, 1.12)
+    axes.legend(frameon=False, loc="upper left", ncols=3)
     figure.savefig(Path(__file__).parent / "gradient_check.png", dpi=130)
 
 
