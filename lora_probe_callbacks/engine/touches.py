@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_probe_callbacks.checks.reachability.wrong_gradient import cleared, is_bad
+from lora_probe_callbacks.checks.reachability.wrong_gradient import STEPS, cleared, is_bad
 from lora_probe_callbacks.facts import Bools, Ints, StepResponse
 
 __all__ = ["Touches"]
@@ -47,7 +47,7 @@ class Touches:
     def complete(self) -> bool:
         """Each tensor has been measured, or been tried as often as is worth its while."""
         done = (self.measured >= 0) | (self._tried >= _TRIES) | ~self._expected
-        return bool(done.all()) and self.number > _WHOLE
+        return self.number > _WHOLE and (bool(done.all()) or self.number >= _WHOLE + _TRIES * _PARTS)
 
     @property
     def in_doubt(self) -> bool:
@@ -60,7 +60,8 @@ class Touches:
             if cleared(response):
                 return None
             if is_bad(response):
-                return response
+                alike = (r for r in self.responses if is_bad(r) and set(r.slots) & set(response.slots))
+                return response if len(list(alike)) < STEPS else None  # else it is certain already
         return None
 
     @property
