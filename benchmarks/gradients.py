@@ -1,11 +1,13 @@
-"""How sure LP307 is: healthy trainings in which a finite difference is hard, and gradients that are wrong.
+"""How sure LP307, LP309 and LP310 are: healthy trainings in which a finite difference is hard, and wrong gradients.
 
     python benchmarks/gradients.py
 
 Healthy: small models of six families in four precisions, shallow and deep, with small and with large weights, six
-seeds each; and Llamas with rsLoRA, DoRA, large adapters, a large learning rate, dropout, checkpointing, 8 and 4 bits.
-Any LP307 is a false alarm. Wrong: Llamas with one of six faults each, in the same precisions; a fault counts as found
-if LP307 fails within five steps. Writes ``benchmarks/results/gradients.json``.
+seeds each; and Llamas with rsLoRA, DoRA, large adapters, a large learning rate, dropout, checkpointing, 8 and 4 bits,
+a vocabulary of 152,000, and two parameters over one storage. Any report is a false alarm. Wrong: Llamas with one fault
+each, in the same precisions; a fault counts as found if a check fails within twenty steps, in which each tensor has had
+its turn. Writes ``benchmarks/results/gradients.json``; ``--part 2/8`` makes one part of the runs, and what parts have
+written is put together by ``--join``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from transformers import BitsAndBytesConfig
 from lora_probe_callbacks import LoraProbeMonitor
 from lora_probe_callbacks.observe.forward.replay import KeptForward
 
-STEPS, SEEDS = 5, 6
+STEPS, SEEDS, PASSES = 20, 6, 4
+CHECKS = ["LP307", "LP309", "LP310"]
 PRECISIONS = ("float32", "bf16 autocast", "bf16", "fp16 scaled")
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,8 +55,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learning rate 0.1": {"rate": 0.1},
     "dropout of half": {"lora_dropout": 0.5},
     "checkpointing": {"checkpointing": True, "lora_dropout": 0.3},
+    "vocabulary of 152,000": {"vocabulary": 152_000},
+    "tied storage": {"tied": True},
 }
-FAULTS = ("another dropout recomputed", "backward halved", "backward doubled", "MLPs detached", "activation of another")
+FAULTS = (
+    "another dropout recomputed",
+    "backward halved",
+    "backward doubled",
+    "MLPs detached",
+    "activation of another",
+    "wrong in some tensors",
+    "zeroed per micro-batch",
+    "never zeroed",
+    "loss outside",
+)
 
 
 @dataclass
@@ -74,7 +89,7 @@ class Run:
 
     @property
     def reported(self) -> bool:
-        """LP307 failed or warned."""
+        """A check failed or warned."""
         return self.status in ("fail", "warn")
 
 
@@ -88,7 +103,13 @@ def base(run: Run, width: int = 32) -> nn.Module:
     std = "initializer_factor" if run.family == "T5" else "initializer_range"
     names = {"GPT-2": ("n_embd", "n_layer"), "T5": ("d_model", "num_layers")}
     wide, deep = names.get(run.family, ("hidden_size", "num_hidden_layers"))
-    sizes = {"vocab_size": 64, wide: width, deep: run.layers, std: run.weights * (10 if run.family == "T5" else 1)}
+    vocabulary = VARIANTS.get(run.variant, {}).get("vocabulary", 64)
+    sizes = {
+        "vocab_size": vocabulary,
+        wide: width,
+        deep: run.layers,
+        std: run.weights * (10 if run.family == "T5" else 1),
+    }
     if run.family in ("Llama", "Gemma", "Mixtral"):
         sizes["intermediate_size"] = 2 * width
     made = model(model.config_class(use_cache=False, pad_token_id=0, **sizes, **settings))
@@ -112,7 +133,9 @@ def quantised(run: Run) -> nn.Module:
 def adapted(run: Run) -> nn.Module:
     """The model with its adapter and its fault."""
     settings = dict(VARIANTS.get(run.variant, {}))
-    settings.pop("rate", None)
+    for other in ("rate", "vocabulary"):
+        settings.pop(other, None)
+    tied = settings.pop("tied", False)
     std, checkpointing = settings.pop("std", 0.0), settings.pop("checkpointing", False)
     torch.manual_seed(run.seed)
     model = quantised(run) if run.variant.endswith("bits") else base(run)
@@ -124,13 +147,25 @@ def adapted(run: Run) -> nn.Module:
     for name, tensor in peft_model.named_parameters():
         if std and "lora_B" in name:
             nn.init.normal_(tensor, std=std)
+    if tied:
+        tie(peft_model.get_base_model().model.layers)
     if checkpointing or run.fault == FAULTS[0]:
         keeps = {"use_reentrant": False, "preserve_rng_state": not run.fault}
         peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keeps)
         peft_model.enable_input_require_grads()
-    for layer in peft_model.get_base_model().model.layers if run.fault else ():
-        break_(layer, run.fault)
+    for number, layer in enumerate(peft_model.get_base_model().model.layers if run.fault else ()):
+        if run.fault != FAULTS[5] or number == 1:
+            break_(layer, run.fault)
     return peft_model.train()
+
+
+def tie(layers: Any) -> None:
+    """Let the adapters of all query projections share their storage, each with parameters of its own."""
+    first = layers[0].self_attn.q_proj
+    for layer in layers[1:]:
+        for part in ("lora_A", "lora_B"):
+            mine, shared = (getattr(x, part).default for x in (layer.self_attn.q_proj, first))
+            mine.weight = nn.Parameter(shared.weight.data)
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -149,13 +184,36 @@ def break_(layer: Any, fault: str) -> None:
     elif fault == FAULTS[4]:
         # SiLU, and the gradient of the identity.
         mlp.act_fn.forward = lambda x: nn.functional.silu(x).detach() + (x - x.detach())
+    elif fault == FAULTS[5]:
+        for part in (attention.v_proj.lora_A.default, attention.v_proj.lora_B.default):
+            part.forward = lambda x, part=part: nn.functional.linear(x, scaled(part.weight, 2.0))
+
+
+def loss_of(model: nn.Module, ids: Tensor, fault: str) -> Tensor:
+    """The loss of one batch; outside the model where that is the fault, and half of its gradient is dropped there."""
+    if fault != FAULTS[8]:
+        return model(input_ids=ids, labels=ids).loss
+    logits = model(input_ids=ids).logits[:, :-1].float()
+    return nn.functional.cross_entropy(HalfDropped.apply(logits).flatten(0, 1), ids[:, 1:].flatten())
+
+
+class HalfDropped(torch.autograd.Function):
+    """A backward that forgets half of the vocabulary."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:  # noqa: D102
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: D102
+        return gradient * (torch.arange(gradient.shape[-1]) % 2)
 
 
 # --- one training -----------------------------------------------------------------------------------
 
 
 def train(run: Run) -> Run:
-    """Train for some steps under the monitor, and write down what LP307 said and how many forwards it took."""
+    """Train for some steps under the monitor, and write down what the checks said and how many forwards it took."""
     model = adapted(run)
     rate = VARIANTS.get(run.variant, {}).get("rate", 1e-3)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
@@ -163,20 +221,25 @@ def train(run: Run) -> Run:
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     calls, call = [], KeptForward.call
     KeptForward.call = lambda kept: (calls.append(1), call(kept))[1]  # type: ignore[method-assign]
-    settings: Any = {"on_failure": "warn", "verbose": False, "select": ["LP307"], "every_n_steps": 1}
+    settings: Any = {"on_failure": "warn", "verbose": False, "select": CHECKS, "every_n_steps": 1}
     try:
         with LoraProbeMonitor(model, optimizer, scaler=scaler if scaled else None, **settings) as probe:
             for _ in range(STEPS):
-                ids = torch.randint(1, 64, (4, 16))
-                with torch.autocast("cpu", torch.float16 if scaled else torch.bfloat16, enabled=mixed):
-                    loss = model(input_ids=ids, labels=ids).loss
-                scaler.scale(loss).backward()
+                for _ in range(PASSES if run.fault == FAULTS[6] else 1):
+                    ids = torch.randint(1, 64, (4, 16))
+                    if run.fault == FAULTS[6]:
+                        optimizer.zero_grad()
+                    with torch.autocast("cpu", torch.float16 if scaled else torch.bfloat16, enabled=mixed):
+                        loss = loss_of(model, ids, run.fault)
+                    scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad()
+                if run.fault not in FAULTS[6:8]:
+                    optimizer.zero_grad()
     finally:
         KeptForward.call = call  # type: ignore[method-assign]
-    (finding,) = [f for f in probe.report.findings if f.code == "LP307"]
+    findings = [f for f in probe.report.findings if f.code in CHECKS]
+    finding = min(findings, key=lambda f: (f.status not in ("fail", "warn"), f.code))
     run.status, run.message, run.forwards = finding.status, finding.message, len(calls)
     run.ratios = [
         r.central if r.central is None else round(r.central, 3) for r in probe._session._collector.looks.responses
@@ -196,7 +259,7 @@ def healthy() -> Iterator[Run]:
         for layers, weights, seed in shapes:
             yield Run(family, precision, layers, weights, seed)
     for variant, precision in itertools.product(VARIANTS, PRECISIONS):
-        for weights, seed in itertools.product((0.02, 0.2), range(SEEDS // 2)):
+        for weights, seed in itertools.product((0.02, 0.2), range(SEEDS // (6 if "vocabulary" in variant else 2))):
             yield Run("Llama", precision, 4, weights, seed, variant)
     for variant, precision, seed in itertools.product(("8 bits", "4 bits"), PRECISIONS[:2], range(SEEDS)):
         yield Run("Llama", precision, 2, 0.1, seed, variant)
@@ -236,22 +299,44 @@ def _quietly() -> None:
     torch.set_num_threads(1)
 
 
+def _parts(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{out.stem}.part*.json"))
+
+
+def _made(given: argparse.Namespace) -> tuple[list[Run], list[Run]]:
+    """Train what was asked for."""
+    number, parts = map(int, given.part.split("/"))
+    with ProcessPoolExecutor(given.workers, initializer=_quietly) as pool:
+        quiet, loud = (
+            []
+            if given.only == other
+            else list(
+                pool.map(train, [run for run in runs if given.match in str(run)][number - 1 :: parts], chunksize=4)
+            )
+            for other, runs in (("wrong", healthy()), ("healthy", wrong()))
+        )
+    return quiet, loud
+
+
 def main() -> None:
     """Train, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gradients.json")
     parser.add_argument("--only", choices=("healthy", "wrong"))
     parser.add_argument("--match", default="", help="only runs whose description holds this")
+    parser.add_argument("--part", default="1/1", help="of the runs, such as 2/8: every eighth, from the second on")
+    parser.add_argument("--join", action="store_true", help="put together what the parts have written")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     began = time.perf_counter()
-    with ProcessPoolExecutor(given.workers, initializer=_quietly) as pool:
-        quiet, loud = (
-            []
-            if given.only == other
-            else list(pool.map(train, [run for run in runs if given.match in str(run)], chunksize=4))
-            for other, runs in (("wrong", healthy()), ("healthy", wrong()))
-        )
+    if given.join:
+        read = [json.loads(path.read_text()) for path in _parts(given.out)]
+        quiet, loud = ([Run(**run) for part in read for run in part[kind]] for kind in ("quiet", "loud"))
+    else:
+        quiet, loud = _made(given)
+    if given.part != "1/1":
+        runs = {"quiet": [asdict(r) for r in quiet], "loud": [asdict(r) for r in loud]}
+        given.out.with_suffix(f".part{given.part.replace('/', '-')}.json").write_text(json.dumps(runs))
     result = {
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "healthy": tell(quiet, lambda r: (r.variant or r.family, r.precision)),
@@ -259,7 +344,10 @@ def main() -> None:
         "false_alarms": [asdict(r) for r in quiet if r.reported],
         "not_found": [asdict(r) for r in loud if not r.reported],
     }
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    if given.part == "1/1":
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    else:
+        print(*result["false_alarms"], sep="\n")
     print(
         f"{len(quiet)} healthy, {len(result['false_alarms'])} false alarms; {len(loud)} wrong, "
         f"{len(loud) - len(result['not_found'])} found; {time.perf_counter() - began:.0f} s"

@@ -38,7 +38,7 @@ from lora_probe_callbacks.observe.device.step_reader import DeviceReader
 from lora_probe_callbacks.observe.device.transfer import Readout
 from lora_probe_callbacks.observe.forward import hooks as forwards
 from lora_probe_callbacks.observe.forward import log
-from lora_probe_callbacks.observe.forward.finite_difference import ResponseObserver
+from lora_probe_callbacks.observe.forward.followed_backward import BackwardObserver
 from lora_probe_callbacks.observe.forward.replay import ForwardRepeat
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,7 +69,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "transfer": [(Readout, "receive")],
     "decision": [(Decisions, "decide")],
     "exchange": [(Ranks, "exchange")],
-    "repeats": [(ForwardRepeat, "after"), (ResponseObserver, "after"), (Reruns, "measure")],
+    "repeats": [(ForwardRepeat, "after"), (BackwardObserver, "after"), (Reruns, "measure")],
 }
 
 

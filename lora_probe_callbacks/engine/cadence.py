@@ -9,6 +9,8 @@ __all__ = ["ALWAYS", "Cadence"]
 ALWAYS = 4  # the first steps are always probed: most faults are there from the start
 _WARM_UP = 16  # and as many more, up to this one, as it takes until every claim is proven
 _REPEATS_EVERY = 16  # after them, one probed step in so many runs a forward a second time
+_FIRST_TOUCHES = 2
+_OFTEN = 16  # a user who looks that often does not mind what it costs
 _CLOSELY_EVERY = 16  # and after so many steps the graph is walked although gradients show that it is whole
 
 
@@ -82,4 +84,33 @@ class Cadence:
 
     def repeats(self, step: int) -> bool:
         """Run a forward of this step a second time."""
-        return step < ALWAYS or self.probed_steps % _REPEATS_EVERY == _REPEATS_EVERY - 1
+        return step < ALWAYS or self._is_rare()
+
+    def touches(self, step: int, *, begun: int, complete: bool, doubt: bool) -> bool:
+        """Measure a part of the gradient in this step, by two forwards.
+
+        That is done in the first two steps, and then until each tensor was measured: at every second probed step of
+        a cadence that costs little, and at each of one that looks often. Then rarely.
+
+        Args:
+            step: Its number.
+            begun: Measurements up to now.
+            complete: Each tensor was measured.
+            doubt: The last one found something wrong.
+
+        Returns:
+            The same on all ranks, as it follows from numbers alone.
+        """
+        if begun < _FIRST_TOUCHES or doubt:
+            return step < ALWAYS or self._regular(step) or begun > 0
+        if complete:
+            return self._is_rare()
+        return self._regular(step)
+
+    def _regular(self, step: int) -> bool:
+        """A step of the cadence itself."""
+        gap = self._every if self._every <= _OFTEN else 2 * self._every
+        return step % gap == 0
+
+    def _is_rare(self) -> bool:
+        return self.probed_steps % _REPEATS_EVERY == _REPEATS_EVERY - 1

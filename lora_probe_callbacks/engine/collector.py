@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lora_probe_callbacks.checks._base import Need
@@ -18,6 +19,7 @@ from lora_probe_callbacks.distributed.consensus import Agreement
 from lora_probe_callbacks.engine.errors import Errors
 from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.saves import Checkpoints
+from lora_probe_callbacks.engine.touches import Touches
 from lora_probe_callbacks.facts import (
     EstimatorFact,
     EstimatorFacts,
@@ -53,6 +55,8 @@ from lora_probe_callbacks.observe.model.unused import AdaptersElsewhere
 
 __all__ = ["Collector", "Observers"]
 
+_STEPS = 8  # whose accumulation is remembered
+
 
 class Observers:
     """Everything that looks at one run.
@@ -81,11 +85,13 @@ class StepLooks:
 
     Attributes:
         replay: Repeats a forward, to see whether it uses the present weights.
-        responses: What the last steps did to the loss, where it was measured.
+        touches: What was measured of the gradient of each tensor.
+        responses: The last of these measurements.
         estimates: Estimators looked at since the last decision.
     """
 
     replay: ForwardRepeat | None = None
+    touches: Touches = dataclasses.field(default_factory=lambda: Touches((), np.zeros(0, np.bool_)))
     responses: tuple[StepResponse, ...] = ()
     estimates: list[EstimatorFact] = dataclasses.field(default_factory=list)
 
@@ -186,7 +192,7 @@ class Collector:
         self._refresh()
         reader, owners, targets = self._observers.reader, self._observers.owners, self._observers.targets
         if moment == "waiting" and not self._state.ever_stepped:
-            for owner in owners.owning():
+            for owner in filter(owners.has_gradients, owners.owning()):  # else they were cleared since
                 reader.read_gradients(owner, unowned=False)
         if probed and optimizer is not None:
             reader.read_gradients(optimizer, unowned=True)
@@ -195,8 +201,10 @@ class Collector:
             reader.read_position(optimizer, step, after=False)
         if self._agreement.several:
             reader.read_samples(optimizer if probed else None)
+        arrivals = self._hooks.log.arrivals
         reader.send(
             cotangents=self._hooks.log.cotangents(),
+            counts=arrivals.counts() if probed else [],
             sample=probed or optimizer is not None,
             closely=probed and self._hooks.log.closely,
         )
@@ -213,6 +221,8 @@ class Collector:
         readings = reader.receive(
             When(moment, optimizer if probed else None, step), final=final, merges=self._state.merges, active=was_active
         )
+        if probed and moment in ("step", "skipped", "waiting"):
+            self._state.accumulated = (*self._state.accumulated, arrivals.fact(readings.counts))[-_STEPS:]
         self._advance(model, readings, step)
         facts = Facts.of(
             When(moment, optimizer, step, self._state.framework_step()),
@@ -279,6 +289,7 @@ class Collector:
             stale_forward=None if replay is None else replay.stale,
             why_not_repeated=None if replay is None else replay.why_not,
             responses=self.looks.responses,
+            measured=self.looks.touches.measured,
         )
 
     def _look_beside(self, forwards: tuple[ForwardFact, ...], moment: Moment) -> None:

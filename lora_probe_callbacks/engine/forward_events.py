@@ -106,9 +106,9 @@ class ForwardEvents:
         """Was the step that went before this forward skipped? Or are there passes and passes, and never a step?"""
         owners = self._observers.owners
         received = sum(c.received for c in self._hooks.log.candidates)
-        discarded = self._scaler_went_on()  # zeros in place of gradients do not tell
+        went_on = self._scaler_went_on()  # zeros in place of gradients do not tell
         waited = self._steps.waited_for
-        self._steps.now.next_forward(received > 0, waited, lambda o: not discarded and owners.has_gradients(o))
+        self._steps.now.next_forward(received > 0, waited, owners.has_gradients, went_on=went_on)
         if self._steps.now.done(waited) and (waited or received):  # the update never came
             if not self._steps.now.decided:
                 self._steps.now.decided = True

@@ -42,7 +42,8 @@ def claims_of(checks: Iterable[Check]) -> frozenset[Claim]:
     Returns:
         What their families diagnose.
     """
-    return frozenset(claim for check in checks for claim in _OF_FAMILY.get(check.family, ()))
+    found = {claim for check in checks for claim in _OF_FAMILY.get(check.family, ())}
+    return frozenset(found | {"gradient"} if any("finite difference" in check.needs for check in checks) else found)
 
 
 @dataclass(eq=False, slots=True)
@@ -94,7 +95,8 @@ class ProofBook:
         Args:
             size: Number of slots.
         """
-        self._columns = {claim: _Column.of(size) for claim in ("supervised", *_STEPPED, "agreed", "saved")}
+        claims: tuple[Claim, ...] = ("supervised", *_STEPPED, "gradient", "agreed", "saved")
+        self._columns = {claim: _Column.of(size) for claim in claims}
         self._ran = np.zeros(size, np.bool_)  # its layer has run in some forward
         self._trainable = np.zeros(size, np.bool_)  # it has required gradients at some decision
         self._signal_at = np.full(size, -1)  # the step of the last gradient that was not zero
@@ -133,6 +135,8 @@ class ProofBook:
             self._enter_update(facts)
         if facts.moment not in ("start", "exception"):
             self._enter_forwards(facts)
+        if len(facts.measured) == len(self):
+            self._columns["gradient"].last = facts.measured.copy()
         if facts.wrapping is not None and facts.ranks is not None and facts.ranks.stepping:
             same = facts.ranks.tensors_differ is None and facts.ranks.gradients_differ is None
             self._enter("agreed", np.full(len(self), same), facts.intended, facts.step)
@@ -285,7 +289,10 @@ class ProofBook:
         Returns:
             One entry for each claim that applies.
         """
-        return {claim: self._proof(claim, ended=ended) for claim in self.applying()}
+        claims = self.applying()
+        if "reached" in claims and len(self._facts.measured) and "gradient" in self._claims:
+            claims.insert(claims.index("reached") + 1, "gradient")
+        return {claim: self._proof(claim, ended=ended) for claim in claims}
 
     def _proof(self, claim: Claim, *, ended: bool) -> Proof:
         column, wanted = self._columns[claim], self._expected
@@ -304,6 +311,7 @@ class ProofBook:
             missing=self._names(missing),
             why=self._why(claim, missing, ended=ended) if missing.any() or not expected.any() else "",
             detail=self._details.get(claim, ""),
+            sampled=claim == "gradient",
         )
 
     def _why(self, claim: Claim, missing: Bools, *, ended: bool) -> str:
@@ -313,6 +321,9 @@ class ProofBook:
             return "no step was judged"
         if claim == "saved":
             return "; ".join(dict.fromkeys(self._saved.values()))
+        if claim == "gradient":
+            last = facts.responses[-1].why_not if facts.responses else None
+            return last or "measured a part at a time, against a finite difference of the loss"
         if claim == "agreed":
             return facts.why_alone or "the ranks did not hold, or did not apply, the same at the last exchange"
         if facts.why_not_owned and claim in ("owned", "reached", "moved", "seen"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lora_probe_callbacks.facts import History, Path, RunFacts
+from lora_probe_callbacks.facts import Accumulation, History, Path, RunFacts
 from lora_probe_callbacks.observe.forward.backward_passes import BackwardPasses
 
 __all__ = ["RunState"]
@@ -32,6 +32,7 @@ class RunState:
         merges: Times that a layer was seen merged.
         was_active: Names of the adapters that were active in some forward.
         saves_whole: Checkpoints hold whole modules, not the adapter alone.
+        accumulated: What became of the gradients of the last probed steps.
         history: What was seen of each slot.
         backwards: Backward passes, counted in every step.
         path: Where each came from.
@@ -53,6 +54,7 @@ class RunState:
     merges: int = 0
     was_active: set[str] = field(default_factory=set)
     saves_whole: bool = False
+    accumulated: tuple[Accumulation, ...] = ()
     history: History = field(default_factory=lambda: History.empty(0))
     backwards: BackwardPasses = field(default_factory=BackwardPasses)
     path: Path = field(default_factory=lambda: Path.empty(0))
@@ -89,4 +91,5 @@ class RunState:
             since_step=tuple(self.backwards.since),
             usual_passes=tuple(self.backwards.usual),
             saves_whole=self.saves_whole,
+            accumulated=self.accumulated,
         )

@@ -134,8 +134,12 @@ class StepEvents:
         suspected = layers.suspected_weights()
         if suspected and not self._observers.targets.inventory.compiled:
             self._hooks.log.witness = WeightWitness(suspected)
-        if self._cadence.repeats(state.step):
-            self._reruns.prepare(first=state.step == 0)
+        repeats, touches = self._cadence.repeats(state.step), self._reruns.touches
+        touch = self._cadence.touches(
+            state.step, begun=touches.number, complete=touches.complete, doubt=touches.in_doubt
+        )
+        # Before the first update no forward can be stale.
+        self._reruns.prepare(repeat=repeats and state.step > 0, touch=touch)
 
     def end_step(self) -> None:
         """The step is over: count it, and begin the next one."""
@@ -152,10 +156,14 @@ class StepEvents:
         self._last_probed = self._probed or self._estimates.due(state.step)
         if self._probed and not state.broken:
             self._hang()
+        stepped = self.now.stepped
         state.step += 1
         if self._observers.owners.thawed():
             self._cadence.begin_again(state.step)
         self.begin_step()
+        if self._probed and not state.broken:
+            owners = self._observers.owners
+            hooks.log.arrivals.step_ended({slot for index in stepped for slot in owners.of_optimizer(index)})
 
     @property
     def waited_for(self) -> set[int]:

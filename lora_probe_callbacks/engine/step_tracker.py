@@ -67,18 +67,22 @@ class StepTracker:
         """Announced before in this step, and not stepped since: that first time was skipped."""
         return optimizer in self.ready and optimizer not in self.inside | self.stepped
 
-    def next_forward(self, backward_seen: bool, owners: set[int], has_gradients: Callable[[int], bool]) -> None:
+    def next_forward(
+        self, backward_seen: bool, owners: set[int], has_gradients: Callable[[int], bool], *, went_on: bool
+    ) -> None:
         """A training forward begins: what was announced and never stepped was skipped.
 
         Args:
             backward_seen: A gradient arrived at an output in this step.
             owners: Optimizers that own adapter tensors.
             has_gradients: Whether an optimizer still holds gradients.
+            went_on: A scaler was updated: what it had to step is stepped or skipped.
         """
         if self.inside:
             return  # a closure that is evaluated several times, as LBFGS does
         self.discarded |= self.ready - self.stepped
-        if not self.ready & owners and backward_seen:
-            # Gradients were made, no owner came, and they are gone: skipped by a scaler, thrown away, or cleared
-            # with those of an optimizer that does step. As long as they are there, the loop accumulates.
-            self.discarded |= {o for o in owners if not has_gradients(o)}
+        if not self.ready & owners and backward_seen and (went_on or self.stepped):
+            # Gradients were made, no owner came, and they are gone: skipped by a scaler, or cleared with those of an
+            # optimizer that does step. As long as they are there, the loop accumulates; and where nobody steps at all,
+            # it clears between two backward passes of one step.
+            self.discarded |= {o for o in owners if went_on or not has_gradients(o)}

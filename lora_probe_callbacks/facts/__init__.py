@@ -41,7 +41,7 @@ from lora_probe_callbacks.facts.model import (
 from lora_probe_callbacks.facts.path import FEW, Look, Path
 from lora_probe_callbacks.facts.proof import CLAIMS, Claim, Proof
 from lora_probe_callbacks.facts.ranks import NEAR, SAMPLE, RankFacts, RankReport, RanksFact, Sample, Sums, Wrapping
-from lora_probe_callbacks.facts.run import RunFacts, When
+from lora_probe_callbacks.facts.run import Accumulation, RunFacts, When
 from lora_probe_callbacks.facts.supervision import SampleRow, Supervision, SupervisionFacts, SupervisionTotals
 from lora_probe_callbacks.facts.words import Mode, Moment, Role, WrapperKind
 
@@ -50,6 +50,7 @@ __all__ = [
     "FEW",
     "NEAR",
     "SAMPLE",
+    "Accumulation",
     "BaseDrift",
     "Bools",
     "Calls",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from lora_probe_callbacks.facts.columns import Ints
 from lora_probe_callbacks.facts.words import Mode
@@ -77,31 +79,50 @@ class ForwardFact:
 
 @dataclass(frozen=True, slots=True)
 class StepResponse:
-    """What the update of one step did to the loss, and what its gradient had said.
+    """What the loss does where the adapter is moved a little, and what the gradient of one step says of that.
 
     Attributes:
         step: The step.
         framework_step: Its number in the framework.
+        slots: The tensors that were moved; of several in the same memory, the first.
+        sixteen: Something in the forward is rounded to 16 bits.
         predicted: Sum of gradient times update.
         measured: Change of the outputs by the update, times the gradient that had arrived at them.
         central: A central difference along the gradient over what the gradient says: 1 if it is right.
-        sides: What the half ahead and the half behind say alone: a kink makes them differ.
+        change: What the gradient says, in units of the loss.
+        bend: How far the middle lies off the line between both ends, twice, in units of the loss.
+        sides: What the half ahead and the half behind say alone. This and what follows is measured only as long as
+            nothing before it settles the question.
+        near: The central difference over a quarter of the distance: where it is another, the loss is curved.
         own: The central difference for a gradient made anew from the outputs alone, a little aside and at half the
-            distance. This and what follows is measured only as long as nothing before it settles the question.
-        again: The same at twice the distance.
-        noise: What rounding makes of these, at least.
+            distance.
+        again: The same at the whole distance.
+        stray: Of tensors whose gradient is exactly zero: the change of the loss where they are moved at random, over
+            what the gradient of all tensors says of the same distance.
+        outside: Where the loss is made outside the model: how far its change is from what arrived at the outputs says,
+            where these are moved at random, in standard deviations of what that says.
+        outside_noise: What rounding and curvature make of it.
+        noise: What rounding makes of the others, at least.
         why_not: Why nothing was measured.
         passing: That may be over in the next step.
     """
 
     step: int
     framework_step: int
+    slots: tuple[int, ...] = ()
+    sixteen: bool = False
     predicted: float | None = None
     measured: float | None = None
     central: float | None = None
+    change: float | None = None
+    bend: float | None = None
     sides: tuple[float, float] | None = None
+    near: float | None = None
     own: float | None = None
     again: float | None = None
+    stray: float | None = None
+    outside: float | None = None
+    outside_noise: float = 0.0
     noise: float = 0.0
     why_not: str | None = None
     passing: bool = False
@@ -132,7 +153,9 @@ class ForwardFacts:
         reference: Forwards of the reference; None where none was declared.
         stale_forward: Whether the forward went on with old weights, and what was compared.
         why_not_repeated: Why that was not looked at.
-        responses: Steps whose effect on the loss was measured, the last ones.
+        responses: Measurements of the gradient, the last ones.
+        measured: The last step at which the gradient of each slot was measured and right, -1 where it was not; of no
+            slot at all where nothing was measured.
         elsewhere: Other models with adapters that received gradients.
         backward_called: Some backward ran since the first forward of this step; None where nobody looked.
     """
@@ -145,5 +168,6 @@ class ForwardFacts:
     stale_forward: tuple[bool, str] | None = None
     why_not_repeated: str | None = None
     responses: tuple[StepResponse, ...] = ()
+    measured: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     elsewhere: tuple[str, ...] = ()
     backward_called: bool | None = None

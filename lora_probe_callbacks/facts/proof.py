@@ -8,7 +8,7 @@ from typing import Literal, get_args
 __all__ = ["CLAIMS", "Claim", "Proof"]
 
 # In the order of the way that a gradient takes; the later ones apply only where there are ranks, files and the like.
-Claim = Literal["supervised", "active", "reached", "owned", "moved", "seen", "agreed", "saved", "served"]
+Claim = Literal["supervised", "active", "reached", "gradient", "owned", "moved", "seen", "agreed", "saved", "served"]
 CLAIMS: tuple[Claim, ...] = get_args(Claim)
 
 
@@ -25,6 +25,7 @@ class Proof:
         missing: Names of the tensors for which it is not proven.
         why: What is known of the reason, empty where nothing is missing.
         detail: What it was proven by, where that is worth a word.
+        sampled: It is measured a part at a time, and rarely: what is missing does not keep a run from being healthy.
     """
 
     claim: Claim
@@ -35,6 +36,7 @@ class Proof:
     missing: tuple[str, ...] = ()
     why: str = ""
     detail: str = ""
+    sampled: bool = False
 
     @property
     def complete(self) -> bool:

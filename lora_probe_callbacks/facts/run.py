@@ -8,7 +8,7 @@ from lora_probe_callbacks.facts.columns import History
 from lora_probe_callbacks.facts.path import Path
 from lora_probe_callbacks.facts.words import Moment
 
-__all__ = ["RunFacts", "When"]
+__all__ = ["Accumulation", "RunFacts", "When"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,23 @@ class When:
     optimizer: int | None = None
     step: int = 0
     framework_step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulation:
+    """What became of the gradients of one step between its backward passes.
+
+    Attributes:
+        passes: Backward passes that left gradients.
+        lost: Those of them whose gradients were gone before the optimizer had them: cleared before a later pass.
+        old: Gradients that were there at the first of them as the step before had left them, and not zero.
+        aligned: The cosine between what the last pass had left and what is applied; None where nothing was lost.
+    """
+
+    passes: int = 0
+    lost: int = 0
+    old: int = 0
+    aligned: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +64,7 @@ class RunFacts:
         accumulation: Backward passes to a step, as the framework says; None where nothing says it.
         since_step: Backward passes that came to the adapter since each optimizer has stepped last, seen or not.
         usual_passes: The most that came between two steps of each.
+        accumulated: What became of the gradients of this step and of the probed ones before it, the last ones.
     """
 
     history: History = field(default_factory=lambda: History.empty(0))
@@ -63,3 +81,4 @@ class RunFacts:
     since_step: tuple[int, ...] = ()
     usual_passes: tuple[int, ...] = ()
     saves_whole: bool = False
+    accumulated: tuple[Accumulation, ...] = ()

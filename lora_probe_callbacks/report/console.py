@@ -109,7 +109,7 @@ def details(report: ProbeReport) -> RenderableType:
 def _headline(report: ProbeReport) -> Text:
     word, style = _TITLES[report.status]
     head = Text.assemble("LoRA probe: ", (word, style))
-    proofs = list(report.proofs.values())
+    proofs = [proof for proof in report.proofs.values() if not proof.sampled]
     if not proofs:
         return head
     steps = [p.step for p in proofs if p.step is not None]

@@ -155,7 +155,7 @@ def _proofs(run: Run) -> Html:
     titles = ("claim", "tensors", "last at step", "idle", "what is missing, and why")
     head = tag("thead", tag("tr", *(tag("th", t, class_="num" if 0 < i < 4 else None) for i, t in enumerate(titles))))
     about = "Of how many adapter tensors each claim was observed, and renewed since; idle ones had no input."
-    missing = [(proof.claim, name) for proof in proofs for name in proof.missing]
+    missing = [(proof.claim, name) for proof in proofs for name in proof.missing if not proof.sampled]
     lines = "\n".join(f"{claim}: {name}" for claim, name in missing)
     named = tag("details", tag("summary", "The tensors that are missing"), tag("pre", lines)) if missing else Html()
     table = tag("table", head, tag("tbody", *rows), class_="stack")

@@ -77,7 +77,7 @@ class ProbeReport:
         gaps = [
             f"{p.claim}: " + (f"{p.expected - p.proven} of {p.expected} tensors, {p.why}" if p.expected else p.why)
             for p in self.proofs.values()
-            if not p.complete
+            if not p.complete and not p.sampled
         ]
         return gaps + self.open_questions
 

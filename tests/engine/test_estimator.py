@@ -756,7 +756,7 @@ def test_page_draws_what_was_estimated_and_says_why_not(tmp_path: Path) -> None:
     shown = drawn("sometimes", estimator=estimator_of(sometimes))
     assert 'aria-label="delta_1 over steps"' in shown
     assert "In some steps it was not computed: could not judge: OutOfMemoryError: out of memory." in shown
-    assert "No step response was recorded: more than one training forward in this step (4 steps in a row" in shown
+    assert 'aria-label="measured and predicted change over steps"' in shown
     shown = drawn("never", estimator=VarianceProbe([], nll, every_n_steps=1))
     assert "No estimate was computed: could not judge: ValueError: the loader of the estimator is empty" in shown
 

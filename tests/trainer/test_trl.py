@@ -13,7 +13,7 @@ from peft import LoraConfig
 from support.training import hooks_of_the_probe, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from lora_probe_callbacks import LoraProbeError, LoraProbeTrainerCallback, faults
 
@@ -111,6 +111,18 @@ def grpo(folder: Path, callbacks: list[TrainerCallback], reward: Callable[..., l
     )
 
 
+def kto(folder: Path, callbacks: list[TrainerCallback], **more: Any) -> Trainer:
+    rows = [{"prompt": s, "completion": " fox jumps", "label": i % 2 == 0} for i, s in enumerate(SENTENCES)]
+    return KTOTrainer(
+        model=llama(),
+        args=KTOConfig(**settings(folder, max_length=24, **more)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=lora_config(),
+        callbacks=callbacks,
+    )
+
+
 calls = 0
 
 
@@ -126,6 +138,7 @@ TRAINERS: dict[str, Callable[..., Trainer]] = {
     "sft-accumulated-bf16": lambda folder, callbacks: sft(folder, callbacks, gradient_accumulation_steps=2, bf16=True),
     "dpo": dpo,
     "dpo-precomputed": lambda folder, callbacks: dpo(folder, callbacks, precompute_ref_log_probs=True),
+    "kto": kto,
     "grpo": lambda folder, callbacks: grpo(folder, callbacks, seldom),
     "grpo-kl": lambda folder, callbacks: grpo(folder, callbacks, seldom, beta=0.1, num_iterations=2),
 }
@@ -149,6 +162,8 @@ def test_healthy_run(name: str, tmp_path: Path) -> None:
     assert not report.internal_errors, report.internal_errors
     passed = {f.code for f in report.with_status("pass")}
     assert {"LP101", "LP102", "LP103", "LP104", "LP201", "LP301", "LP302", "LP303", "LP401"} <= passed, str(report)
+    looked = probe._session._collector.looks.responses
+    assert any(r.central is not None for r in looked), {r.why_not for r in looked}
     assert not list(hooks_of_the_probe(trainer.model))
     steps = [row["step"] for row in trainer.state.log_history if "lora_probe/healthy" in row]
     assert steps == list(range(1, STEPS + 1))

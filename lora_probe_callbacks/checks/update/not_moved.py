@@ -53,7 +53,7 @@ def _would_show(facts: Facts, update: Update, slots: Bools) -> bool:
 
 def _no_step(facts: Facts) -> Verdict | None:
     """Backward passes, and no optimizer that owns the adapter has stepped."""
-    thrown_away = 0 if facts.scaler else facts.skipped_in_a_row
+    thrown_away = 0 if facts.scaler else max(facts.skipped_in_a_row, *(one.lost for one in facts.accumulated[-1:]), 0)
     backwards = max(facts.passes, thrown_away + sum(f.received for f in facts.forwards))
     limit = CERTAIN if facts.accumulation is None else 2 * facts.accumulation
     over = facts.moment == "end" or thrown_away >= LONG or backwards >= max(LONG, limit)

@@ -52,6 +52,7 @@ class Readings:
         facts: What a check may know of it.
         supervision: The tokens that the loss is made of.
         skipped_inside: Whether a fused optimizer left the update out by itself; None where it was not asked to decide.
+        counts: Single numbers of others that travelled along.
         tensor_sample: Of what every rank should hold alike, if it was asked for.
         gradient_sample: The same of the gradients.
     """
@@ -59,6 +60,7 @@ class Readings:
     facts: DeviceFacts
     supervision: SupervisionFacts
     skipped_inside: bool | None
+    counts: list[float]
     tensor_sample: Sample
     gradient_sample: Sample
 
@@ -84,6 +86,7 @@ class _Tickets:
     copies: range | None = None
     arrived: list[range] = field(default_factory=list)
     positions: list[PositionReading] = field(default_factory=list)
+    counts: list[range] = field(default_factory=list)
 
 
 class DeviceReader:
@@ -226,11 +229,12 @@ class DeviceReader:
                 self._tickets.rows.append((rows, *found, step, framework_step))
 
     @torch.no_grad()
-    def send(self, *, cotangents: list[torch.Tensor], sample: bool, closely: bool) -> None:
+    def send(self, *, cotangents: list[torch.Tensor], counts: list[torch.Tensor], sample: bool, closely: bool) -> None:
         """Gather on the device what a decision needs; the device may still be busy with the backward.
 
         Args:
             cotangents: Gradients of one element that arrived at outputs.
+            counts: Single numbers of others that travel along.
             sample: Look at the sampled base weights too.
             closely: And at what else is frozen.
         """
@@ -243,6 +247,7 @@ class DeviceReader:
         sent.arrived = [readout.add(c.reshape(1)) for c in cotangents]
         if self.supervision is not None:
             self.supervision.send(readout)
+        sent.counts = [readout.add(c.reshape(1)) for c in counts]
         readout.send()
 
     def receive(self, when: When, *, final: bool, merges: int, active: Set[str]) -> Readings:
@@ -290,7 +295,8 @@ class DeviceReader:
             base_moved=None if tickets.drift is None else self._sample.moved(readout.get(tickets.drift)),
         )
         supervision = SupervisionFacts() if self.supervision is None else self.supervision.fact(readout)
-        return Readings(facts, supervision, skipped, samples[0], samples[1])
+        counts = [float(readout.get(ticket)[0]) for ticket in tickets.counts]
+        return Readings(facts, supervision, skipped, counts, samples[0], samples[1])
 
     @torch.no_grad()
     def _gathers(self, update: Update) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,7 @@ class Candidate:
     cotangent: torch.Tensor | None = None  # of an output of one element: the loss, as a rule
     called: set[int] = field(default_factory=set)  # ids of the modules that ran inside
     to_walk: bool = False  # when a gradient arrives, and only where the engine will not come to all slots by itself
+    inputs: Sequence[weakref.ref[torch.Tensor]] = ()  # the tensors that it was given
     inside: dict[int, int] = field(default_factory=dict)  # tensor id to slot, as a sharded model shows them inside
 
     def reaches(self, found: Walk) -> None:

@@ -1,269 +1,283 @@
-"""What a step does to the loss, and what the gradient says that it does.
+"""Is the gradient that arrived the one of the loss?
 
-The arguments of the training forward and the cotangent ``c`` of what left the model are kept. When the
-step has ended, the forward is run again: ``<c, out(theta') - out(theta)>`` is the change that the step
-makes, to first order, and ``sum <g, theta' - theta>`` the one that the gradient ``g`` predicts. At
-``theta +- h g / |g|`` the same gives a central difference, which a right gradient meets. Where it does not,
-a gradient is made anew at another point and asked there: see :meth:`_Trial.aside`.
+With the cotangent ``c`` of what left the model, and the model's outputs ``out`` at the adapter ``theta``, the loss is
+to first order ``v(theta) = <c, out(theta)>``. Its gradient is ``g``, and along any direction ``d``
+
+    v(theta + h d) - v(theta - h d)  =  2 h <g, d>  +  O(h^3)
+
+Both sides are measured: two forwards without gradients, and a product. Where they differ, a gradient is made anew from
+the outputs alone, in 16 bits at another point: see :meth:`_Trial.aside`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.facts import StepResponse
-from lora_probe_callbacks.observe.forward.backward_passes import hooked_by_others
-from lora_probe_callbacks.observe.forward.candidate import tensors_in
-from lora_probe_callbacks.observe.forward.replay import MOST_BYTES, KeptForward
+from lora_probe_callbacks.observe.forward.followed_backward import BackwardObserver, Followed, sample
 from lora_probe_callbacks.restore.model import holding, own_gradients
 
-__all__ = ["ResponseObserver", "aliased"]
+__all__ = ["Plan", "measure"]
 
-# The perturbation h, relative to the adapter's norm. Large enough to be seen in 16 bits, and the
-# third order is still small: measured on tiny models, see tests/test_step_response.py.
-_SIZE = 0.005
+# The distance h |d|, relative to the adapter's norm. Large enough to be seen, and the third order is still small:
+# measured on tiny models, see benchmarks/gradients.py. In 16 bits a part of the adapter has to go further.
+_SIZE, _SIZE_16 = 0.005, 0.02
 _ASIDE = 0.3  # how far off a second look is taken, likewise
-_SAMPLE = 1024
+_DIRECTIONS = 2  # in which the outputs are moved where the loss is made of them outside the model
+_SAME = 1e-3  # how far the loss made again may be from what it was
+_MOST = 10  # a tensor with a small gradient goes so much further than the middle one
 
-_Place = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # outputs, and what the moving parameters hold
+_Tensors = Sequence[torch.Tensor]
 
 
-class ResponseObserver:
-    """Follows the one training forward of one step from its output to the update.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is wanted of one touch.
 
-    Args:
-        tensors: The adapter's tensors.
-        hook: Makes a hook of a method and its first argument.
+    Attributes:
+        choose: Which tensors to move, of those with a gradient and of those whose gradient is exactly zero.
+        unsettled: Says of what is measured so far whether more has to be known.
+        bends: How far from one line earlier touches have found the loss, in its own units.
+        response: Also measure what the update has done to the loss.
+        scale: What the loss was multiplied with.
     """
 
-    def __init__(
-        self, tensors: Sequence[torch.Tensor], hook: Callable[[Callable[..., None], object], Callable[..., None]]
-    ) -> None:
-        self._tensors = list(tensors)
-        self._watched: set[int] = set()  # ids of those that carry a hook of ours
-        self._hook = hook
-        self._why_not: str | None = None
-        self._forward: _Followed | None = None
-        self._gradients: dict[int, torch.Tensor] = {}
-        self._before: list[torch.Tensor] = []
-        self._handles: list[RemovableHandle] = []
+    choose: Callable[[Sequence[int], Sequence[int]], Sequence[int]]
+    unsettled: Callable[[StepResponse], bool]
+    bends: Sequence[float] = ()
+    response: bool = False
+    scale: float = 1.0
 
-    # --- while the step goes on -------------------------------------------------------------
 
-    def after(self, kept: KeptForward, output: Any) -> Any:
-        """Follow a candidate.
+def measure(watched: BackwardObserver, plan: Plan, step: int, framework_step: int) -> StepResponse:
+    """Run the forwards again around the point at which the gradient was made.
 
-        Args:
-            kept: The candidate.
-            output: What it returned.
+    Args:
+        watched: What was kept of the step that was made.
+        plan: What is wanted.
+        step: Its number.
+        framework_step: Its number in the framework.
 
-        Returns:
-            The output to hand on: where several outputs carry a graph, aliases of them, so that uses of
-            one inside the model (the loss is made of the logits) are told from uses outside.
-        """
-        if self._why_not is not None:
-            return output
-        floating = [t for t in tensors_in(output) if t.is_floating_point()]
-        if sum(t.numel() * t.element_size() for t in floating) > MOST_BYTES:
-            self._why_not = "the outputs of the forward are larger than 256 MiB"
-        else:
-            self._why_not = kept.why_not() or _why_not(kept.module, self._tensors, self._watched)
-        if self._why_not is not None:
-            self.forget()
-            return output
-        for index, tensor in enumerate(self._tensors):
-            if tensor.requires_grad and id(tensor) not in self._watched:
-                self._watched.add(id(tensor))
-                self._handles.append(tensor.register_hook(self._hook(self._add, index)))  # type: ignore[no-untyped-call]
-        followed = _Followed(kept, [_sample(t) for t in floating])
-        place = {id(t): index for index, t in reversed(list(enumerate(floating)))}
-        outputs = {id(t): t for t in floating if t.requires_grad}
-        seen = outputs
-        if len(outputs) > 1:
-            seen = {}
-            output = aliased(output, seen)
-        for former, tensor in seen.items():
-            handle = tensor.register_hook(self._hook(self._receive, (followed, place[former])))  # type: ignore[no-untyped-call]
-            self._handles.append(handle)
-        return output
+    Returns:
+        What was measured, or why that is not known.
+    """
+    found = StepResponse(step=step, framework_step=framework_step)
+    try:
+        with ExitStack() as kept:
+            for forward in watched.forwards:
+                kept.enter_context(forward.kept.several())
+            return _measure(watched, plan, found)
+    except Exception as error:  # the user's own code is run again: it may count its calls, or need more memory
+        return dataclasses.replace(found, why_not=f"run again, the forward raised {type(error).__name__}: {error}")
 
-    def _add(self, index: int, gradient: torch.Tensor | None) -> None:
-        # None: an operation without a backward lies between (bitsandbytes' inference kernel), or its output is unused.
-        if gradient is None or self._why_not is not None:
-            return
-        known = self._gradients.get(index)
-        try:
-            # A copy: what is accumulated into .grad may be this very memory, and be clipped later.
-            self._gradients[index] = gradient.detach().clone() if known is None else known.add_(gradient.detach())
-        except Exception as error:  # out of memory; it would end the user's backward
-            self._why_not = f"keeping the gradients raised {type(error).__name__}: {error}"
-            self._gradients.clear()
 
-    def _receive(self, where: tuple[_Followed, int], cotangent: torch.Tensor | None) -> None:
-        if cotangent is None:
-            return
-        followed, index = where
-        if self._forward is None:
-            self._forward = followed
-        if self._forward is not followed:
-            self._why_not = "more than one training forward in this step"
-            self._gradients.clear()
-            self._forward.cotangents.clear()
-            return
-        known = followed.cotangents.get(index)
-        followed.cotangents[index] = cotangent.detach() if known is None else known + cotangent.detach()
+def _measure(watched: BackwardObserver, plan: Plan, found: StepResponse) -> StepResponse:
+    why_not = watched.incomplete()
+    if why_not is not None:
+        return dataclasses.replace(found, why_not=why_not)
+    gradients = {i: g.float() for i, g in watched.gradients.items() if i not in watched.beyond_cut()}
+    norms = dict(zip(gradients, map(float, _norms(list(gradients.values()))), strict=True))
+    if not any(norms.values()):
+        return dataclasses.replace(found, why_not="no gradient arrived at the adapter", passing=True)
+    if not all(map(math.isfinite, norms.values())):
+        return dataclasses.replace(found, why_not="the gradient is not finite", passing=True)
+    moving = list(plan.choose([i for i, n in norms.items() if n], [i for i, n in norms.items() if not n]))
+    trial = _Trial(watched.forwards, watched.tensors, watched.before, moving)
+    found = dataclasses.replace(found, slots=tuple(moving), sixteen=trial.sixteen)
+    found = _of_loss(watched, trial, found)
+    if not any(norms[i] for i in moving):
+        return _of_zero(trial, math.hypot(*norms.values()), plan, found)
+    whole = len(moving) == sum(map(bool, norms.values()))
+    found = _of_gradient(trial, {i: gradients[i] for i in moving}, plan, found, whole=whole)
+    if plan.response and found.why_not is None and found.own is None:  # in doubt, there were forwards enough
+        found = _response(trial, watched, gradients, plan, found)
+    return found
 
-    def stepping(self, *, inside: bool = False) -> None:
-        """The update is about to come: keep what it starts from, once.
 
-        Args:
-            inside: The forward comes after this moment, in a closure.
-        """
-        if self._why_not is not None or (self._forward is None and not inside):
-            return
-        if not self._before:
-            self._before = [tensor.detach().clone() for tensor in self._tensors]
-        if self._forward is not None:
-            self._unhook()
+def _response(
+    trial: _Trial, watched: BackwardObserver, gradients: Mapping[int, torch.Tensor], plan: Plan, found: StepResponse
+) -> StepResponse:
+    """What the update has done to the loss, and what the gradient says that it does."""
+    moved = [watched.tensors[i].detach().float() - watched.before[i].float() for i in gradients]
+    predicted = _dot(list(gradients.values()), moved)
+    before = trial.kept_value()
+    if before is None:
+        before = trial.here().value
+    after = sum(_value(f, f.run()) for f in trial.forwards)
+    return dataclasses.replace(found, predicted=predicted / plan.scale, measured=(after - before) / plan.scale)
 
-    def forget(self) -> None:
-        """Remove the hooks and let go of all tensors."""
-        self._unhook()
-        self._gradients.clear()
-        self._before.clear()
-        self._forward = None
 
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._watched.clear()
-
-    # --- after the update -------------------------------------------------------------------
-
-    def measure(
-        self, step: int, framework_step: int, scale: float, unsettled: Callable[[StepResponse], bool]
-    ) -> StepResponse:
-        """Run the forward again, before and after the step and around it.
-
-        Args:
-            step: The step that was made.
-            framework_step: Its number in the framework.
-            scale: What the loss was multiplied with.
-            unsettled: Says of what is measured so far whether more has to be known.
-
-        Returns:
-            What the step did, or why that is not known.
-        """
-        try:
-            with nullcontext() if self._forward is None else self._forward.kept.several():
-                return self._measure(step, framework_step, scale, unsettled)
-        except Exception as error:  # the user's own code is run again: it may count its calls, or need more memory
-            reason = f"run again, the forward raised {type(error).__name__}: {error}"
-            return StepResponse(step=step, framework_step=framework_step, why_not=reason)
-
-    def _measure(
-        self, step: int, framework_step: int, scale: float, unsettled: Callable[[StepResponse], bool]
-    ) -> StepResponse:
-        found = StepResponse(step=step, framework_step=framework_step)
-        forward, why_not = self._forward, self._why_not or self._incomplete()
-        if why_not is not None or forward is None:
+def _of_gradient(
+    trial: _Trial, gradients: Mapping[int, torch.Tensor], plan: Plan, found: StepResponse, *, whole: bool
+) -> StepResponse:
+    g = list(gradients.values())
+    size = _SIZE_16 if trial.sixteen and not whole else _SIZE
+    direction = g if whole else _levelled(g)
+    behind, ahead = trial.around(direction, size)
+    if (why_not := trial.differs(behind, ahead)) is not None:
+        return dataclasses.replace(found, why_not=why_not)
+    change = _expected(g, behind, ahead)
+    found = dataclasses.replace(found, central=_ratio(g, behind, ahead), change=abs(change) / plan.scale)
+    found = _with_middle(found, trial, behind, ahead, trial.kept_value(), plan)
+    # In doubt, a gradient of the outputs alone is asked, by as few forwards as will do.
+    here = trial
+    if plan.unsettled(found) and not trial.sixteen:
+        found = dataclasses.replace(found, near=_ratio(g, *trial.around(direction, size / 4)))
+    generator = torch.Generator().manual_seed(0)
+    if plan.unsettled(found):
+        # What rounding swallows makes the loss change by less than a right gradient says, never by more.
+        swallowed = trial.sixteen and (found.central or 0.0) < 1
+        trial = trial.aside(generator) if swallowed else trial
+        g = trial.gradients()
+        direction = g if whole else _levelled(g)
+        found = dataclasses.replace(found, own=_ratio(g, *trial.around(direction, size / 2)))
+    if plan.unsettled(found) and trial.sixteen:
+        found = dataclasses.replace(found, again=_ratio(g, *trial.around(direction, size)))
+    if plan.unsettled(found):
+        middle = here.here()
+        if (why_not := here.repeats(middle)) is not None:
             return dataclasses.replace(found, why_not=why_not)
-        if not any(bool(g.any()) for g in self._gradients.values()):
-            return dataclasses.replace(found, why_not="no gradient arrived at the adapter", passing=True)
-        moving = sorted(self._gradients)
-        g = [self._gradients[i].float() for i in moving]
-        trial = _Trial(forward, self._tensors, self._before, moving)
-        if not _finite([*g, *forward.cotangents.values()]):
-            return dataclasses.replace(found, why_not="the gradient is not finite", passing=True)
-        here = trial.here()
-        why_not = forward.differs(here[0])
-        if why_not is not None:
-            return dataclasses.replace(found, why_not=why_not)
-        now = (forward.kept.run(), [self._tensors[i].detach() for i in moving])
-        predicted, measured = _expected(g, here, now), forward.change(here, now)
-        found = dataclasses.replace(found, predicted=predicted / scale, measured=measured / scale)
-        behind, ahead = trial.around(g, _SIZE)
-        central, *sides = (trial.ratio(g, *ends) for ends in ((behind, ahead), (here, ahead), (behind, here)))
-        noise = forward.resolution(here) / abs(_expected(g, behind, ahead) or math.nan)
-        found = dataclasses.replace(found, central=central, sides=(sides[0], sides[1]), noise=noise)
-        # In doubt, a gradient of the outputs alone and of another place is asked, by as few forwards as will do.
-        generator = torch.Generator().manual_seed(0)
-        if unsettled(found):
-            trial = trial.aside(generator)
-            g = trial.gradients()
-            found = dataclasses.replace(found, own=trial.ratio(g, *trial.around(g, _SIZE / 2)))
-        if unsettled(found):
-            found = dataclasses.replace(found, again=trial.ratio(g, *trial.around(g, _SIZE)))
-        if unsettled(found):
-            found = dataclasses.replace(found, noise=max(noise, trial.noise(g, _SIZE / 2, generator)))
+        found = _with_middle(found, here, behind, ahead, middle.value, plan)
+    if plan.unsettled(found) and trial.sixteen:
+        noise = trial.noise(direction, size / 2, generator) / abs(_along(g, direction, trial, size / 2))
+        found = dataclasses.replace(found, noise=max(found.noise, noise))
+    return found
+
+
+def _of_loss(watched: BackwardObserver, trial: _Trial, found: StepResponse) -> StepResponse:
+    """Where the loss is made outside the model: is what arrived at the outputs its gradient?
+
+    What its backward leaves out lies at right angles to what it gives, so the outputs are moved at random.
+
+    Args:
+        watched: What was kept of the step.
+        trial: The forwards.
+        found: What is known so far.
+
+    Returns:
+        The same, and what the loss does where the outputs are moved.
+    """
+    tape = watched.tape
+    if tape is None or not tape.complete or any(f.large for f in watched.forwards):
         return found
-
-    def _incomplete(self) -> str | None:
-        if self._forward is None or not self._forward.cotangents:
-            return "no gradient arrived at the output of a watched forward"
-        if not self._before:
-            return "the parameters before the step are not known"
-        return self._forward.kept.changed()
-
-
-@dataclass(eq=False, slots=True)
-class _Followed:
-    """A candidate and the gradients that arrived at its outputs."""
-
-    kept: KeptForward
-    samples: list[torch.Tensor]  # some elements of every floating output
-    cotangents: dict[int, torch.Tensor] = field(default_factory=dict)  # by the number of the floating output
-
-    def differs(self, outputs: Sequence[torch.Tensor]) -> str | None:
-        """Say so if a repeat did not give the outputs of the forward."""
-        again = [_sample(t) for t in outputs]
-        same = len(again) == len(self.samples) and all(
-            a.shape == b.shape and a.dtype == b.dtype and bool((a - b).float().norm() <= 1e-3 * b.float().norm())
-            for a, b in zip(again, self.samples, strict=True)
+    c = [f.cotangents.get(i) for f in watched.forwards for i in f.order]
+    if len(watched.forwards) != watched.followed or all(x is None or x.numel() == 1 for x in c):
+        return found  # the loss is made inside
+    with trial.there():
+        outputs = [out for f in watched.forwards for out in f.outputs()]
+    middle = tape.again(outputs)
+    if not abs(middle - tape.was()) <= _SAME * abs(tape.was()):
+        return found  # a kernel that torch does not see, or random numbers
+    worst, noise, generator = 0.0, 0.0, torch.Generator().manual_seed(found.step)
+    for _ in range(_DIRECTIONS):
+        drawn = [None if o is None else _drawn(o, generator) * o.float().square().mean().sqrt() for o in outputs]
+        size = _SIZE_16 if trial.sixteen else _SIZE
+        behind, ahead = (
+            [
+                None if o is None or d is None else (o.float() + s * size * d).to(o)
+                for o, d in zip(outputs, drawn, strict=True)
+            ]
+            for s in (-1, 1)
         )
-        return (
-            None if same else "run again, the forward gave other outputs: state that cannot be restored, or stale casts"
-        )
+        parts = [
+            x.float() * (a.float() - b.float())
+            for x, a, b in zip(c, ahead, behind, strict=True)
+            if x is not None and a is not None and b is not None
+        ]
+        unit = math.sqrt(_dot(parts, parts))  # one standard deviation of what is expected
+        before, after = tape.again(behind), tape.again(ahead)
+        off = after - before - float(sum(part.sum(dtype=torch.float64) for part in parts))
+        if unit and abs(off) / unit >= abs(worst):
+            worst, noise = off / unit, abs(after + before - 2 * middle) / math.sqrt(3) / unit
+    return dataclasses.replace(found, outside=worst, outside_noise=noise)
 
-    def change(self, before: _Place, after: _Place) -> float:
-        """``<c, after - before>`` over the outputs that received a gradient."""
-        c = list(self.cotangents.values())
-        return _dot([x.float() for x in c], [after[0][i].float() - before[0][i].float() for i in self.cotangents])
 
-    def resolution(self, here: _Place) -> float:
-        """What a rounding of every output by itself makes of ``<c, out>``."""
-        parts = (
-            (c.float() * here[0][i].float()) * torch.finfo(here[0][i].dtype).eps for i, c in self.cotangents.items()
-        )
-        return math.sqrt(sum(float(part.square().sum()) for part in parts))
+def _of_zero(trial: _Trial, norm: float, plan: Plan, found: StepResponse) -> StepResponse:
+    """Where the gradient is exactly zero, no move must change the loss: a random one is as good as any."""
+    generator = torch.Generator().manual_seed(found.step)
+    direction = [_drawn(trial.tensors[i], generator) for i in trial.moving]
+    behind, ahead = trial.around(direction, _SIZE)
+    unit = 2 * _SIZE * trial.length() * norm  # the change along the gradient of all tensors, over the same distance
+    if (why_not := trial.differs(behind, ahead)) is not None:
+        return dataclasses.replace(found, why_not=why_not)
+    found = dataclasses.replace(found, stray=(ahead.value - behind.value) / unit, change=unit / plan.scale)
+    if plan.unsettled(found):
+        found = _with_middle(found, trial, behind, ahead, trial.here().value, plan)
+    if plan.unsettled(found):
+        behind, ahead = trial.around(direction, _SIZE / 4)
+        found = dataclasses.replace(found, near=4 * (ahead.value - behind.value) / unit)
+    return found
+
+
+def _with_middle(
+    found: StepResponse, trial: _Trial, behind: _Place, ahead: _Place, middle: float | None, plan: Plan
+) -> StepResponse:
+    """Add what the middle tells: both halves of the way would lie on one line but for curvature and rounding.
+
+    One bend alone may be small by chance, so in 16 bits the middle one of all that were seen counts as well.
+
+    Args:
+        found: What is known so far.
+        trial: The forwards.
+        behind: One end.
+        ahead: The other.
+        middle: The loss half way, None if it is not known.
+        plan: What is wanted.
+
+    Returns:
+        The same, with its sides and its noise.
+    """
+    change = (found.change or 0.0) * plan.scale
+    if not change:
+        return found
+    noise = trial.resolution()
+    if middle is not None:
+        bend = ahead.value + behind.value - 2 * middle
+        found = dataclasses.replace(found, bend=abs(bend) / plan.scale)
+        if found.central is not None:
+            sign = math.copysign(1.0, (ahead.value - behind.value) * found.central)
+            apart = sign * bend / change
+            found = dataclasses.replace(found, sides=(found.central + apart, found.central - apart))
+        bends = sorted([*plan.bends, abs(bend) / plan.scale])
+        usual = bends[len(bends) // 2] * plan.scale if trial.sixteen else 0.0
+        noise = max(noise, max(abs(bend), usual) / math.sqrt(3))  # it has three times the variance of the difference
+    return dataclasses.replace(found, noise=noise / change)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Place:
+    """What comes out at one point: the loss to first order, some elements, and what the moving tensors hold there."""
+
+    value: float
+    samples: list[torch.Tensor]
+    at: list[torch.Tensor]
 
 
 @dataclass(eq=False, slots=True)
 class _Trial:
-    """The forward around one point ``theta``."""
+    """The forwards around one point ``theta``."""
 
-    forward: _Followed
+    forwards: list[Followed]
     tensors: list[torch.Tensor]  # all of the adapter
     theta: list[torch.Tensor]  # what they hold there
-    moving: list[int]  # which of them have a gradient
+    moving: list[int]  # which of them are moved
+
+    @property
+    def sixteen(self) -> bool:
+        """Something in the forward is rounded to 16 bits."""
+        return any(f.kept.in_sixteen_bits() for f in self.forwards)
 
     def here(self) -> _Place:
         """What comes out at ``theta``."""
         return self._at([self.theta[i] for i in self.moving])
 
-    def around(self, direction: Sequence[torch.Tensor], size: float) -> tuple[_Place, _Place]:
+    def around(self, direction: _Tensors, size: float) -> tuple[_Place, _Place]:
         """What comes out behind ``theta`` and ahead of it.
 
         Args:
@@ -274,7 +288,7 @@ class _Trial:
             The two places.
         """
         norm = math.sqrt(_dot(direction, direction))
-        h = size * self._length() / norm if norm else 0.0
+        h = size * self.length() / norm if norm else 0.0
         start = [self.theta[i] for i in self.moving]
         # As the parameters' own types can hold it: what is asked of the gradient is the move that was made.
         behind, ahead = (
@@ -282,28 +296,61 @@ class _Trial:
         )
         return self._at(behind), self._at(ahead)
 
-    def ratio(self, g: Sequence[torch.Tensor], before: _Place, after: _Place) -> float:
-        """How the loss changes between two places, over what a gradient says of that: 1 where it is right."""
-        expected = _expected(g, before, after)
-        return self.forward.change(before, after) / expected if expected else math.nan
+    def kept_value(self) -> float | None:
+        """The loss at the point of the step, where all that stands for it was kept; None elsewhere."""
+        total = 0.0
+        for forward in self.forwards:
+            cotangents, samples = forward.ends()
+            if any(c.numel() != s.numel() for c, s in zip(cotangents, samples, strict=True)):
+                return None
+            total += _dot([c.float().reshape(-1) for c in cotangents], [s.float() for s in samples])
+        return total
 
-    def noise(self, g: Sequence[torch.Tensor], size: float, generator: torch.Generator) -> float:
-        """What rounding makes of a ratio along a gradient: how far the halves of a random direction are from one line.
+    def differs(self, behind: _Place, ahead: _Place) -> str | None:
+        """Say so if what the forward gave does not lie between two repeats, as far as that can be told."""
+        samples = [s for f in self.forwards for s in f.ends()[1]]
+        for a, b, s in zip(ahead.samples, behind.samples, samples, strict=True):
+            if a.shape != s.shape or a.dtype != s.dtype:
+                return _OTHER
+            off = ((a.float() + b.float()) / 2 - s.float()).norm()
+            if not bool(off <= 0.05 * s.float().norm() + (a.float() - b.float()).norm()):
+                return _OTHER
+        return None
+
+    def repeats(self, here: _Place) -> str | None:
+        """Say so if a repeat did not give the outputs of the forward."""
+        samples = [s for f in self.forwards for s in f.ends()[1]]
+        same = all(
+            bool((a - b).float().norm() <= 1e-3 * b.float().norm()) for a, b in zip(here.samples, samples, strict=True)
+        )
+        return None if same else _OTHER
+
+    def resolution(self) -> float:
+        """What a rounding of every output by itself makes of the loss."""
+        parts = 0.0
+        for forward in self.forwards:
+            for c, s in zip(*forward.ends(), strict=True):
+                eps = torch.finfo(s.dtype).eps
+                # Of a large output only some elements are kept: their mean square stands for the others'.
+                parts += float(c.float().square().mean() * s.float().square().mean()) * c.numel() * eps**2
+        return math.sqrt(parts)
+
+    def noise(self, direction: _Tensors, size: float, generator: torch.Generator) -> float:
+        """What rounding makes of a difference: how far the halves of a random move are from one line.
 
         Curvature is next to nothing there, and the gradient has no part in it.
 
         Args:
-            g: The gradient here.
-            size: How far, relative to the norm of the adapter.
+            direction: Says how far each tensor goes.
+            size: How far all of them together, relative to the norm of the adapter.
             generator: Draws the direction.
 
         Returns:
             One standard deviation, of one sample.
         """
-        along = 2 * size * self._length() * math.sqrt(_dot(g, g))
-        (behind, ahead), here = self.around([_drawn(x, generator) for x in g], size), self.here()
-        bend = self.forward.change(here, ahead) - self.forward.change(behind, here)
-        return abs(bend) / math.sqrt(3) / along if along else math.inf  # three times a difference's variance
+        drawn = [_drawn(x, generator) * float(x.norm() / math.sqrt(x.numel())) for x in direction]
+        (behind, ahead), here = self.around(drawn, size), self.here()
+        return abs(ahead.value + behind.value - 2 * here.value) / math.sqrt(3)
 
     def aside(self, generator: torch.Generator) -> _Trial:
         """Go to another point, off in a random direction.
@@ -317,118 +364,104 @@ class _Trial:
             generator: Draws the direction.
 
         Returns:
-            The forward around that point.
+            The forwards around that point.
         """
         drawn = [_drawn(t, generator) for t in self.theta]
-        d = _ASIDE * self._length() / math.sqrt(_dot(drawn, drawn))
+        d = _ASIDE * self.length() / math.sqrt(_dot(drawn, drawn))
         theta = [(t.float() + d * x).to(t) for t, x in zip(self.theta, drawn, strict=True)]
-        return _Trial(self.forward, self.tensors, theta, self.moving)
+        return _Trial(self.forwards, self.tensors, theta, self.moving)
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradient of ``<c, out>`` alone: nothing in it that did not leave through the outputs."""
-        kept, cotangents = self.forward.kept, self.forward.cotangents
-        leaves = [p for p in kept.module.parameters() if p.requires_grad]
-        with holding(self.tensors, self.theta), own_gradients(leaves):
-            with kept.again(), torch.enable_grad():
-                outputs = kept.call()
-                chosen = [(outputs[i], c) for i, c in cotangents.items() if outputs[i].requires_grad]
-                if chosen:
-                    torch.autograd.backward([o for o, _ in chosen], [c for _, c in chosen])
-            moving = [self.tensors[i] for i in self.moving]
-            return [torch.zeros_like(t).float() if t.grad is None else t.grad.float() for t in moving]
+        leaves = {id(p): p for f in self.forwards for p in f.kept.module.parameters() if p.requires_grad}
+        with holding(self.tensors, self.theta), own_gradients(list(leaves.values())):
+            for forward in self.forwards:
+                with forward.kept.again(), torch.enable_grad():
+                    chosen = [(o, c) for o, c in zip(forward.call(), forward.ends()[0], strict=True) if o.requires_grad]
+                    if chosen:
+                        torch.autograd.backward([o for o, _ in chosen], [c for _, c in chosen])
+            return [self._gradient_of(self.tensors[i]) for i in self.moving]
+
+    def _gradient_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Summed over all tensors in the same memory."""
+        alike = [t for t in self.tensors if t.data_ptr() == tensor.data_ptr() and t.shape == tensor.shape]
+        found = [t.grad.float() for t in alike if t.grad is not None]
+        return torch.stack(found).sum(0) if found else torch.zeros_like(tensor, dtype=torch.float32)
+
+    def there(self, values: Mapping[int, torch.Tensor] | None = None) -> AbstractContextManager[None]:
+        """Inside, the adapter is at ``theta``, but for the tensors that are given values of their own."""
+        theta = dict(enumerate(self.theta)) | dict(values or {})
+        written = self._without_twins()
+        return holding([self.tensors[i] for i in written], [theta[i] for i in written])
 
     def _at(self, values: list[torch.Tensor]) -> _Place:
         """What comes out where those that move hold other values."""
-        theta = dict(enumerate(self.theta)) | dict(zip(self.moving, values, strict=True))
-        with holding(self.tensors, list(theta.values())):
-            return self.forward.kept.run(), values
+        value, samples = 0.0, []
+        with self.there(dict(zip(self.moving, values, strict=True))):
+            for forward in self.forwards:
+                ends = forward.run()
+                value += _value(forward, ends)
+                samples += [sample(end) for end in ends]
+        return _Place(value, samples, values)
 
-    def _length(self) -> float:
-        return math.sqrt(sum(float(t.float().square().sum()) for t in self.theta))
+    def _without_twins(self) -> list[int]:
+        """One of several tensors in the same memory, the one that moves if one does: writing another undoes it."""
+        chosen: dict[tuple[int, torch.Size], int] = {}
+        for i in [*self.moving, *range(len(self.tensors))]:
+            chosen.setdefault((self.tensors[i].data_ptr(), self.tensors[i].shape), i)
+        return list(chosen.values())
+
+    def length(self) -> float:
+        """The norm of the adapter."""
+        return math.hypot(*map(float, _norms(self.theta)))
 
 
-def aliased(output: Any, made: dict[int, torch.Tensor], depth: int = 4) -> Any:
-    """Put aliases in the place of the tensors of an output that carry a graph.
+_OTHER = "run again, the forward gave other outputs: state that cannot be restored, or stale casts"
+
+
+def _value(forward: Followed, ends: _Tensors) -> float:
+    """``<c, out>`` of one forward."""
+    return _dot([c.float() for c in forward.ends()[0]], [end.float() for end in ends])
+
+
+def _ratio(g: _Tensors, before: _Place, after: _Place) -> float:
+    """How the loss changes between two places, over what a gradient says of that: 1 where it is right."""
+    expected = _expected(g, before, after)
+    return (after.value - before.value) / expected if expected else math.nan
+
+
+def _expected(g: _Tensors, before: _Place, after: _Place) -> float:
+    """What a gradient says of the way between two places."""
+    return _dot(g, [a.float() - b.float() for a, b in zip(after.at, before.at, strict=True)])
+
+
+def _along(g: _Tensors, direction: _Tensors, trial: _Trial, size: float) -> float:
+    """What a gradient says of a way of that size along a direction, both halves of it."""
+    norm = math.sqrt(_dot(direction, direction))
+    return 2 * size * trial.length() * _dot(g, direction) / norm if norm else math.nan
+
+
+def _levelled(g: _Tensors) -> list[torch.Tensor]:
+    """Along the gradient, but with an equal part for each tensor: else the largest would speak for all of them.
 
     Args:
-        output: What a forward returned: a tensor, or tensors in tuples, lists, mappings or dataclasses.
-        made: Receives the aliases by the id of what they stand for; one for each tensor.
-        depth: How deep to look.
+        g: The gradient.
 
     Returns:
-        The output with aliases; containers other than tuples are the same objects.
+        A direction.
     """
-    if isinstance(output, torch.Tensor):
-        if not output.requires_grad or not output.is_floating_point():
-            return output
-        if id(output) not in made:
-            made[id(output)] = output.view_as(output)
-        return made[id(output)]
-    if depth == 0:
-        return output
-    if isinstance(output, dict):
-        for key, value in list(output.items()):
-            other = aliased(value, made, depth - 1)
-            if other is not value:
-                output[key] = other
-    elif isinstance(output, list):
-        output[:] = [aliased(value, made, depth - 1) for value in output]
-    elif isinstance(output, tuple):
-        values = [aliased(value, made, depth - 1) for value in output]
-        if any(a is not b for a, b in zip(values, output, strict=True)):
-            return type(output)(*values) if hasattr(output, "_fields") else tuple(values)
-    elif dataclasses.is_dataclass(output) and not getattr(type(output), "__dataclass_params__").frozen:  # noqa: B009 - mypy knows no such attribute
-        for part in dataclasses.fields(output):
-            setattr(output, part.name, aliased(getattr(output, part.name), made, depth - 1))
-    return output
+    norms = list(map(float, _norms(g)))
+    middle = sorted(norms)[len(norms) // 2]
+    return [x / n * min(1 / n, _MOST / middle) if n else x for x, n in zip(g, norms, strict=True)]
 
 
-def _why_not(module: nn.Module, tensors: Sequence[torch.Tensor], ours: Collection[int]) -> str | None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "gradients are averaged over ranks, and outputs are of one rank"
-    if any(hasattr(t, "to_local") or hasattr(t, "ds_id") for t in tensors):
-        return "the adapter is sharded"
-    for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer) and (reason := _by_design(layer)):
-            return reason
-    for parameter in module.parameters():
-        foreign = parameter._backward_hooks and id(parameter) not in ours
-        if foreign or hooked_by_others(parameter):
-            return "a hook on a parameter changes or uses its gradient"
-    return None
+def _dot(some: _Tensors, others: _Tensors) -> float:
+    return float(sum((a * b).sum(dtype=torch.float64) for a, b in zip(some, others, strict=True)))
 
 
-def _by_design(layer: BaseTunerLayer) -> str | None:
-    """Why the gradient of an adapter is meant to be another one than the loss's (peft 0.21)."""
-    if not isinstance(layer, LoraLayer):
-        # Projected parameters, norms taken for constants, noise drawn in the forward.
-        return f"{type(layer).__name__} is no LoRA layer: other tuners approximate their gradients by design"
-    for variant in layer.lora_variant.values():
-        kind = type(variant).__name__
-        if kind.startswith("Dora"):
-            return "DoRA takes the norm of the adapted weight for a constant in its gradient, by design"
-        if kind.startswith("Velora"):
-            return "VeLoRA makes the gradient of A from compressed activations, by design"
-    return None
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].clone()
-
-
-def _dot(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
-    return sum(float((a * b).sum(dtype=torch.float64)) for a, b in zip(some, others, strict=True))
-
-
-def _expected(g: Sequence[torch.Tensor], before: _Place, after: _Place) -> float:
-    """What a gradient says of the way between two places."""
-    return _dot(g, [a.float() - b.float() for a, b in zip(after[1], before[1], strict=True)])
+def _norms(tensors: _Tensors) -> Collection[torch.Tensor]:
+    return torch.stack([n.float() for n in torch._foreach_norm(list(tensors))]).cpu() if tensors else ()
 
 
 def _drawn(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device)
-
-
-def _finite(tensors: Sequence[torch.Tensor]) -> bool:
-    return all(bool(t.isfinite().all()) for t in tensors)

@@ -243,9 +243,9 @@ class ForwardObserver:
                 except Exception as error:
                     self._on_error(error)
             return
-        self._outermost(name, module)
+        self._outermost(name, module, (args, kwargs))
 
-    def _outermost(self, name: str, module: nn.Module) -> None:
+    def _outermost(self, name: str, module: nn.Module, inputs: object) -> None:
         outer_error = sys.exc_info()[1]
         candidate = None
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -259,7 +259,7 @@ class ForwardObserver:
             if not self.armed:
                 return
             try:
-                candidate = self.log.new_candidate(name, module)
+                candidate = self.log.new_candidate(name, module, inputs)
             except Exception as error:
                 self._on_error(error)
             if self.log.witness is not None:

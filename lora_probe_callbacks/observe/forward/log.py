@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_probe_callbacks.facts import ForwardFacts, Mode
+from lora_probe_callbacks.observe.forward.arrivals import Arrivals
 from lora_probe_callbacks.observe.forward.candidate import Candidate, tensors_in
 from lora_probe_callbacks.observe.forward.graph import (
     backwards_so_far,
@@ -21,7 +24,7 @@ from lora_probe_callbacks.observe.forward.graph import (
     walk_from_here,
 )
 from lora_probe_callbacks.observe.forward.weight_usage import WeightWitness
-from lora_probe_callbacks.observe.model.inventory import Inventory, Unit
+from lora_probe_callbacks.observe.model.inventory import Inventory, Slot, Unit
 from lora_probe_callbacks.observe.model.rows import by_row, dropout_is_off
 from lora_probe_callbacks.observe.model.switches import Switches
 from lora_probe_callbacks.observe.model.wrappers import describe
@@ -51,12 +54,14 @@ class ForwardLog:
         self.traced = False  # hooks ended up inside a compiled region
         self.output_handles: list[RemovableHandle] = []
         self.tensors: Sequence[torch.Tensor | None] = ()  # of the slots, at the last look at them
+        self.arrivals = Arrivals(on_error)
         self._hook = hook
         self._on_error = on_error
         self.begin()
 
     def begin(self) -> None:
         """A new step: forget what the last one showed."""
+        self.arrivals.begin()
         self.candidates: list[Candidate] = []
         self.without_grad = 0
         self.active_seen: set[str] = set()
@@ -75,6 +80,7 @@ class ForwardLog:
         """
         self.inventory = inventory
         self.units = units
+        self.arrivals.watch([partial(_shown, slot) for unit in units for slot in unit.slots])
         self._units_of: dict[int, list[int]] = {}
         for index, unit in enumerate(units):
             self._units_of.setdefault(id(unit.layer.called), []).append(index)
@@ -97,8 +103,8 @@ class ForwardLog:
         self.merged_seen |= self._switches.merged
         self.note_beside(module)
 
-    def new_candidate(self, name: str, module: nn.Module) -> Candidate:
-        """An outermost call with gradients."""
+    def new_candidate(self, name: str, module: nn.Module, inputs: object) -> Candidate:
+        """An outermost call with gradients, and what it was given."""
         if self.bare:
             candidate = Candidate("", (), (), False, set(), holds_expected=False)
             self.candidates.append(candidate)
@@ -112,6 +118,7 @@ class ForwardLog:
             observed=observable,
             with_grad=set(),
             holds_expected=id(module) in self._above_expected,
+            inputs=[weakref.ref(t) for t in tensors_in(inputs)],
         )
         # What stands above adapted layers alone: blocks, as a rule.
         blocks = (m for _, m, _ in self.inventory.ancestors if getattr(m, "gradient_checkpointing", False) is True)
@@ -202,6 +209,7 @@ class ForwardLog:
         if self.bare:
             return
         try:
+            self.arrivals.backward_begins(candidate.inputs)
             candidate.modes_at_backward, candidate.active_at_backward = self.state()
             if candidate.to_walk:
                 self._see_plan(candidate)
@@ -260,3 +268,7 @@ class ForwardLog:
 def _found(offsets: Sequence[object]) -> tuple[int, int]:
     """Rows in which aLoRA found its invocation tokens, and all rows."""
     return sum(offset is not None for offset in offsets), len(offsets)
+
+
+def _shown(slot: Slot) -> torch.Tensor | None:
+    return slot.shown

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 MOST_BYTES = 256 * 2**20  # of outputs, and of buffers
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class ForwardRepeat:
@@ -161,6 +162,34 @@ class KeptForward:
     def call(self) -> list[torch.Tensor]:
         """The call itself; returns its floating outputs."""
         return [t for t in tensors_in(self.module(*self._args, **self._kwargs)) if t.is_floating_point()]
+
+    def call_until(self, part: nn.Module) -> torch.Tensor:
+        """The call up to the moment in which a part of the module begins; returns what that was given."""
+        with part.register_forward_pre_hook(_stop):
+            try:
+                self.module(*self._args, **self._kwargs)
+            except _Reached as reached:
+                return reached.given
+        raise RuntimeError("the output head was not called again")
+
+    def in_sixteen_bits(self) -> bool:
+        """Some of it is computed in 16 bits, or less."""
+        coarse = self._device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        if coarse or self._autocast[0] or any(p.dtype in _HALVES for p in self.module.parameters()):
+            return True
+        kinds = ((type(m).__name__, getattr(m, "compute_dtype", None)) for m in self.module.modules())
+        return any(name == "Linear8bitLt" or (name == "Linear4bit" and dtype in _HALVES) for name, dtype in kinds)
+
+
+class _Reached(BaseException):
+    """Ends a forward that has come far enough; no code of the model catches it by accident."""
+
+    def __init__(self, given: torch.Tensor) -> None:
+        self.given = given
+
+
+def _stop(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    raise _Reached(args[0])
 
 
 def _hooks(module: nn.Module) -> Iterator[object]:

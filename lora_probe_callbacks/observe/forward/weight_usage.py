@@ -14,28 +14,22 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 
-__all__ = ["WeightWitness"]
+__all__ = ["PassingMode", "WeightWitness"]
 
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-class WeightWitness(TorchFunctionMode):
-    """Passes every torch function through, and notes which of some tensors it was given.
+class PassingMode(TorchFunctionMode):
+    """Passes every torch function through, on one thread, between two moments that no ``with`` block spans.
 
-    It costs a Python call per operation, so it is used for one step, from the forward to the
-    optimizer (a loss may be made outside the model), and only when a layer is under suspicion.
-
-    Args:
-        weights: Tensor id to the unit whose base weight it is.
+    Attributes:
+        paused: What is called now is not meant.
     """
 
-    def __init__(self, weights: Mapping[int, int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._weights = weights
+        self.paused = False
         self._open = False
-        self._ever_open = False
-        self.paused = False  # from the backward to the next forward
-        self.used: set[int] = set()
 
     def open(self) -> None:
         """Begin to watch this thread, unless somebody's mode is active: its end would end ours instead.
@@ -43,13 +37,8 @@ class WeightWitness(TorchFunctionMode):
         A default device is such a mode too, but it keeps to the bottom of the stack.
         """
         if not self._open and all(isinstance(mode, DeviceContext) for mode in _modes()):
-            self._open = self._ever_open = True
+            self._open = True
             self.__enter__()  # type: ignore[no-untyped-call]
-
-    @property
-    def seen(self) -> dict[int, bool]:
-        """Unit to whether its base weight was used, as far as anybody watched."""
-        return {unit: unit in self.used for unit in self._weights.values()} if self._ever_open else {}
 
     def close(self) -> None:
         """Stop watching."""
@@ -63,6 +52,33 @@ class WeightWitness(TorchFunctionMode):
                 above.append(mode)
             for mode in reversed(above):
                 _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+class WeightWitness(PassingMode):
+    """Passes every torch function through, and notes which of some tensors it was given.
+
+    It costs a Python call per operation, so it is used for one step, from the forward to the
+    optimizer (a loss may be made outside the model), and only when a layer is under suspicion.
+
+    Args:
+        weights: Tensor id to the unit whose base weight it is.
+    """
+
+    def __init__(self, weights: Mapping[int, int]) -> None:
+        super().__init__()
+        self._weights = weights
+        self._ever_open = False
+        self.used: set[int] = set()
+
+    def open(self) -> None:
+        """Begin to watch; ``paused`` from the backward to the next forward."""
+        super().open()
+        self._ever_open |= self._open
+
+    @property
+    def seen(self) -> dict[int, bool]:
+        """Unit to whether its base weight was used, as far as anybody watched."""
+        return {unit: unit in self.used for unit in self._weights.values()} if self._ever_open else {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
