@@ -32,6 +32,7 @@ KNOWS = {
     "engine": {"facts", "restore", "checks", "report", "estimators", "observe", "distributed", "config", "_gc"},
     "debug": {"report", "estimators", "observe"},
     "faults": {"report", "monitor"},
+    "serving": {"facts", "restore", "observe", "checks", "report"},
 }
 
 
