@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
 from lora_probe_callbacks._callback import Door
+from lora_probe_callbacks._trl import Generations
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.engine.session import ProbeSession
 
@@ -86,6 +87,8 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         self._attached: weakref.ref[Any] | None = None
         self._rows: dict[int, dict[str, float]] = {}
         self._reporters: list[Any] = []
+        self._generations = Generations()
+        self._trainer: weakref.ref[Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy begins anew: hooks and optimizers cannot be copied."""
@@ -150,6 +153,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         self._session = session
         weakref.finalize(self, session.close)
         trainer = _trainer_of(state)
+        self._trainer = None if trainer is None else weakref.ref(trainer)
         callbacks = [] if trainer is None else trainer.callback_handler.callbacks
         self._reporters = [c for c in callbacks if isinstance(c, tuple(INTEGRATION_TO_CALLBACK.values()))]
         # Callbacks are given the model without its wrappers; the forward goes through them.
@@ -164,6 +168,19 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         )
         if state.global_step and "fingerprint" not in stored:  # written without this callback
             session.files.restored_from(checkpoint)
+
+    @override
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The first update on a generation: the policy is still the one that should have sampled it.
+        trainer = None if self._trainer is None else self._trainer()
+        batches = [] if trainer is None else self._generations.new(trainer)
+        if batches and self._session is not None and self._session.rollouts.due:
+            sampled = self._generations.sampled(trainer, batches)
+            self.watch_rollout(
+                sampled.tokens, sampled.log_probs, temperature=sampled.temperature, top_p=sampled.top_p
+            )
 
     @override
     def on_substep_end(

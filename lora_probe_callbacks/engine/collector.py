@@ -30,7 +30,9 @@ from lora_probe_callbacks.facts import (
     ModelFacts,
     Moment,
     ReferenceFact,
+    RolloutFact,
     RunFacts,
+    ServingFacts,
     StartFact,
     StepResponse,
     UnitFact,
@@ -81,11 +83,13 @@ class StepLooks:
         replay: Repeats a forward, to see whether it uses the present weights.
         responses: What the last steps did to the loss, where it was measured.
         estimates: Estimators looked at since the last decision.
+        rollouts: Rollouts, likewise.
     """
 
     replay: ForwardRepeat | None = None
     responses: tuple[StepResponse, ...] = ()
     estimates: list[EstimatorFact] = dataclasses.field(default_factory=list)
+    rollouts: list[RolloutFact] = dataclasses.field(default_factory=list)
 
 
 class Collector:
@@ -206,9 +210,11 @@ class Collector:
             readings.supervision,
             self._run_facts(readings, moment, seen.forwards),
             EstimatorFacts(tuple(self.looks.estimates)),
+            ServingFacts(rollouts=tuple(self.looks.rollouts)),
             self._agreement.facts(targets, owners, called, readings),
         )
         self.looks.estimates.clear()
+        self.looks.rollouts.clear()
         return self._with_files(self._with_elsewhere(facts))
 
     def _look_at_start(self) -> None:

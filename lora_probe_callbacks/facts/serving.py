@@ -30,6 +30,7 @@ class ServedFact:
         dtype: That type.
         scale: The factor on the scaling of LoRA with which the live model fits; None if it does with none.
         off: Layers without which the live model fits.
+        where: The same in words.
         layers: Number of its adapted layers.
         other: The adapter that fits instead; "" if it is none of the model's.
         checkpoint: The earlier state that fits.
@@ -51,6 +52,7 @@ class ServedFact:
     dtype: str = ""
     scale: float | None = None
     off: tuple[str, ...] = ()
+    where: str = ""
     layers: int = 0
     other: str = ""
     checkpoint: str = ""

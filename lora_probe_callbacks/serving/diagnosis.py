@@ -20,6 +20,9 @@ CLOSE = 0.1  # of the effect: what is as near as this behaves the same
 _DECIDED = 0.25  # half width of an interval that tells 1 from one half, and one half from 0
 _RELATED = 0.7  # correlation of effects that are of one adapter
 _ALONE = 256  # layers at most that are switched off one by one
+_MANY, _FLIPS = 64, 6  # groups at most that are tried again in combination, and how often
+
+_Groups = Mapping[str, frozenset[int]]  # name to numbers of layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ def diagnose(live: LiveModel, scored: Scored, checkpoints: Sequence[Path] = ()) 
         What was found.
     """
     on, off = scored.on or live.on, scored.off or live.off
-    found = slope(on, off, scored.served, scored.base, exact=live.exact_on or scored.on is not None)
+    found = slope(on, off, scored.served, scored.base, exact=live.exact or scored.on is not None)
     fit = misfit(on, off, scored.served, scored.base, found.effect)
     fact = ServedFact(
         scored.target,
@@ -169,27 +172,38 @@ class _Search:
         """Layers that are switched off on the live side until it fits."""
         names = [layer.name for layer in self._live.layers]
         whole = self._fit(self._live.on)
-        nearest: tuple[Fit, frozenset[int]] | None = None
+        nearest: tuple[Fit, frozenset[int], str] | None = None
         for groups in _groupings(names):
-            off = self._missing(groups)
-            if not 0 < len(off) < len(names):
-                continue
-            fit = self._fit(self._live.score(State(off=off)))
-            if nearest is None or fit.part < nearest[0].part:
-                nearest = fit, off
+            fit, missing = self._descended(groups, self._guess(groups))
+            off = _union(groups, missing)
+            if 0 < len(off) < len(names) and (nearest is None or fit.part < nearest[0].part):
+                nearest = fit, off, _in_words(groups, missing)
             if _is_close(fit):
                 break
         if nearest is None or not (_is_close(nearest[0]) or nearest[0].part < whole.part / 4):
             return None
-        return replace(self._fact, verdict="partly", off=tuple(names[i] for i in sorted(nearest[1])))
+        off = tuple(names[i] for i in sorted(nearest[1]))
+        return replace(self._fact, verdict="partly", off=off, where=nearest[2])
 
-    def _missing(self, groups: Mapping[str, frozenset[int]]) -> frozenset[int]:
-        """The groups without which the live model would come nearest, as far as their effects add up."""
-        on, off = np.concatenate(self._live.on), np.concatenate(self._off)
+    def _guess(self, groups: _Groups) -> frozenset[str]:
+        """The groups without which the live model would come nearest, if their effects added up."""
+        on, off = np.concatenate(self._live.on), np.concatenate(self._live.off)
         wanted = on - off - (np.concatenate(self._scored.served) - np.concatenate(self._scored.base))
         columns = [on - np.concatenate(self._live.score(State(off=group))) for group in groups.values()]
         weights, _ = nnls(np.stack(columns, axis=1), wanted)
-        return frozenset[int]().union(*(g for g, w in zip(groups.values(), weights, strict=True) if w > 0.5))
+        return frozenset(name for name, weight in zip(groups, weights, strict=True) if weight > 0.5)
+
+    def _descended(self, groups: _Groups, missing: frozenset[str]) -> tuple[Fit, frozenset[str]]:
+        """They do not quite add up: switch one more group on or off, as long as that comes nearer."""
+        fit = self._fit(self._live.score(State(off=_union(groups, missing))))
+        for _ in range(_FLIPS if len(groups) <= _MANY else 0):
+            others = [missing ^ {name} for name in groups]
+            fits = [self._fit(self._live.score(State(off=_union(groups, other)))) for other in others]
+            best = min(range(len(fits)), key=lambda i: fits[i].part)
+            if fits[best].part >= fit.part:
+                break
+            fit, missing = fits[best], others[best]
+        return fit, missing
 
     # --- neither ----------------------------------------------------------------------------
 
@@ -202,9 +216,9 @@ class _Search:
         return replace(self._fact, verdict="lossy" if self._fact.merged else "other-adapter")
 
 
-def _groupings(names: Sequence[str]) -> Iterator[dict[str, frozenset[int]]]:
+def _groupings(names: Sequence[str]) -> Iterator[_Groups]:
     """Layers by kind, by their number in the model, and each alone."""
-    for key in (lambda name: name.rpartition(".")[2], lambda name: _number(name)):
+    for key in (_kind, _number):
         groups: dict[str, set[int]] = {}
         for i, name in enumerate(names):
             groups.setdefault(key(name), set()).add(i)
@@ -214,6 +228,19 @@ def _groupings(names: Sequence[str]) -> Iterator[dict[str, frozenset[int]]]:
         yield {name: frozenset([i]) for i, name in enumerate(names)}
 
 
+def _kind(name: str) -> str:
+    return f"every {name.rpartition('.')[2]}"
+
+
 def _number(name: str) -> str:
-    found = re.search(r"\.(\d+)\.", name)
-    return found[1] if found else ""
+    found = re.search(r"(\w+\.\d+)\.", name)
+    return f"all of {found[1]}" if found else "what is in no numbered layer"
+
+
+def _union(groups: _Groups, chosen: frozenset[str]) -> frozenset[int]:
+    return frozenset[int]().union(*(groups[name] for name in chosen))
+
+
+def _in_words(groups: _Groups, chosen: frozenset[str]) -> str:
+    named = [name for name in groups if name in chosen]
+    return ", ".join(named[:6]) + (f" and {len(named) - 6} more" if len(named) > 6 else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_probe_callbacks.observe.checkpoint.format import UnreadableError, file_of, read_file
-from lora_probe_callbacks.observe.checkpoint.names import adapter_names, matched, table_of
+from lora_probe_callbacks.observe.checkpoint.names import AdapterNames, adapter_names, matched, table_of
 from lora_probe_callbacks.observe.model.inventory import AdaptedLayer, Inventory, take_inventory
 from lora_probe_callbacks.observe.model.wrappers import is_shard
 from lora_probe_callbacks.restore.model import eager, holding
@@ -64,10 +65,30 @@ class LiveModel:
         self.inventory: Inventory = take_inventory([("", self.module)])
         self.layers: Sequence[AdaptedLayer] = self.inventory.layers
         self._refuse()
-        self.exact = True  # of the last score: float32 throughout
-        self.on = self.score()
-        self.exact_on = self.exact
-        self.off = self.score(State(off=frozenset(range(len(self.layers)))))
+        self._exact = True  # of the last score
+
+    @cached_property
+    def on(self) -> LogProbs:
+        """Log-probs with the adapter, as the model is."""
+        found = self.score()
+        self.exact = self._exact
+        return found
+
+    @cached_property
+    def off(self) -> LogProbs:
+        """Without any adapter."""
+        return self.score(self.base)
+
+    @cached_property
+    def exact(self) -> bool:
+        """The model computes in float32 throughout, so that its log-probs have no noise to speak of."""
+        self.score()
+        return self._exact
+
+    @property
+    def base(self) -> State:
+        """The state without any adapter."""
+        return State(off=frozenset(range(len(self.layers))))
 
     def _refuse(self) -> None:
         layers = self.layers
@@ -110,7 +131,7 @@ class LiveModel:
             kinds: set[torch.dtype] = set()
             undo.enter_context(_output_types(self.layers[0].module, kinds))
             found = score(self.module, self.rows, chosen)
-        self.exact = not (kinds & {torch.bfloat16, torch.float16}) and not _tf32(self.module)
+        self._exact = not (kinds & {torch.bfloat16, torch.float16}) and not _tf32(self.module)
         return found
 
     @property
@@ -135,10 +156,9 @@ class LiveModel:
         Raises:
             CannotCompareError: If it cannot be read, or does not hold the adapter.
         """
-        adapter = self.active[0]
-        names = adapter_names(adapter, [u for u in self.inventory.units if u.adapter == adapter])
+        names = self._names
         try:
-            file = read_file(file_of(path, adapter))
+            file = read_file(file_of(path, names.adapter))
         except FileNotFoundError:
             raise CannotCompareError(f"got {path}, which holds no adapter: expected a folder of save_pretrained") from None
         except (UnreadableError, NotImplementedError) as error:
@@ -152,7 +172,16 @@ class LiveModel:
         flat = file.samples({key: table[key] for key in at.values()}, whole=True)
         return {name: flat[key].view(live[name].shape) for name, key in at.items() if key in flat}
 
+    def values(self) -> Mapping[str, torch.Tensor]:
+        """Copies of the values of the active adapter, by name."""
+        return {name: tensor.detach().clone() for name, tensor in self._names.live("state").items()}
+
     # --- states -----------------------------------------------------------------------------
+
+    @cached_property
+    def _names(self) -> AdapterNames:
+        adapter = self.active[0]
+        return adapter_names(adapter, [u for u in self.inventory.units if u.adapter == adapter])
 
     @contextmanager
     def _in(self, state: State) -> Iterator[None]:
@@ -172,9 +201,7 @@ class LiveModel:
 
     @contextmanager
     def _holding(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        adapter = self.active[0]
-        names = adapter_names(adapter, [u for u in self.inventory.units if u.adapter == adapter])
-        live = {**names.live("state"), **names.live("adapter")}
+        live = {**self._names.live("state"), **self._names.live("adapter")}
         chosen = [name for name in values if name in live]
         tensors = [live[name] for name in chosen]
         with holding(tensors, [values[n].to(t) for n, t in zip(chosen, tensors, strict=True)]):
@@ -192,13 +219,6 @@ class LiveModel:
         finally:
             for scaling, former in kept:
                 scaling.update(former)
-
-
-def snapshot(live: LiveModel) -> Mapping[str, torch.Tensor]:
-    """The values of the active adapter now, by name in an adapter file; copies."""
-    adapter = live.active[0]
-    names = adapter_names(adapter, [u for u in live.inventory.units if u.adapter == adapter])
-    return {name: tensor.detach().clone() for name, tensor in names.live("adapter").items()}
 
 
 def _called(model: nn.Module) -> nn.Module:

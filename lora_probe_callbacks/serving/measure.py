@@ -101,7 +101,7 @@ def slope(
     Raises:
         ValueError: If the four are not of the same shape, or hold no token.
     """
-    starts = _units([len(row) for row in on], _shapes(on, off, served, served_off))
+    starts = _units(_lengths(on, off, served, served_off))
     a, b, c, d = (np.concatenate([np.asarray(row, np.float64) for row in rows]) for rows in (on, off, served, served_off))
     e, f, n = a - b, c - d, d - b
     known = e if exact else e - 2 * n
@@ -126,7 +126,7 @@ def slope(
     )
 
 
-def _shapes(*rows: LogProbs) -> list[int]:
+def _lengths(*rows: LogProbs) -> list[int]:
     lengths = [[len(row) for row in one] for one in rows]
     if any(one != lengths[0] for one in lengths):
         raise ValueError(f"got log-probs of sequences of {lengths} tokens, expected the same tokens four times")
@@ -135,7 +135,7 @@ def _shapes(*rows: LogProbs) -> list[int]:
     return lengths[0]
 
 
-def _units(lengths: Sequence[int], _: object = None) -> NDArray[np.int64]:
+def _units(lengths: Sequence[int]) -> NDArray[np.int64]:
     """Where the units begin in the row of all tokens: sequences, or runs of tokens where these are few."""
     lengths = [length for length in lengths if length]
     run = max(lengths)
@@ -166,7 +166,7 @@ def _interval(top: Floats, bottom: Floats, confidence: float) -> tuple[float, fl
     if x <= 0:  # the effect itself is not told from zero
         return -math.inf, math.inf
     root = math.sqrt(max(y * y - x * z, 0.0))
-    return (y - root) / x, (y + root) / x
+    return float((y - root) / x), float((y + root) / x)
 
 
 def tokens_needed(found: Slope, half_width: float = 0.25) -> int | None:

@@ -171,7 +171,7 @@ class Merged:
                 served = score(_in_float32(loaded).eval(), live.rows)
             _round(merged, kind)
             best = score(merged, live.rows)
-        if live.exact_on:
+        if live.exact:
             on, off = live.on, live.off
         target = f"merged into {kind}" if folder is None else f"{folder.name}, merged into {kind}"
         return Scored(target, best if folder is None else served, off, on, off, best, kind, merged=True)

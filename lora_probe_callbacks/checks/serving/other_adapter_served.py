@@ -13,9 +13,10 @@ def judge(facts: Facts) -> Verdict:
 
 
 def _judge(served: ServedFact) -> Verdict:
-    who = f"the adapter {served.other!r} of this model" if served.other else "an adapter that this model does not hold"
+    who = f"is the adapter {served.other!r} of this model, not" if served.other else "changes the base, but is not"
+    more = "" if served.other else ", nor another one of this model, nor a checkpoint at hand"
     return fail(
-        f"{served.target} is {who}, not the trained one",
+        f"{served.target} {who} the trained adapter{more}",
         cause=served.target,
         got=measured(served),
         expected="slope 1",

@@ -21,7 +21,7 @@ def _judge(rollout: RolloutFact) -> Verdict | None:
     )
     if rollout.verdict == "ignored":
         return fail(
-            "the sampler ignores the adapter: its log-probs are those of the base",
+            "the sampler ignores the adapter, or was never sent it: its log-probs are those of the base",
             rollout.slots,
             cause="ignored",
             got=got,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_probe_callbacks.checks._base import Check, Verdict, fail, some
+from lora_probe_callbacks.checks._base import Check, Verdict, fail
 from lora_probe_callbacks.checks.serving._served import each_served, measured
 from lora_probe_callbacks.facts import Facts, ServedFact
 
@@ -14,17 +14,11 @@ def judge(facts: Facts) -> Verdict:
 
 def _judge(served: ServedFact) -> Verdict:
     return fail(
-        f"{served.target} lacks the adapter in {len(served.off)} of {served.layers} layers: {_kinds(served.off)}",
+        f"{served.target} lacks the adapter in {len(served.off)} of {served.layers} layers: {served.where}",
         cause=served.target,
         got=f"{measured(served)}; the live model without these layers fits",
         expected="slope 1, with all layers",
     )
-
-
-def _kinds(layers: tuple[str, ...]) -> str:
-    """Their kinds, if these are few, else their names."""
-    kinds = dict.fromkeys(name.rpartition(".")[2] for name in layers)
-    return f"all {', '.join(kinds)}" if len(kinds) < len(layers) / 2 and len(kinds) <= 3 else some(layers)
 
 
 CHECK = Check(
