@@ -29,8 +29,8 @@ class Sampled(NamedTuple):
 class Generations:
     """The generations of one trainer, each once.
 
-    GRPO keeps a generation in ``_buffered_inputs``, with ``sampling_per_token_logps`` where vLLM or a rollout function has
-    sampled; RLOO keeps none (trl 1.16).
+    GRPO keeps a generation in ``_buffered_inputs``, with ``sampling_per_token_logps`` where vLLM or a rollout function
+    has sampled; RLOO keeps no log-probs of the sampler (trl 1.16).
     """
 
     def __init__(self) -> None:

@@ -178,9 +178,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         batches = [] if trainer is None else self._generations.new(trainer)
         if batches and self._session is not None and self._session.rollouts.due:
             sampled = self._generations.sampled(trainer, batches)
-            self.watch_rollout(
-                sampled.tokens, sampled.log_probs, temperature=sampled.temperature, top_p=sampled.top_p
-            )
+            self.watch_rollout(sampled.tokens, sampled.log_probs, temperature=sampled.temperature, top_p=sampled.top_p)
 
     @override
     def on_substep_end(

@@ -299,7 +299,9 @@ class ProofBook:
         if claim == "saved":
             return "; ".join(dict.fromkeys(self._saved.values()))
         if claim == "served":
-            return f"the sampler was another policy than the one that trains{self._diagnosis(missing, claim, ended=ended)}"
+            return (
+                f"the sampler was another policy than the one that trains{self._diagnosis(missing, claim, ended=ended)}"
+            )
         if claim == "agreed":
             return facts.why_alone or "the ranks did not hold, or did not apply, the same at the last exchange"
         if facts.why_not_owned and claim in ("owned", "reached", "moved", "seen"):

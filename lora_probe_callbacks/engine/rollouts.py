@@ -72,7 +72,7 @@ class Rollouts:
 
         Args:
             tokens: Token ids of whole sequences, prompts included and without padding.
-            log_probs: Those of the sampler, of the last tokens of each sequence, in nats; NaN or None for what is unknown.
+            log_probs: Those of the sampler, of the last tokens of each sequence, in nats; NaN or None where unknown.
             temperature: That of sampling.
             top_p: Likewise.
         """
@@ -120,11 +120,13 @@ def _rollout(tokens: Any, log_probs: Any, temperature: float, top_p: float) -> R
     rows = as_rows(tokens)
     sampled = [_values(values) for values in log_probs]
     if len(sampled) != len(rows):
-        raise CannotCompareError(f"got log-probs of {len(sampled)} sequences for {len(rows)} of tokens, expected as many")
+        raise CannotCompareError(
+            f"got log-probs of {len(sampled)} sequences for {len(rows)} of tokens, expected as many"
+        )
     if wrong := [i for i, (a, b) in enumerate(zip(rows, sampled, strict=True)) if not len(b) < len(a)]:
         raise CannotCompareError(
-            f"got {len(sampled[wrong[0]])} log-probs for a sequence of {len(rows[wrong[0]])} tokens, expected fewer: those of "
-            "its last tokens, that were sampled"
+            f"got {len(sampled[wrong[0]])} log-probs for a sequence of {len(rows[wrong[0]])} tokens, expected fewer: "
+            "those of its last tokens, that were sampled"
         )
     chosen: list[int] = []
     for i in range(0, len(rows), -(-len(rows) // _ROWS)):

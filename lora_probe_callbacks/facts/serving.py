@@ -1,4 +1,4 @@
-"""What another model shows of the trained adapter: one that was reloaded, merged or is served, or the sampler of a run."""
+"""What another model shows of the trained adapter: one that was reloaded, merged, is served, or samples in a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ServedFact:
         noise: Of the difference of the bases.
         tokens: Number of tokens that were compared.
         lost: Distance from the live log-probs, as a part of the effect.
-        best: The same of the live model, merged exactly and rounded to the type of the target; None where there is none.
+        best: The same of the live model, merged exactly and rounded to the type of the target; None: no merge.
         dtype: That type.
         scale: The factor on the scaling of LoRA with which the live model fits; None if it does with none.
         off: Layers without which the live model fits.

@@ -25,7 +25,7 @@ __all__ = ["Endpoint"]
 class Endpoint:
     """A server with prompt log-probs.
 
-    vLLM returns them for ``prompt_logprobs``, with the ids of the tokens; SGLang and others for ``echo`` and ``logprobs``.
+    vLLM returns them for ``prompt_logprobs``, with the ids of the tokens; SGLang and others for ``echo``.
 
     Args:
         url: Of the server, with or without ``/v1``.
@@ -90,22 +90,24 @@ class Endpoint:
         by_position = listed.get("token_logprobs") if isinstance(listed, Mapping) else None
         if not isinstance(by_position, list) or len(by_position) < len(row):
             raise CannotCompareError(
-                f"got no log-probs of the prompt from {self.url}, expected an engine that has them: vLLM, or SGLang with "
-                "echo and logprobs"
+                f"got no log-probs of the prompt from {self.url}, expected an engine that has them: vLLM, or SGLang "
+                "with echo and logprobs"
             )
         return [_number(value, self.url) for value in by_position[1 : len(row)]]
 
     def _by_id(self, listed: list[Any], row: Sequence[int]) -> Any:
         """vLLM: of each position, token id to log-prob."""
         if len(listed) != len(row):
-            raise CannotCompareError(f"got log-probs of {len(listed)} tokens from {self.url} for {len(row)}: other tokens")
+            raise CannotCompareError(
+                f"got log-probs of {len(listed)} tokens from {self.url} for {len(row)}: other tokens"
+            )
         found = np.empty(len(row) - 1)
         for position, (entry, token) in enumerate(zip(listed[1:], row[1:], strict=True)):
             if not isinstance(entry, Mapping) or str(token) not in entry:
                 scored = ", ".join(entry) if isinstance(entry, Mapping) else "none"
                 raise CannotCompareError(
-                    f"got a log-prob of token {scored} at position {position + 1} from {self.url}, expected one of {token}: "
-                    "other tokens were scored"
+                    f"got a log-prob of token {scored} at position {position + 1} from {self.url}, expected one of "
+                    f"{token}: other tokens were scored"
                 )
             found[position] = _number(entry[str(token)], self.url)
         return found

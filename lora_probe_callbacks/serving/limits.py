@@ -33,7 +33,9 @@ def limits(live: LiveModel) -> tuple[str, ...]:
             found += _of_config(configs[adapter])
     tied = {layer.name.rpartition(".")[2] for layer in live.layers if layer.module.__class__.__name__ == "Embedding"}
     if tied:
-        found.append(f"LoRA of an embedding ({', '.join(sorted(tied))}): vLLM takes it for few models and drops it for others")
+        found.append(
+            f"LoRA of an embedding ({', '.join(sorted(tied))}): vLLM takes it for few models and drops it for others"
+        )
     return tuple(found)
 
 
@@ -59,15 +61,18 @@ def _of_config(config: Any) -> list[str]:
     if has("lora_bias") or has("bias") not in (None, "none"):
         found.append("a bias in the adapter: vLLM refuses it; train with bias='none', or merge")
     if str(has("init_lora_weights")).lower().startswith(_OF_THE_BASE):
-        found.append(f"init_lora_weights={has('init_lora_weights')!r} changes the base: convert it to plain LoRA when you save")
-    for name in ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"):
-        if has(name):
-            found.append(f"{name}: vLLM refuses it")
+        found.append(
+            f"init_lora_weights={has('init_lora_weights')!r} changes the base: convert it to plain LoRA when you save"
+        )
+    refused = ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora")
+    found += [f"{name}: vLLM refuses it" for name in refused if has(name)]
     if has("use_rslora"):
         found.append(
             "rsLoRA: vLLM scales by alpha / sqrt(r), engines that do not know it by alpha / r; verify the endpoint"
         )
     ranks = [has("r") or 0, *(has("rank_pattern") or {}).values()]
     if max(ranks) > _USUAL_RANK:
-        found.append(f"rank {max(ranks)}: vLLM takes {_USUAL_RANK} if nothing is said; start it with --max-lora-rank {max(ranks)}")
+        found.append(
+            f"rank {max(ranks)}: vLLM takes {_USUAL_RANK} by default; start it with --max-lora-rank {max(ranks)}"
+        )
     return found

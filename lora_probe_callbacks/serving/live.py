@@ -94,20 +94,24 @@ class LiveModel:
         layers = self.layers
         if not layers or not self.inventory.active:
             raise CannotCompareError(
-                f"got a model without an active adapter ({type(self.module).__name__}), expected the trained one: a PeftModel "
-                "that was not merged and unloaded"
+                f"got a model without an active adapter ({type(self.module).__name__}), expected the trained one: a "
+                "PeftModel that was not merged and unloaded"
             )
         if merged := [layer.name for layer in layers if layer.merged]:
             raise CannotCompareError(
-                f"got a model whose adapter is merged into {len(merged)} layers, expected it beside them: unmerge_adapter()"
+                f"got a model whose adapter is merged into {len(merged)} layers, expected it beside: unmerge_adapter()"
             )
         if not all(layer.switched for layer in layers):
             raise CannotCompareError("got a prompt-learning adapter, expected one in layers that can be switched off")
         if all(layer.disabled for layer in layers):
-            raise CannotCompareError("got a model whose adapters are disabled, expected them enabled: enable_adapter_layers()")
+            raise CannotCompareError(
+                "got a model whose adapters are disabled, expected them enabled: enable_adapter_layers()"
+            )
         slots = [slot for unit in self.inventory.units for slot in unit.slots]
         if any(t is not None and (is_shard(t) or t.numel() == 0) for t in (slot.tensor for slot in slots)):
-            raise CannotCompareError("got a sharded model, expected whole tensors: gather them, or compare its saved file")
+            raise CannotCompareError(
+                "got a sharded model, expected whole tensors: gather them, or compare its saved file"
+            )
 
     # --- what can be asked ------------------------------------------------------------------
 
@@ -160,7 +164,9 @@ class LiveModel:
         try:
             file = read_file(file_of(path, names.adapter))
         except FileNotFoundError:
-            raise CannotCompareError(f"got {path}, which holds no adapter: expected a folder of save_pretrained") from None
+            raise CannotCompareError(
+                f"got {path}, which holds no adapter: expected a folder of save_pretrained"
+            ) from None
         except (UnreadableError, NotImplementedError) as error:
             raise CannotCompareError(f"got {path}, which cannot be read: {error}") from None
         form, table = table_of(file, names)
@@ -168,7 +174,9 @@ class LiveModel:
         at = matched(live, table, exact=form == "adapter")
         lacking = [name for name in live if name not in at or table[at[name]].shape != tuple(live[name].shape)]
         if lacking:
-            raise CannotCompareError(f"got {path}, which does not hold {len(lacking)} of {len(live)} tensors: {lacking[0]}")
+            raise CannotCompareError(
+                f"got {path}, which does not hold {len(lacking)} of {len(live)} tensors: {lacking[0]}"
+            )
         flat = file.samples({key: table[key] for key in at.values()}, whole=True)
         return {name: flat[key].view(live[name].shape) for name, key in at.items() if key in flat}
 

@@ -1,4 +1,4 @@
-"""Which policy has sampled? Log-probs of a sampler against those of the policy that trains, of earlier ones and of the base."""
+"""Which policy has sampled? Its log-probs against those of the policy that trains, of earlier ones and of the base."""
 
 from __future__ import annotations
 
@@ -94,9 +94,7 @@ def compare(
 
 
 class _Comparison:
-    def __init__(
-        self, live: LiveModel, rollout: Rollout, sampled: LogProbs, step: int, framework_step: int
-    ) -> None:
+    def __init__(self, live: LiveModel, rollout: Rollout, sampled: LogProbs, step: int, framework_step: int) -> None:
         self._live = live
         self._rollout = rollout
         self._sampled = sampled

@@ -41,7 +41,9 @@ def as_rows(tokens: object) -> Rows:
         if not isinstance(row, list | tuple) or not all(type(token) is int and token >= 0 for token in row):
             raise CannotCompareError("got tokens that are not lists of token ids, expected [[1, 5, 7], [1, 3]]")
         if len(row) < 2:
-            raise CannotCompareError(f"got a sequence of {len(row)} token(s), expected at least 2: the first has no log-prob")
+            raise CannotCompareError(
+                f"got a sequence of {len(row)} token(s), expected at least 2: the first has no log-prob"
+            )
     return [list(row) for row in rows]
 
 

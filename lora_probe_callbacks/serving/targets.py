@@ -24,7 +24,7 @@ from lora_probe_callbacks.serving.live import LiveModel
 from lora_probe_callbacks.serving.measure import LogProbs
 from lora_probe_callbacks.serving.scoring import Rows, score
 
-__all__ = ["Engine", "Merged", "Reloaded", "Target", "as_log_probs"]
+__all__ = ["Engine", "Merged", "Reloaded", "Target", "as_log_probs", "round_weights"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTISED = ("nf4", "int8")
@@ -44,8 +44,8 @@ class Engine:
     """Any engine, through a function.
 
     Args:
-        score: Called as ``score(tokens, adapter)`` with lists of token ids, and True for the adapter or False for the base
-            alone; returns for each sequence the log-probs of its tokens but the first, in nats.
+        score: Called as ``score(tokens, adapter)`` with lists of token ids, and True for the adapter or False for the
+            base alone; returns for each sequence the log-probs of its tokens but the first, in nats.
         name: What messages call it.
     """
 
@@ -76,14 +76,14 @@ def as_log_probs(returned: Any, rows: Rows, who: str) -> LogProbs:
         found = [np.asarray(row.tolist() if hasattr(row, "tolist") else row, np.float64) for row in returned]
     except (TypeError, ValueError):
         raise CannotCompareError(f"got {type(returned).__name__} from {who}, expected lists of log-probs") from None
-    shapes, expected = [row.shape for row in found], [(len(row) - 1,) for row in rows]
-    if shapes != expected:
-        wrong = next((i for i, (a, b) in enumerate(zip(shapes, expected, strict=False)) if a != b), min(len(found), len(rows)))
-        raise CannotCompareError(
-            f"got log-probs of {len(found)} sequences from {who}, of shape {list(shapes[wrong]) if wrong < len(found) else None} "
-            f"for sequence {wrong}, expected {len(rows)} and {list(expected[wrong]) if wrong < len(rows) else None}: one for every "
-            "token but the first"
-        )
+    if len(found) != len(rows):
+        raise CannotCompareError(f"got log-probs of {len(found)} sequences from {who}, expected {len(rows)}")
+    for i, (values, row) in enumerate(zip(found, rows, strict=True)):
+        if values.shape != (len(row) - 1,):
+            raise CannotCompareError(
+                f"got log-probs of shape {list(values.shape)} from {who} for sequence {i} of {len(row)} tokens, expected "
+                f"[{len(row) - 1}]: one for every token but the first"
+            )
     flat = np.concatenate(found)
     if not np.isfinite(flat).all() or (flat > 1e-3).any():
         raise CannotCompareError(f"got log-probs up to {flat.max():g} from {who}, expected finite ones of at most 0")
@@ -146,8 +146,8 @@ class Merged:
     """The adapter in the weights of its base.
 
     Args:
-        what: The folder of a merged model; or a type, ``torch.bfloat16``, ``"bfloat16"``, ``"float16"``, ``"float32"``, or
-            a quantisation, ``"nf4"`` or ``"int8"``: what the live model would be, merged into it.
+        what: The folder of a merged model; or a type, ``torch.bfloat16``, ``"bfloat16"``, ``"float16"``, ``"float32"``,
+            or a quantisation, ``"nf4"`` or ``"int8"``: what the live model would be, merged into it.
     """
 
     what: str | os.PathLike[str] | torch.dtype
@@ -169,7 +169,7 @@ class Merged:
                 loaded = _from_pretrained(folder, dtype="auto", quantization_config=None)
                 kind = _kind_of(loaded)
                 served = score(_in_float32(loaded).eval(), live.rows)
-            _round(merged, kind)
+            round_weights(merged, kind)
             best = score(merged, live.rows)
         if live.exact:
             on, off = live.on, live.off
@@ -203,8 +203,13 @@ def _in_float32_with_adapter(live: LiveModel) -> PeftModel:
     return model.eval()
 
 
-def _round(model: nn.Module, kind: str) -> None:
-    """Round the weights of a model in float32 as a type or a quantisation would."""
+def round_weights(model: nn.Module, kind: str) -> None:
+    """Round the weights of a model in float32 as a type or a quantisation would.
+
+    Args:
+        model: A merged model, which is changed.
+        kind: ``"bfloat16"`` and the like, ``"nf4"`` or ``"int8"``.
+    """
     with torch.no_grad():
         if kind in _DTYPES:
             for parameter in model.parameters():

@@ -31,16 +31,17 @@ def verify_serving(
 ) -> ServingReport:
     """Does what reloads, merges, exports or serves the adapter behave as the trained model does?
 
-    Both sides score the same tokens, each with the adapter and without. The model is afterwards what it was, bit for bit.
+    Both sides score the same tokens, each with the adapter and without. The model is afterwards what it was, bit for
+    bit.
 
     Args:
         model: The trained model, its adapter active.
-        tokens: Token ids, ``[sequences, tokens]`` or lists; some 2,000 tokens of real text are enough for most adapters.
+        tokens: Token ids, ``[sequences, tokens]`` or lists; the report says if there are too few.
         *targets: :class:`Reloaded`, :class:`Merged`, :class:`Endpoint`, :class:`Engine`.
         checkpoints: Folders of earlier states of the adapter: a target that is stale is known by them.
 
     Returns:
-        One result for each target; ``exit_code`` is 0 if all are served, 1 if one is not, 2 if one could not be compared.
+        One result for each target; ``exit_code`` is 0 if all are served, 1 if one is not, 2 if one cannot be told.
 
     Raises:
         CannotCompareError: If the model itself cannot be scored: no adapter, merged, sharded, or other tokens.

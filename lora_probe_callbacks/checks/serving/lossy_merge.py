@@ -46,7 +46,12 @@ CHECK = Check(
     why="A merge rounds base and adapter together; a small change is lost in a step of the type, and nothing is said.",
     fix="Merge in float32 and round once, export in a wider type, or serve the adapter beside its base.",
     quiet="A loss below a tenth of the effect, which every 16-bit export has.",
-    threads=("unslothai/unsloth#2142", "huggingface/peft#2586", "axolotl-ai-cloud/axolotl#3803", "modelscope/ms-swift#7907"),
+    threads=(
+        "unslothai/unsloth#2142",
+        "huggingface/peft#2586",
+        "axolotl-ai-cloud/axolotl#3803",
+        "modelscope/ms-swift#7907",
+    ),
     needs=("serving",),
     judge=judge,
 )
