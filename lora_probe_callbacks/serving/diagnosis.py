@@ -17,6 +17,7 @@ from lora_probe_callbacks.serving.measure import Fit, LogProbs, Slope, misfit, s
 __all__ = ["Scored", "diagnose"]
 
 CLOSE = 0.1  # of the effect: what is as near as this behaves the same
+_FAR = 0.3  # of the effect: what is as far as this is no explanation, however wide its bounds are
 _DECIDED = 0.25  # half width of an interval that tells 1 from one half, and one half from 0
 _RELATED = 0.7  # correlation of effects that are of one adapter
 _ALONE = 256  # layers at most that are switched off one by one
@@ -88,7 +89,7 @@ def diagnose(live: LiveModel, scored: Scored, checkpoints: Sequence[Path] = ()) 
     decided = found.half_width <= _DECIDED
     if _is_close(fit) and (decided or fit.high <= 2 * CLOSE) and _overlaps(found, 1.0):
         return fact
-    if not decided and _is_close(fit):
+    if not decided and fit.low <= CLOSE:
         return replace(fact, verdict="undecidable", needed=tokens_needed(found))
     if scored.merged and fact.best is not None and fit.low <= 2 * fact.best:
         return replace(fact, verdict="lossy")
@@ -96,7 +97,8 @@ def diagnose(live: LiveModel, scored: Scored, checkpoints: Sequence[Path] = ()) 
 
 
 def _is_close(fit: Fit) -> bool:
-    return fit.low <= CLOSE
+    """It may be the same, and is not far from it."""
+    return fit.low <= CLOSE and fit.part <= _FAR
 
 
 def _overlaps(found: Slope, value: float) -> bool:

@@ -22,7 +22,7 @@ from lora_probe_callbacks.restore.model import eager, holding
 from lora_probe_callbacks.restore.module_state import module_state_restored
 from lora_probe_callbacks.serving.errors import CannotCompareError
 from lora_probe_callbacks.serving.measure import LogProbs
-from lora_probe_callbacks.serving.scoring import Chosen, Rows, log_softmax_of, score
+from lora_probe_callbacks.serving.scoring import Chosen, Rows, in_eval_mode, log_softmax_of, score
 
 __all__ = ["LiveModel", "State"]
 
@@ -130,8 +130,7 @@ class LiveModel:
             undo.enter_context(eager([self._outside, *self.module.modules()]))
             undo.enter_context(module_state_restored(self.module))
             undo.enter_context(self._in(state))
-            for module in self.module.modules():
-                module.training = False
+            in_eval_mode(self.module)
             kinds: set[torch.dtype] = set()
             undo.enter_context(_output_types(self.layers[0].module, kinds))
             found = score(self.module, self.rows, chosen)

@@ -166,10 +166,8 @@ def _jackknife(top: Floats, bottom: Floats, confidence: float) -> tuple[float, f
 
 
 def _fieller(top: Floats, bottom: Floats, confidence: float) -> tuple[float, float]:
-    """All b for which ``top - b bottom`` has a mean of zero by the t-test, over the units.
-
-    With m for means and s for the (co)variances of means: (m_t - b m_b)^2 <= q^2 (s_tt - 2 b s_tb + b^2 s_bb).
-    """
+    """All b for which ``top - b bottom`` has a mean of zero by the t-test, over the units."""
+    # With m for means and s for the (co)variances of means: (m_t - b m_b)^2 <= q^2 (s_tt - 2 b s_tb + b^2 s_bb).
     units = len(top)
     if units < 2 or not bottom.any():
         return -math.inf, math.inf

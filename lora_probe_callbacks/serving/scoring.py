@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from lora_probe_callbacks.serving.errors import CannotCompareError
 
-__all__ = ["Rows", "as_rows", "log_softmax_of", "score"]
+__all__ = ["Rows", "as_rows", "in_eval_mode", "log_softmax_of", "score"]
 
 Rows = list[list[int]]  # token ids of each sequence
 Chosen = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -45,6 +46,16 @@ def as_rows(tokens: object) -> Rows:
                 f"got a sequence of {len(row)} token(s), expected at least 2: the first has no log-prob"
             )
     return [list(row) for row in rows]
+
+
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """Switch dropout off; a 4-bit layer of bitsandbytes stays in training mode, where it does nothing of the kind.
+
+    In the other, on CPUs with AVX512-BF16, its first forward packs the weight for good (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        module.training = "support_avx512bf16_for_cpu" in vars(module)
+    return model
 
 
 def log_softmax_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -102,12 +113,12 @@ def _logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Te
     accepted = inspect.signature(base.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     inputs = {"attention_mask": mask, "use_cache": False}
-    try:
-        output = model(ids, **{k: v for k, v in inputs.items() if k in accepted or open_ended})
-    except IndexError as error:
+    embedding = getattr(base, "get_input_embeddings", lambda: None)()
+    if isinstance(embedding, nn.Module) and int(ids.max()) >= (size := getattr(embedding, "num_embeddings", math.inf)):
         raise CannotCompareError(
-            f"got token ids up to {int(ids.max())}, which the model has no embedding for: tokens of another tokenizer"
-        ) from error
+            f"got the token id {int(ids.max())}, expected ids below {size}: these are tokens of another tokenizer"
+        )
+    output = model(ids, **{k: v for k, v in inputs.items() if k in accepted or open_ended})
     logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, torch.Tensor) or logits.shape[:2] != ids.shape:
         shape = list(logits.shape) if isinstance(logits, torch.Tensor) else None

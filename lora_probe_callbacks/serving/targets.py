@@ -22,7 +22,7 @@ from lora_probe_callbacks.serving.diagnosis import Scored
 from lora_probe_callbacks.serving.errors import CannotCompareError
 from lora_probe_callbacks.serving.live import LiveModel
 from lora_probe_callbacks.serving.measure import LogProbs
-from lora_probe_callbacks.serving.scoring import Rows, score
+from lora_probe_callbacks.serving.scoring import Rows, in_eval_mode, score
 
 __all__ = ["Engine", "Merged", "Reloaded", "Target", "as_log_probs", "round_weights"]
 
@@ -81,8 +81,8 @@ def as_log_probs(returned: Any, rows: Rows, who: str) -> LogProbs:
     for i, (values, row) in enumerate(zip(found, rows, strict=True)):
         if values.shape != (len(row) - 1,):
             raise CannotCompareError(
-                f"got log-probs of shape {list(values.shape)} from {who} for sequence {i} of {len(row)} tokens, expected "
-                f"[{len(row) - 1}]: one for every token but the first"
+                f"got log-probs of shape {list(values.shape)} from {who} for sequence {i} of {len(row)} tokens, "
+                f"expected [{len(row) - 1}]: one for every token but the first"
             )
     flat = np.concatenate(found)
     if not np.isfinite(flat).all() or (flat > 1e-3).any():
@@ -113,9 +113,8 @@ class Reloaded:
             raise CannotCompareError(f"got {path} without adapter_config.json, expected a folder of save_pretrained")
         with _alone(f"{path} cannot be loaded"):
             base = self._base(live, path)
-            base.eval()
-            off = score(base, live.rows)
-            model = PeftModel.from_pretrained(base, str(path)).eval()  # type: ignore[arg-type]
+            off = score(in_eval_mode(base), live.rows)
+            model = in_eval_mode(PeftModel.from_pretrained(base, str(path)))  # type: ignore[arg-type]
             on = score(model, live.rows)
         return Scored(f"{path.name} reloaded", on, off, checkpoints=_beside(path))
 
@@ -124,8 +123,9 @@ class Reloaded:
             return copy.deepcopy(self.base)
         named = self.base or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
         if named and Path(named).is_dir():
-            floating = next(p.dtype for p in live.module.parameters() if p.is_floating_point())
-            config = getattr(getattr(live.module, "config", None), "quantization_config", None)
+            inner = live.module.get_base_model() if isinstance(live.module, PeftModel) else live.module
+            floating = next(p.dtype for p in inner.parameters() if p.is_floating_point())
+            config = getattr(getattr(inner, "config", None), "quantization_config", None)
             return _from_pretrained(Path(named), dtype=floating, quantization_config=config)
         if self.base is not None:
             raise CannotCompareError(f"got the base {self.base}, which is no folder")
@@ -146,8 +146,8 @@ class Merged:
     """The adapter in the weights of its base.
 
     Args:
-        what: The folder of a merged model; or a type, ``torch.bfloat16``, ``"bfloat16"``, ``"float16"``, ``"float32"``,
-            or a quantisation, ``"nf4"`` or ``"int8"``: what the live model would be, merged into it.
+        what: The folder of a merged model; or what the live model is merged into: a type, ``torch.bfloat16``,
+            ``"bfloat16"``, ``"float16"``, ``"float32"``, or a quantisation, ``"nf4"``, ``"int8"``.
     """
 
     what: str | os.PathLike[str] | torch.dtype
@@ -168,7 +168,7 @@ class Merged:
             if folder is not None:
                 loaded = _from_pretrained(folder, dtype="auto", quantization_config=None)
                 kind = _kind_of(loaded)
-                served = score(_in_float32(loaded).eval(), live.rows)
+                served = score(in_eval_mode(_in_float32(loaded)), live.rows)
             round_weights(merged, kind)
             best = score(merged, live.rows)
         if live.exact:
@@ -179,10 +179,10 @@ class Merged:
 
 def _merged_copy(live: LiveModel) -> tuple[LogProbs, nn.Module]:
     """In float32: log-probs of the base, and the merged model."""
-    model = copy.deepcopy(live.module).eval()
+    model = in_eval_mode(copy.deepcopy(live.module))
     if _is_quantised(model):
         model = _in_float32_with_adapter(live)
-    model = model.float()
+    _float(model)
     if not isinstance(model, PeftModel):
         raise CannotCompareError(f"got a {type(model).__name__} with adapters, expected a PeftModel to merge")
     with model.disable_adapter():
@@ -200,7 +200,8 @@ def _in_float32_with_adapter(live: LiveModel) -> PeftModel:
     model = get_peft_model(_in_float32(_bare_copy(live)), config)  # type: ignore[arg-type]
     state = get_peft_model_state_dict(live.module, adapter_name=adapter, save_embedding_layers=False)
     set_peft_model_state_dict(model, state)
-    return model.eval()
+    in_eval_mode(model)
+    return model
 
 
 def round_weights(model: nn.Module, kind: str) -> None:
@@ -297,4 +298,11 @@ def _in_float32(model: nn.Module) -> nn.Module:
                 if module.bias is not None:
                     plain.bias.data = module.bias.detach().float()
                 setattr(parent, name, plain)
-    return model.float()
+    return _float(model)
+
+
+def _float(model: nn.Module) -> nn.Module:
+    """Parameter by parameter: a model of transformers that was quantised refuses to be asked as a whole."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return model

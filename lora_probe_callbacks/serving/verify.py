@@ -53,6 +53,7 @@ def verify_serving(
         print(report)
     """
     live = LiveModel(model, as_rows(tokens))
+    _ = live.on  # what is wrong with the model itself is raised, not told of each target
     found = limits(live)
     results = [_result(live, target, [Path(path) for path in checkpoints]) for target in targets]
     findings = [result.finding for result in results if result.finding is not None]

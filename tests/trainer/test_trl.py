@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from support.training import hooks_of_the_probe, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
@@ -190,7 +189,8 @@ class Sampler:
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         if self.model is None or self.synced:
-            self.model = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).eval()
+            self.model = get_peft_model(llama(), lora_config()).eval()
+            self.model.load_state_dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
         found: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
         for prompt in prompts:
             ids = trainer.processing_class(prompt)["input_ids"]
