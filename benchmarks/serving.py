@@ -31,8 +31,8 @@ from typing import Any
 
 VOCABULARY, LENGTH = 512, 32
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "HF_HUB_OFFLINE": "1"}
-# One sequence at a time: with several, vLLM 0.32 cannot score prompts under LoRA on a CPU (add_lora_logits takes an index
-# for each sequence, and is given a row for each token).
+# One sequence at a time: with several, vLLM 0.32 cannot score prompts under LoRA on a CPU (add_lora_logits takes an
+# index for each sequence, and is given a row for each token).
 ENGINE = {"dtype": "bfloat16", "max_model_len": 128, "enforce_eager": True, "max_num_seqs": 1}
 
 
@@ -249,12 +249,14 @@ def verified(given: Parts, target: Any) -> dict[str, Any]:
     return {
         "verdict": found.verdict,
         "code": None if found.finding is None else found.finding.code,
-        "message": found.error
-        or ("" if found.finding is None else found.finding.message.replace(str(given.folder), "")),
-        "slope": found.slope,
-        "interval": list(found.interval),
-        "correlation": found.correlation,
-        "noise": found.noise,
+        "message": (found.error or ("" if found.finding is None else found.finding.message)).replace(
+            f"{given.folder.name}/", ""
+        ),
+        # JSON has no infinity
+        "slope": None if found.fact is None else found.slope,
+        "interval": None if found.fact is None else list(found.interval),
+        "correlation": None if found.fact is None else found.correlation,
+        "noise": None if found.fact is None else found.noise,
         "effect": None if found.fact is None else found.fact.effect,
         "lost": None if found.fact is None else found.fact.lost,
         "tokens": None if found.fact is None else found.fact.tokens,
@@ -385,6 +387,21 @@ def rollouts(python: str, given: Parts) -> Iterator[dict[str, Any]]:
         }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The rows as a table."""
+    lines = [
+        "| over | case | verdict | slope | noise / effect | it says |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        measured = row.get("effect") is not None
+        slope = f"{row['slope']:.3f} in [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]" if measured else ""
+        noise = f"{row['noise']:.2g} / {row['effect']:.2g}" if measured else ""
+        lines.append(f"| {row['over']} | {row['case']} | {row['verdict']} | {slope} | {noise} | {row['message']} |")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join([*lines, "", f"{result['right']} of {result['cases']} right; {versions}."])
+
+
 def main() -> None:
     """Run all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -439,6 +456,11 @@ def main() -> None:
     }
     if arguments.only is None:
         (arguments.out / "serving.json").write_text(json.dumps(result, indent=1) + "\n")
+        page = Path(__file__).parents[1] / "docs" / "serving.md"
+        before, _, rest = page.read_text().partition("<!-- serving -->")
+        page.write_text(
+            f"{before}<!-- serving -->\n{table(result)}\n<!-- /serving -->{rest.partition('<!-- /serving -->')[2]}"
+        )
     sys.exit(result["right"] != result["cases"])
 
 

@@ -49,10 +49,9 @@ def as_rows(tokens: object) -> Rows:
 
 
 def in_eval_mode(model: nn.Module) -> nn.Module:
-    """Switch dropout off; a 4-bit layer of bitsandbytes stays in training mode, where it does nothing of the kind.
-
-    In the other, on CPUs with AVX512-BF16, its first forward packs the weight for good (bitsandbytes 0.50).
-    """
+    """Switch dropout off, and return the model."""
+    # A 4-bit layer has none, and stays in training mode: in the other its first forward packs the weight for good, on
+    # CPUs with AVX512-BF16 (bitsandbytes 0.50).
     for module in model.modules():
         module.training = "support_avx512bf16_for_cpu" in vars(module)
     return model
