@@ -175,10 +175,13 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
     ) -> None:
         # The first update on a generation: the policy is still the one that should have sampled it.
         trainer = None if self._trainer is None else self._trainer()
-        batches = [] if trainer is None else self._generations.new(trainer)
-        if batches and self._session is not None and self._session.rollouts.due:
-            sampled = self._generations.sampled(trainer, batches)
-            self.watch_rollout(sampled.tokens, sampled.log_probs, temperature=sampled.temperature, top_p=sampled.top_p)
+        if trainer is None or self._session is None:
+            return
+        with self._session.rollouts.contained():
+            batches = self._generations.new(trainer)
+            if batches and self._session.rollouts.due:
+                tokens, log_probs, temperature, top_p = self._generations.sampled(trainer, batches)
+                self.watch_rollout(tokens, log_probs, temperature=temperature, top_p=top_p)
 
     @override
     def on_substep_end(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_probe_callbacks.observe.checkpoint.format import UnreadableError, file_of, read_file
@@ -25,6 +26,8 @@ from lora_probe_callbacks.serving.measure import LogProbs
 from lora_probe_callbacks.serving.scoring import Chosen, Rows, in_eval_mode, log_softmax_of, score
 
 __all__ = ["LiveModel", "State"]
+
+_SHORT = {torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +137,7 @@ class LiveModel:
             kinds: set[torch.dtype] = set()
             undo.enter_context(_output_types(self.layers[0].module, kinds))
             found = score(self.module, self.rows, chosen)
-        self._exact = not (kinds & {torch.bfloat16, torch.float16}) and not _tf32(self.module)
+        self._exact = not (kinds & _SHORT) and not _rounds(self.module)
         return found
 
     @property
@@ -229,10 +232,11 @@ class LiveModel:
 
 
 def _called(model: nn.Module) -> nn.Module:
-    """The model that takes token ids, below wrappers and Lightning modules."""
+    """The model that takes token ids and has adapters, below wrappers and Lightning modules."""
     from transformers import PreTrainedModel
 
-    return next((m for m in model.modules() if isinstance(m, PeftModel | PreTrainedModel)), model)
+    candidates = (m for m in model.modules() if isinstance(m, PeftModel | PreTrainedModel))
+    return next((m for m in candidates if any(isinstance(x, BaseTunerLayer) for x in m.modules())), model)
 
 
 @contextmanager
@@ -250,6 +254,9 @@ def _output_types(module: nn.Module, kinds: set[torch.dtype]) -> Iterator[None]:
         handle.remove()
 
 
-def _tf32(module: nn.Module) -> bool:
-    kinds: Collection[str] = {p.device.type for p in module.parameters()}
-    return "cuda" in kinds and torch.backends.cuda.matmul.allow_tf32
+def _rounds(module: nn.Module) -> bool:
+    """It computes in less than float32 somewhere, whatever it returns."""
+    inside = [m for m in module.modules() if type(m).__module__.startswith("bitsandbytes")]
+    if any(getattr(m, "compute_dtype", torch.float16) in _SHORT for m in inside):
+        return True
+    return torch.backends.cuda.matmul.allow_tf32 and any(p.device.type == "cuda" for p in module.parameters())

@@ -39,6 +39,7 @@ LogProbs = Sequence[Floats]  # of each sequence, [tokens], in nats
 FEW = 32  # sequences, of which the spread is still well known
 _RUN = 8  # tokens at least, in a unit that is not a whole sequence
 _UNITS = 64
+_SURE = 1.96  # standard errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Slope:
         high: The upper end.
         correlation: Between the two effects, noise included.
         effect: Root mean square of the live effect, in nats a token, its noise taken off.
+        effect_most: The most that it may be.
         served_effect: Of the served one, likewise.
         noise: Root mean square of the difference of the bases, in nats a token.
         tokens: Number of tokens.
@@ -62,6 +64,7 @@ class Slope:
     high: float
     correlation: float
     effect: float
+    effect_most: float
     served_effect: float
     noise: float
     tokens: int
@@ -122,6 +125,7 @@ def slope(
         high=high,
         correlation=float(e @ f) / size if size else 0.0,
         effect=math.sqrt(max(denominator, 0.0) / tokens),
+        effect_most=math.sqrt(max(denominator + _SURE * float(bottom.std()) * math.sqrt(len(starts)), 0.0) / tokens),
         # the noise of f is -2 <f, n>, the same way
         served_effect=math.sqrt(max(float(f @ f + 2 * f @ n), 0.0) / tokens),
         noise=math.sqrt(float(n @ n) / tokens),
@@ -191,18 +195,17 @@ def tokens_needed(found: Slope, half_width: float = 0.25) -> int | None:
         half_width: That of the interval that is wanted.
 
     Returns:
-        The number; where the interval is unbounded, about that; None if the adapter has no effect at all.
+        The number; where the interval is unbounded, the least that it may be; None if the adapter has no effect at all.
     """
-    if not found.effect:
-        # Nothing is left of the effect once the noise is taken off: it is below what these tokens could show.
-        return None if not found.noise else found.tokens * 100
+    if not found.effect_most:
+        return None
     if math.isfinite(found.half_width):
         return math.ceil(found.tokens * max(1.0, (found.half_width / half_width) ** 2))
     # The noise of e and of f together is twice that of the bases' difference; one token's part of the sum is the
     # product of the effect, itself noisy, and that.
-    seen = math.hypot(found.effect, found.noise)
-    error = 1.96 * seen * math.sqrt(2) * found.noise / found.effect**2
-    return max(math.ceil((error / half_width) ** 2), 2 * found.tokens)
+    seen = math.hypot(found.effect_most, found.noise)
+    error = _SURE * seen * math.sqrt(2) * found.noise / found.effect_most**2
+    return max(math.ceil((error / half_width) ** 2), found.tokens + 1)
 
 
 @dataclass(frozen=True, slots=True)

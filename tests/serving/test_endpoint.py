@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -120,6 +121,9 @@ def test_command(url: str, folder: Path, tmp_path: Path) -> None:
     code, said = run("--endpoint", "http://127.0.0.1:9", "--model", "ad")
     assert code == 2
     assert "cannot be reached" in said
+    code, said = run("--merged", "float32", "--json")
+    content = json.loads(said[said.index("{") :])
+    assert (code, content["exit_code"], content["results"][0]["fact"]["verdict"]) == (0, 0, "served")
     code, said = run("--prompts", "nowhere.txt")
     assert code == 2
     assert "nowhere.txt" in said

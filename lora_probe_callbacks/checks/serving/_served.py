@@ -41,7 +41,7 @@ def undecided(served: ServedFact) -> str:
         return f"{served.target}: the adapter changes nothing on these tokens, so no number of them tells whether it is there"
     return (
         f"{served.target}: an effect of {served.effect:.2g} nats a token is not told from a noise of {served.noise:.2g} on "
-        f"{served.tokens} tokens; some {served.needed} like these would settle it"
+        f"{served.tokens} tokens; it takes {served.needed} like these at least"
     )
 
 
