@@ -184,8 +184,8 @@ class _Search:
                 break
         if nearest is None or not (_is_close(nearest[0]) or nearest[0].part < whole.part / 4):
             return None
-        off = tuple(names[i] for i in sorted(nearest[1]))
-        return replace(self._fact, verdict="partly", off=off, where=nearest[2])
+        lacking = tuple(names[i] for i in sorted(nearest[1]))
+        return replace(self._fact, verdict="partly", off=lacking, where=nearest[2])
 
     def _guess(self, groups: _Groups) -> frozenset[str]:
         """The groups without which the live model would come nearest, if their effects added up."""

@@ -242,7 +242,8 @@ def _over_each(top_ps: Sequence[float], plain: Chosen, temperature: float) -> Ch
     def chosen(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         log_probs = plain(logits, targets)
         sums = torch.empty(len(logits), len(top_ps), device=logits.device, dtype=logits.dtype)
-        for rows in torch.arange(len(logits), device=logits.device).split(max(1, _SORTED // logits.shape[-1])):
+        at = torch.arange(len(logits), device=logits.device)
+        for rows in torch.split(at, max(1, _SORTED // logits.shape[-1])):
             ordered = (logits[rows] / temperature).softmax(-1).sort(descending=True).values.cumsum(-1)
             for i, top_p in enumerate(top_ps):
                 last = (ordered < top_p).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)

@@ -131,5 +131,6 @@ def _logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Te
 def _of_row(logits: torch.Tensor, targets: torch.Tensor, chosen: Chosen) -> NDArray[np.float64]:
     rows = max(1, _LOGITS // logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    parts = [chosen(z.to(dtype), t) for z, t in zip(logits.split(rows), targets.split(rows), strict=True)]
+    pairs = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
+    parts = [chosen(z.to(dtype), t) for z, t in pairs]
     return torch.cat(parts).double().cpu().numpy()

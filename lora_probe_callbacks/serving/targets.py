@@ -114,7 +114,7 @@ class Reloaded:
         with _alone(f"{path} cannot be loaded"):
             base = self._base(live, path)
             off = score(in_eval_mode(base), live.rows)
-            model = in_eval_mode(PeftModel.from_pretrained(base, str(path)))  # type: ignore[arg-type]
+            model = in_eval_mode(PeftModel.from_pretrained(base, str(path)))
             on = score(model, live.rows)
         return Scored(f"{path.name} reloaded", on, off, checkpoints=_beside(path))
 
@@ -163,8 +163,8 @@ class Merged:
                 f"{', '.join((*_DTYPES, *_QUANTISED))}"
             )
         with _alone(f"{kind} cannot be merged" if known else f"{folder} cannot be loaded"):
-            off, merged = _merged_copy(live)
-            on = score(merged, live.rows)
+            merged, off = _merged_copy(live)
+            on: LogProbs = score(merged, live.rows)
             if folder is not None:
                 loaded = _from_pretrained(folder, dtype="auto", quantization_config=None)
                 kind = _kind_of(loaded)
@@ -177,8 +177,8 @@ class Merged:
         return Scored(target, best if folder is None else served, off, on, off, best, kind, merged=True)
 
 
-def _merged_copy(live: LiveModel) -> tuple[LogProbs, nn.Module]:
-    """In float32: log-probs of the base, and the merged model."""
+def _merged_copy(live: LiveModel) -> tuple[nn.Module, LogProbs]:
+    """In float32: the merged model, and log-probs of its base."""
     model = in_eval_mode(copy.deepcopy(live.module))
     if _is_quantised(model):
         model = _in_float32_with_adapter(live)
@@ -187,7 +187,7 @@ def _merged_copy(live: LiveModel) -> tuple[LogProbs, nn.Module]:
         raise CannotCompareError(f"got a {type(model).__name__} with adapters, expected a PeftModel to merge")
     with model.disable_adapter():
         off = score(model, live.rows)
-    return off, model.merge_and_unload()
+    return model.merge_and_unload(), off
 
 
 def _in_float32_with_adapter(live: LiveModel) -> PeftModel:
@@ -195,9 +195,9 @@ def _in_float32_with_adapter(live: LiveModel) -> PeftModel:
     if not isinstance(live.module, PeftModel):
         raise CannotCompareError(f"got a {type(live.module).__name__} with adapters, expected a PeftModel to merge")
     adapter = live.active[0]
-    config = copy.deepcopy(live.module.peft_config[adapter])
+    config: Any = copy.deepcopy(live.module.peft_config[adapter])
     config.init_lora_weights = True  # others would change the base
-    model = get_peft_model(_in_float32(_bare_copy(live)), config)  # type: ignore[arg-type]
+    model: PeftModel = get_peft_model(_in_float32(_bare_copy(live)), config)
     state = get_peft_model_state_dict(live.module, adapter_name=adapter, save_embedding_layers=False)
     set_peft_model_state_dict(model, state)
     in_eval_mode(model)
@@ -216,7 +216,8 @@ def round_weights(model: nn.Module, kind: str) -> None:
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(_DTYPES[kind]).to(parameter.dtype))
             return
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        ask: Any = getattr(model, "get_output_embeddings", None)
+        head = None if ask is None else ask()
         for module in model.modules():
             if isinstance(module, nn.Linear) and module is not head:
                 module.weight.copy_(_nf4(module.weight) if kind == "nf4" else _int8(module.weight))
@@ -302,7 +303,8 @@ def _in_float32(model: nn.Module) -> nn.Module:
 
 
 def _float(model: nn.Module) -> nn.Module:
-    """Parameter by parameter: a model of transformers that was quantised refuses to be asked as a whole."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
+    """Tensor by tensor: a model of transformers that was quantised refuses to be asked as a whole."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
     return model
