@@ -192,8 +192,7 @@ class ProbeSession:
     def _settle(self) -> None:
         """The module's own hooks may have activated another adapter since the session began."""
         targets = self._targets
-        exchanged = targets.exchanged()
-        names, former = targets.active_names(), targets.expected
+        exchanged, names, former = targets.exchanged(), targets.active_names(), targets.expected
         # ... or this is the forward of a reference, which no optimizer owns.
         renamed = names != former and (targets.owned(names) or not targets.owned(former))
         if renamed:
