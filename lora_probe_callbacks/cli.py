@@ -95,6 +95,55 @@ def debug(
 
 
 @app.command()
+def verify(
+    base: Annotated[str, typer.Option(help="The base model: a folder, or a name on the hub.")],
+    adapter: Annotated[str, typer.Option(help="The trained adapter, likewise.")],
+    merged: Annotated[
+        list[str] | None, typer.Option(help="A merged model's folder, or bfloat16, nf4, int8, ...")
+    ] = None,
+    endpoint: Annotated[str | None, typer.Option(help="A server with prompt log-probs: http://host:port.")] = None,
+    model: Annotated[str | None, typer.Option(help="The name under which it serves the adapter.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The name under which it serves the base.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text or a JSON list of token ids a line; default: any.")
+    ] = None,
+    checkpoints: Annotated[list[Path] | None, typer.Option("--checkpoint", help="An earlier state of it.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds, for each answer of the server.")] = 60.0,
+    four_bit: Annotated[bool, typer.Option("--four-bit/--no-four-bit", help="Quantise the base to nf4.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: bfloat16 on a GPU, else float32.")] = None,
+    as_json: Json = False,
+    show_traceback: Debug = False,
+) -> None:
+    """Does what is merged or served behave as the trained adapter? Exit 0 if so, 1 if not, 2 if it cannot be told."""
+    with _reported(show_traceback):
+        from lora_probe_callbacks.debug.loading import Source, load
+        from lora_probe_callbacks.serving.endpoint import Endpoint
+        from lora_probe_callbacks.serving.prompts import read_prompts, synthetic
+        from lora_probe_callbacks.serving.targets import Merged, Reloaded, Target
+        from lora_probe_callbacks.serving.verify import verify_serving
+
+        source = Source(
+            base=base, adapter=adapter, four_bit=four_bit, device=device, dtype=None if dtype is None else dtype.value
+        )
+        with _stdout_kept(as_json):
+            trained = load(source)
+            tokens = synthetic(trained) if prompts is None else read_prompts(prompts, base)
+            targets: list[Target] = [Merged(what) for what in merged or ()]
+            if endpoint is not None:
+                targets.append(Endpoint(endpoint, model=model, base_model=base_model, timeout=timeout))
+            found = verify_serving(trained, tokens, *(targets or [Reloaded(adapter)]), checkpoints=checkpoints or ())
+        if as_json:
+            from lora_probe_callbacks.report.record import plain
+
+            content = plain(dataclasses.asdict(found))
+            _print_json({"schema": _SCHEMA, "command": "verify", "exit_code": found.exit_code, **content})
+        else:
+            typer.echo(str(found))
+    sys.exit(found.exit_code)
+
+
+@app.command()
 def preflight(
     config: Annotated[str, typer.Argument(help="FILE.py:function; it returns model, optimizer and batch.")],
     show_batch: Annotated[bool, typer.Option("--show-batch", help="Show what the loss is made of.")] = False,

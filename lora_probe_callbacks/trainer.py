@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
 from lora_probe_callbacks._callback import Door
+from lora_probe_callbacks._trl import Generations
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.engine.session import ProbeSession
 
@@ -89,6 +90,8 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         self._rows: dict[int, dict[str, float]] = {}
         self._reporters: list[Any] = []
         self._unheard: Callable[[], None] = lambda: None
+        self._generations = Generations()
+        self._trainer: weakref.ref[Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy begins anew: hooks and optimizers cannot be copied."""
@@ -156,6 +159,7 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         self._session = session
         weakref.finalize(self, session.close)
         trainer = _trainer_of(state)
+        self._trainer = None if trainer is None else weakref.ref(trainer)
         if trainer is not None:
             self._unheard = _hear(trainer, weakref.ref(session))
             weakref.finalize(self, self._unheard)
@@ -173,6 +177,20 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
         )
         if state.global_step and "fingerprint" not in stored:  # written without this callback
             session.files.restored_from(checkpoint)
+
+    @override
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The first update on a generation: the policy is still the one that should have sampled it.
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is None or self._session is None:
+            return
+        with self._session.rollouts.contained():
+            batches = self._generations.new(trainer)
+            if batches and self._session.rollouts.due:
+                tokens, log_probs, temperature, top_p = self._generations.sampled(trainer, batches)
+                self.watch_rollout(tokens, log_probs, temperature=temperature, top_p=top_p)
 
     @override
     def on_substep_end(

@@ -29,9 +29,21 @@ KNOWS = {
     "estimators": {"restore"},
     "observe": {"facts", "restore", "_gc"},
     "distributed": {"facts", "checks", "observe"},
-    "engine": {"facts", "restore", "checks", "report", "estimators", "observe", "distributed", "config", "_gc"},
+    "engine": {
+        "facts",
+        "restore",
+        "checks",
+        "report",
+        "estimators",
+        "observe",
+        "distributed",
+        "serving",
+        "config",
+        "_gc",
+    },
     "debug": {"report", "estimators", "observe"},
     "faults": {"report", "monitor"},
+    "serving": {"facts", "restore", "observe", "checks", "report"},
 }
 
 

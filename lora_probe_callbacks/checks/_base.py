@@ -42,6 +42,7 @@ FAMILIES = {
     "7": "ranks",
     "8": "checkpoints",
     "9": "estimator",
+    "81": "serving",  # beside the checkpoints
 }
 
 
@@ -57,6 +58,7 @@ Need = Literal[
     "supervision",  # the gradients of the last hidden states
     "resume",  # a saved state that this run goes on from
     "ranks",  # what the other ranks have sent
+    "serving",  # another model that should hold the adapter
 ]
 
 
@@ -123,8 +125,8 @@ class Check:
 
     @property
     def family(self) -> str:
-        """Name of the family that the code's first digit stands for."""
-        return FAMILIES[self.code[2]]
+        """Name of the family that the code's first digits stand for."""
+        return FAMILIES.get(self.code[2:4]) or FAMILIES[self.code[2]]
 
 
 @lru_cache

@@ -33,7 +33,9 @@ from lora_probe_callbacks.facts import (
     Moment,
     Path,
     ReferenceFact,
+    RolloutFact,
     RunFacts,
+    ServingFacts,
     StartFact,
     StepResponse,
     UnitFact,
@@ -88,12 +90,14 @@ class StepLooks:
         touches: What was measured of the gradient of each tensor.
         responses: The last of these measurements.
         estimates: Estimators looked at since the last decision.
+        rollouts: Rollouts, likewise.
     """
 
     replay: ForwardRepeat | None = None
     touches: Touches = dataclasses.field(default_factory=lambda: Touches((), np.zeros(0, np.bool_)))
     responses: tuple[StepResponse, ...] = ()
     estimates: list[EstimatorFact] = dataclasses.field(default_factory=list)
+    rollouts: list[RolloutFact] = dataclasses.field(default_factory=list)
 
 
 class Collector:
@@ -237,9 +241,11 @@ class Collector:
             readings.supervision,
             self._run_facts(readings, moment, seen.forwards),
             EstimatorFacts(tuple(self.looks.estimates)),
+            ServingFacts(rollouts=tuple(self.looks.rollouts)),
             self._agreement.facts(targets, owners, called, readings),
         )
         self.looks.estimates.clear()
+        self.looks.rollouts.clear()
         return self._with_files(self._with_elsewhere(facts))
 
     def _look_at_start(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_probe_callbacks.checks._base import Check, Verdict
 from lora_probe_callbacks.facts import Bools, Facts, Ints, SavedFact
-from lora_probe_callbacks.facts.proof import Claim, Proof
+from lora_probe_callbacks.facts.proof import CLAIMS, Claim, Proof
 
 __all__ = ["PATIENCE", "ProofBook", "claims_of"]
 
@@ -30,6 +30,7 @@ _OF_FAMILY: Mapping[str, tuple[Claim, ...]] = {
     "update": ("moved", "seen"),
     "ranks": ("agreed",),
     "checkpoints": ("saved",),
+    "serving": ("served",),
 }
 
 
@@ -95,8 +96,7 @@ class ProofBook:
         Args:
             size: Number of slots.
         """
-        claims: tuple[Claim, ...] = ("supervised", *_STEPPED, "gradient", "agreed", "saved")
-        self._columns = {claim: _Column.of(size) for claim in claims}
+        self._columns = {claim: _Column.of(size) for claim in CLAIMS}
         self._ran = np.zeros(size, np.bool_)  # its layer has run in some forward
         self._trainable = np.zeros(size, np.bool_)  # it has required gradients at some decision
         self._signal_at = np.full(size, -1)  # the step of the last gradient that was not zero
@@ -106,6 +106,7 @@ class ProofBook:
         self._calls = [0, 0]  # forwards that were seen with gradients, and without
         self._backward = False  # some pass may have followed them
         self._in_file = np.zeros(size, np.bool_)
+        self._sampled = False  # some rollout was compared with the policy
         self._facts = Facts()
         self._details: dict[Claim, str] = {}  # what a claim was proven by, where that is worth a word
 
@@ -141,6 +142,10 @@ class ProofBook:
             same = facts.ranks.tensors_differ is None and facts.ranks.gradients_differ is None
             self._enter("agreed", np.full(len(self), same), facts.intended, facts.step)
         self.enter_saves(facts.saves)
+        for rollout in facts.rollouts:
+            if rollout.verdict != "undecidable":  # what cannot be told is no proof, and takes none away
+                self._sampled = True
+                self._columns["served"].last[:] = rollout.step if rollout.verdict == "same" else -1
 
     def _enter(self, claim: Claim, seen: Bools, could: Bools, step: int) -> None:
         self._columns[claim].enter(seen, could, step)
@@ -250,6 +255,8 @@ class ProofBook:
             there.append("agreed")
         if "saved" in self._claims and self._in_file.any():
             there.append("saved")
+        if "served" in self._claims and self._sampled:
+            there.append("served")
         return there
 
     def fractions(self) -> dict[Claim, float]:
@@ -324,6 +331,10 @@ class ProofBook:
         if claim == "gradient":
             last = facts.responses[-1].why_not if facts.responses else None
             return last or "measured a part at a time, against a finite difference of the loss"
+        if claim == "served":
+            return (
+                f"the sampler was another policy than the one that trains{self._diagnosis(missing, claim, ended=ended)}"
+            )
         if claim == "agreed":
             return facts.why_alone or "the ranks did not hold, or did not apply, the same at the last exchange"
         if facts.why_not_owned and claim in ("owned", "reached", "moved", "seen"):

@@ -25,6 +25,7 @@ from lora_probe_callbacks.engine.findings import Ledger
 from lora_probe_callbacks.engine.forward_events import ForwardEvents
 from lora_probe_callbacks.engine.proofs import ProofBook, claims_of
 from lora_probe_callbacks.engine.rerun import Reruns
+from lora_probe_callbacks.engine.rollouts import Rollouts
 from lora_probe_callbacks.engine.run_files import RunFiles
 from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.step_events import StepEvents
@@ -77,6 +78,7 @@ class ProbeSession:
         self.files = RunFiles(
             self._state, self._judge, self._ledger, self._proofs, self._decisions, self._teller, reads=main_rank
         )
+        self.rollouts = Rollouts(config, self._state, self._errors)
         self._errors.on("probe", self._break)
         self._errors.on("initial look", self._no_look)
 
@@ -153,6 +155,7 @@ class ProbeSession:
             config, needs, state, self._observers, self._hooks, self._agreement, self._errors, scaler
         )
         self._decisions.begin(state, self._collector, self._release)
+        self.rollouts.begin(targets, self._hooks, self._collector)
         estimation = None if config.estimator is None else Estimation(config.estimator, targets)
         self._estimates = Estimates(estimation, state, targets, self._hooks, self._collector, self._teller)
         self._reruns = Reruns(needs, state, self._observers, self._hooks, self._collector, self._teller, scaler)
@@ -192,8 +195,7 @@ class ProbeSession:
     def _settle(self) -> None:
         """The module's own hooks may have activated another adapter since the session began."""
         targets = self._targets
-        exchanged = targets.exchanged()
-        names, former = targets.active_names(), targets.expected
+        exchanged, names, former = targets.exchanged(), targets.active_names(), targets.expected
         # ... or this is the forward of a reference, which no optimizer owns.
         renamed = names != former and (targets.owned(names) or not targets.owned(former))
         if renamed:
@@ -259,6 +261,7 @@ class ProbeSession:
         self._state.backwards.remove()
         self._observers.reader.forget()
         self._reruns.forget()
+        self.rollouts.forget()
         if self._estimates is not None and (not self.running or self._state.broken):
             self._estimates.forget()
 

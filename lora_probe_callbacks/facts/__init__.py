@@ -42,6 +42,7 @@ from lora_probe_callbacks.facts.path import FEW, Look, Path
 from lora_probe_callbacks.facts.proof import CLAIMS, Claim, Proof
 from lora_probe_callbacks.facts.ranks import NEAR, SAMPLE, RankFacts, RankReport, RanksFact, Sample, Sums, Wrapping
 from lora_probe_callbacks.facts.run import Accumulation, RunFacts, When
+from lora_probe_callbacks.facts.serving import RolloutFact, RolloutVerdict, ServedFact, ServingFacts, ServingVerdict
 from lora_probe_callbacks.facts.supervision import SampleRow, Supervision, SupervisionFacts, SupervisionTotals
 from lora_probe_callbacks.facts.words import Mode, Moment, Role, WrapperKind
 
@@ -82,10 +83,15 @@ __all__ = [
     "Request",
     "ResumedFact",
     "Role",
+    "RolloutFact",
+    "RolloutVerdict",
     "RunFacts",
     "Sample",
     "SampleRow",
     "SavedFact",
+    "ServedFact",
+    "ServingFacts",
+    "ServingVerdict",
     "Slots",
     "StartFact",
     "StepResponse",

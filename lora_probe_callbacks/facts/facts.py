@@ -17,6 +17,7 @@ from lora_probe_callbacks.facts.forward import ForwardFact, ForwardFacts
 from lora_probe_callbacks.facts.model import ModelFacts
 from lora_probe_callbacks.facts.ranks import RankFacts, Sums
 from lora_probe_callbacks.facts.run import RunFacts, When
+from lora_probe_callbacks.facts.serving import ServingFacts
 from lora_probe_callbacks.facts.supervision import SupervisionFacts
 from lora_probe_callbacks.facts.words import Mode
 
@@ -25,7 +26,16 @@ __all__ = ["Facts"]
 
 @dataclass(frozen=True, eq=False)  # without slots: what several checks ask for is worked out once
 class Facts(
-    When, ModelFacts, ForwardFacts, DeviceFacts, RunFacts, EstimatorFacts, FileFacts, RankFacts, SupervisionFacts
+    When,
+    ModelFacts,
+    ForwardFacts,
+    DeviceFacts,
+    RunFacts,
+    EstimatorFacts,
+    FileFacts,
+    RankFacts,
+    SupervisionFacts,
+    ServingFacts,
 ):
     """All that is known at one decision.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from support.training import hooks_of_the_probe, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
@@ -192,3 +193,64 @@ def test_adapter_that_is_left_merged_stops_the_run(name: str, tmp_path: Path) ->
         trainer.train()
     assert [(f.code, f.step) for f in caught.value.findings] == [("LP103", 2)]
     assert trainer.state.global_step == 2, "before the update"
+
+
+class Sampler:
+    """A model of its own that samples for GRPO; it is sent the adapter before each generation, or never."""
+
+    def __init__(self, *, synced: bool) -> None:
+        self.synced = synced
+        self.model: Any = None
+
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        if self.model is None or self.synced:
+            self.model = get_peft_model(llama(), lora_config()).eval()
+            self.model.load_state_dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
+        found: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
+        for prompt in prompts:
+            ids = trainer.processing_class(prompt)["input_ids"]
+            given, log_probs = len(ids), []
+            for _ in range(8):
+                with torch.no_grad():
+                    p = self.model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+                token = int(torch.multinomial(p, 1))
+                ids = [*ids, token]
+                log_probs.append(float(p[token].log()))
+            found["prompt_ids"].append(ids[:given])
+            found["completion_ids"].append(ids[given:])
+            found["logprobs"].append(log_probs)
+        return found
+
+
+def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(sum(token % 2 for token in ids)) for ids in completion_ids]
+
+
+def sampled_grpo(folder: Path, *, synced: bool) -> LoraProbeTrainerCallback:
+    probe = LoraProbeTrainerCallback(every_n_steps=1, verbose=False, on_failure="stop")
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    options = {"num_generations": 4, "max_completion_length": 8, "learning_rate": 5e-2, "max_steps": 8}
+    trainer = GRPOTrainer(
+        model=llama(),
+        reward_funcs=even,
+        args=GRPOConfig(**settings(folder, per_device_train_batch_size=16, **options)),
+        train_dataset=Dataset.from_list([{"prompt": s} for s in SENTENCES]),
+        processing_class=tokenizer(),
+        peft_config=lora_config(),
+        callbacks=[probe],
+        rollout_func=Sampler(synced=synced),
+    )
+    trainer.train()
+    return probe
+
+
+def test_grpo_whose_sampler_is_sent_the_adapter_is_served(tmp_path: Path) -> None:
+    report = sampled_grpo(tmp_path, synced=True).report
+    assert not report.with_status("fail", "warn"), str(report)
+    assert report.proofs["served"].complete, str(report)
+
+
+def test_grpo_whose_sampler_is_never_sent_the_adapter_stops(tmp_path: Path) -> None:
+    report = sampled_grpo(tmp_path, synced=False).report
+    assert [f.code for f in report.failures] == ["LP817"], str(report)
+    assert "never sent it" in report.failures[0].message
