@@ -30,6 +30,7 @@ from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.step_events import StepEvents
 from lora_probe_callbacks.engine.telling import Teller
 from lora_probe_callbacks.facts import Claim, Facts, Proof
+from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
 from lora_probe_callbacks.observe.model.ownership import unwrap_optimizer
 from lora_probe_callbacks.observe.model.targets import NotJudgedError, Targets
@@ -105,13 +106,29 @@ class ProbeSession:
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         state = self._state
         state.framework_step, state.accumulation = framework_step or (lambda: state.step), accumulation
+        opened = [unwrap_optimizer(optimizer) for optimizer in optimizers]
         try:
-            targets = Targets(list(roots), [unwrap_optimizer(o) for o in optimizers], self.config)
+            self._attach(Targets(list(roots), opened, self.config), scaler)
         except NotJudgedError as error:
             self._questions.append(str(error))
             self._ledger.not_judged(f"could not judge: {error}", 0, 0)
             self._teller.once(f"could not judge: {error}")
-            return
+        except ValueError:
+            raise  # what was asked cannot be meant
+        except Exception as error:  # a release of torch or PEFT that looks different must not end the run
+            self._detach(error)
+
+    def _detach(self, error: Exception) -> None:
+        self._state.running = False
+        if hasattr(self, "_events"):
+            self._events.remove()
+        versions = environment()["versions"]
+        error.add_note(f"under {versions}")
+        self._errors.report(error)
+        self._ledger.not_judged(f"could not judge: {type(error).__name__} while attaching under {versions}", 0, 0)
+
+    def _attach(self, targets: Targets, scaler: torch.amp.GradScaler | None) -> None:
+        state = self._state
         self._targets = targets
         self._assemble(targets, scaler)
         with self._errors.contain():
