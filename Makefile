@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types pytest peft-matrix detection mutation clean
+.PHONY: demo test lint types pytest peft-matrix detection mutation compat frameworks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,14 @@ detection: $(STAMP)
 mutation: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/mutmut mutmut==3.8.1
 	PYTHONPATH=$(VENV)/mutmut $(BIN)/python benchmarks/mutation.py
+
+# Outside CI: the selftest and the door tests under the oldest, middle and newest releases; some GB of disk.
+compat: $(STAMP)
+	$(BIN)/python benchmarks/compat.py
+
+# Outside CI: LLaMA-Factory, ms-swift and axolotl, each in an environment of its own, with and without the probe.
+frameworks: $(STAMP)
+	$(BIN)/python benchmarks/frameworks.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -54,11 +54,13 @@ def made(folder: Path, pins: tuple[str, ...]) -> Path:
 
 
 def run(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the checkout's package in an environment."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.run([str(python), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def versions(python: Path) -> dict[str, str]:
+    """What is installed in an environment."""
     program = f"""
 import importlib.metadata as m, json, platform
 print(json.dumps({{"python": platform.python_version(), **{{n: m.version(n) for n in {SHOWN!r}}}}}))
@@ -67,6 +69,7 @@ print(json.dumps({{"python": platform.python_version(), **{{n: m.version(n) for 
 
 
 def selftest(python: Path) -> dict[str, Any]:
+    """Every fault: how many are found, and which are not."""
     done = run(python, "-W", "ignore", "-c", "from lora_probe_callbacks.cli import app; app(['selftest', '--json'])")
     found = json.loads(done.stdout)
     missed = [fault["fault"] for fault in found["faults"] if not fault["found"]]
@@ -74,6 +77,7 @@ def selftest(python: Path) -> dict[str, Any]:
 
 
 def tests(python: Path) -> dict[str, Any]:
+    """The tests of the doors: how many pass, and the names of those that do not."""
     # A release's own deprecations are no error of ours.
     done = run(python, "-m", "pytest", "-n", "0", "-q", "-o", "filterwarnings=default", "-W", "ignore", *TESTS)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout[-400:])}
@@ -82,6 +86,11 @@ def tests(python: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the sets that were asked for.
+
+    Raises:
+        SystemExit: With 1 if anything is missed.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=SETS, action="append", help="these sets only; the others' results stay")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv" / "compat", help="of the environments")

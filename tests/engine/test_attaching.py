@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from support.doors import fit_trainer
 from support.training import Training, batches, fit_lightning, hooks_of_the_probe, lora, next_token_loss, trainable
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lora_probe_callbacks import LoraProbe, LoraProbeMonitor, LoraProbeTrainerCallback, ProbeReport
@@ -56,3 +58,27 @@ def test_lightning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     as_in_another_release(monkeypatch)
     fit_lightning(run, probe, 3)
     assert_unproven(probe.report, " ".join(capsys.readouterr().err.split()))
+
+
+class LoRALinear(nn.Module):
+    """Built as torchtune builds it (0.6, torchtune/modules/peft/lora.py): no layer of PEFT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+        self.lora_a = nn.Linear(4, 2, bias=False)
+        self.lora_b = nn.Linear(2, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight) + self.lora_b(self.lora_a(x))
+
+
+def test_lora_of_another_library_is_named_and_not_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(LoRALinear())
+    optimizer = AdamW(trainable(model))
+    with LoraProbeMonitor(model, optimizer) as probe:
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+    assert probe.report.healthy is None
+    assert "LoRALinear is LoRA of its own, not of PEFT" in probe.report.open_questions[0]
+    assert " ".join(capsys.readouterr().err.split()).count("LoRALinear is LoRA of its own") == 1
