@@ -49,10 +49,12 @@ mutation: $(STAMP)
 # Outside CI: the selftest and the door tests under the oldest, middle and newest releases; some GB of disk.
 compat: $(STAMP)
 	$(BIN)/python benchmarks/compat.py
+	$(BIN)/python benchmarks/readme.py --page docs/frameworks/versions.md
 
 # Outside CI: LLaMA-Factory, ms-swift and axolotl, each in an environment of its own, with and without the probe.
 frameworks: $(STAMP)
 	$(BIN)/python benchmarks/frameworks.py
+	$(BIN)/python benchmarks/readme.py --page docs/frameworks/versions.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
