@@ -21,8 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compat.json"
 
 # Name of the set -> its pins. torch stays where the CPU builds are small; what is not named is the newest that fits.
+FLOOR = (
+    "transformers==5.0.0 peft==0.18.0 lightning==2.4.0 accelerate==1.10.0 bitsandbytes==0.46.1 torchmetrics==1.4.0 "
+    "safetensors==0.4.3 scipy==1.13.0 rich==13.7.0 typer==0.16.0 typer-slim==0.16.0"
+)
 SETS = {
-    "floor": ("transformers==5.0.0", "peft==0.18.0", "lightning==2.4.0", "accelerate==1.10.0"),
+    "floor": tuple(FLOOR.split()),
     "middle": ("transformers==5.6.0", "peft==0.18.1", "lightning==2.5.6"),
     "later": ("transformers==5.17.0", "peft==0.20.0", "lightning==2.6.0"),
     "newest": ("transformers", "peft", "lightning", "accelerate"),
@@ -36,7 +40,10 @@ TESTS = (
     "tests/lightning",
     "tests/monitor",
 )
-SHOWN = ("torch", "transformers", "peft", "lightning", "accelerate", "bitsandbytes", "scipy", "safetensors", "rich")
+SHOWN = (
+    *("torch", "transformers", "peft", "lightning", "accelerate", "bitsandbytes", "torchmetrics"),
+    *("safetensors", "scipy", "numpy", "rich", "typer"),
+)
 
 
 def made(folder: Path, pins: tuple[str, ...]) -> Path:
