@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types pytest peft-matrix detection mutation compat frameworks clean
+.PHONY: demo test lint types pytest peft-matrix detection mutation floor compat frameworks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,13 @@ detection: $(STAMP)
 mutation: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/mutmut mutmut==3.8.1
 	PYTHONPATH=$(VENV)/mutmut $(BIN)/python benchmarks/mutation.py
+
+# The selftest and the import tests under the oldest releases that are supported.
+FLOOR := $(VENV)/compat/floor
+floor: $(STAMP)
+	mkdir -p $(VENV)/compat
+	$(BIN)/python benchmarks/compat.py --only floor --part selftest --result $(VENV)/compat/floor.json
+	PYTHONPATH=$(CURDIR) $(FLOOR)/bin/python -m pytest -n 0 -W ignore tests/test_import.py
 
 # Outside CI: the selftest and the door tests under the oldest, middle and newest releases; some GB of disk.
 compat: $(STAMP)

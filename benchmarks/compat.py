@@ -102,8 +102,9 @@ def main() -> None:
     parser.add_argument("--only", choices=SETS, action="append", help="these sets only; the others' results stay")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv" / "compat", help="of the environments")
     parser.add_argument("--part", choices=("selftest", "tests"), action="append", help="default: both")
+    parser.add_argument("--result", type=Path, default=RESULT, help="the file that is written")
     given = parser.parse_args()
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result = json.loads(given.result.read_text()) if given.result.exists() else {}
     for name in given.only or SETS:
         python = made(given.folder / name, SETS[name])
         row = {**result.get(name, {}), "versions": versions(python)}
@@ -112,7 +113,7 @@ def main() -> None:
                 row[part] = measure(python)
         result[name] = row
         print(name, json.dumps(row))
-        RESULT.write_text(json.dumps({key: result[key] for key in SETS if key in result}, indent=2) + "\n")
+        given.result.write_text(json.dumps({key: result[key] for key in SETS if key in result}, indent=2) + "\n")
     bad = [n for n, row in result.items() if row["selftest"]["missed"] or row.get("tests", {}).get("names")]
     sys.exit(f"not all found, or tests failed, under: {', '.join(bad)}" if bad else 0)
 

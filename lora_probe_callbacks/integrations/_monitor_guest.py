@@ -7,7 +7,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,10 +40,11 @@ class MonitorGuests:
         atexit.register(lambda: self.finish() if os.getpid() == pid else None)
 
     @classmethod
-    def of(cls, accelerator: Any) -> Self:
+    def of(cls, accelerator: Any) -> MonitorGuests:
         """Those of this Accelerator."""
-        found: Self = cls._all.setdefault(accelerator, cls(accelerator))  # type: ignore[assignment]
-        return found
+        if accelerator not in cls._all:
+            cls._all[accelerator] = cls(accelerator)
+        return cls._all[accelerator]
 
     def prepared(self, things: object, intent: Mapping[str, Any]) -> None:
         """Something was prepared.

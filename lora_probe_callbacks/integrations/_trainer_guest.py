@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import os
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -20,22 +18,33 @@ class TrainerGuest(LoraProbeTrainerCallback):
 
     _outcome: Outcome | None = None
     _refused = False
-    _name = "Trainer"
+    _judges: LoraProbeTrainerCallback | None = None  # a callback that the script itself has added
 
     @override
     def attach(self, trainer: Any) -> LoraProbeTrainerCallback:
-        self._name = type(trainer).__name__
-        pid = os.getpid()
-        atexit.register(lambda: self._finish() if os.getpid() == pid else None)
-        return super().attach(trainer)
+        super().attach(trainer)
+        train = trainer.train
+
+        def reported_train(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            finally:
+                self._finish()
+
+        trainer.train = reported_train
+        return self
 
     @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._finish()  # a train() before, which an exception has ended
         super().on_train_begin(args, state, control, **kwargs)
-        self._outcome, self._refused = begin(self._name), False
+        trainer: Any = None if self._attached is None else self._attached()
+        callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+        others = [c for c in callbacks if isinstance(c, LoraProbeTrainerCallback) and c is not self]
+        self._judges = others[0] if others else None
+        self._refused = bool(others)
+        self._outcome = begin(type(trainer).__name__)
 
     @override
     def on_step_begin(
@@ -50,18 +59,10 @@ class TrainerGuest(LoraProbeTrainerCallback):
             if self._outcome is not None:
                 self._outcome.fail(error)
 
-    @override
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        try:
-            super().on_train_end(args, state, control, **kwargs)
-        finally:
-            self._finish()
-
     def _finish(self) -> None:
         if self._outcome is not None:
-            self._outcome.end(self.report)
+            self._outcome.end((self._judges or self).report)
+            self._outcome = None
 
 
 # Checkpoints know a callback by its name: one that was written under the runner goes on without it, and the reverse.

@@ -28,10 +28,8 @@ def attach_to_transformers(trainer_class: Any) -> None:
 
     def made(trainer: Any) -> None:
         from lora_probe_callbacks.integrations._trainer_guest import TrainerGuest
-        from lora_probe_callbacks.trainer import LoraProbeTrainerCallback
 
-        if not any(isinstance(c, LoraProbeTrainerCallback) for c in trainer.callback_handler.callbacks):
-            TrainerGuest(**_intent()).attach(trainer)
+        TrainerGuest(**_intent()).attach(trainer)
 
     _after_init(trainer_class, made)
 
@@ -45,12 +43,9 @@ def attach_to_lightning(trainer_class: Any) -> None:
 
     def made(trainer: Any) -> None:
         from lora_probe_callbacks.integrations._lightning_guest import LightningGuest
-        from lora_probe_callbacks.lightning import LoraProbe
 
-        if not any(isinstance(callback, LoraProbe) for callback in trainer.callbacks):
-            trainer.callbacks = trainer._callback_connector._reorder_callbacks(
-                [*trainer.callbacks, LightningGuest(**_intent())]
-            )
+        callbacks = [*trainer.callbacks, LightningGuest(**_intent())]
+        trainer.callbacks = trainer._callback_connector._reorder_callbacks(callbacks)
 
     _after_init(trainer_class, made)
 

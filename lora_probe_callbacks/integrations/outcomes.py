@@ -46,14 +46,12 @@ class Outcome:
 
     Attributes:
         where: The trainer, in words.
-        rank: Of the process.
         status: That of the report; None while the run goes on, and for ever if its process was killed.
         why: What failed, or what keeps the run from being proven.
         judged_steps: Steps that were judged.
     """
 
     where: str
-    rank: int = 0
     status: str | None = None
     why: list[str] | None = None
     judged_steps: int = 0
@@ -94,7 +92,7 @@ def begin(where: str) -> Outcome:
         Takes the last word.
     """
     folder = Settings.of_this_process().folder
-    return Outcome(where, rank=int(os.environ.get("RANK", "0"))).begin(folder)
+    return Outcome(where).begin(folder)
 
 
 def read_outcomes(folder: str) -> list[Outcome]:

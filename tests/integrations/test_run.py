@@ -205,6 +205,29 @@ def test_a_model_without_an_adapter_trains_on(tmp_path: Path) -> None:
     assert all("could not attach: ValueError: found no PEFT adapter" in line for line in said(done))
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "name"),
+    [
+        (
+            TRAINER,
+            ("train_dataset=[", "callbacks=[LoraProbeTrainerCallback(every_n_steps=1)], train_dataset=["),
+            "Trainer",
+        ),
+        (LIGHTNING, ("logger=False,", "logger=False, callbacks=[LoraProbe(every_n_steps=1)],"), "Trainer of Module"),
+    ],
+    ids=["trainer", "lightning"],
+)
+def test_a_probe_of_the_script_itself_is_the_one_that_judges(
+    tmp_path: Path, text: str, place: tuple[str, str], name: str
+) -> None:
+    both = "from lora_probe_callbacks import LoraProbe, LoraProbeTrainerCallback\n"
+    script(tmp_path, both + text.replace(*place))
+    done = probed(tmp_path, "train.py", "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("LoRA probe: healthy") == 1
+    assert said(done) == [f"lora-probe run: attached to {name}: healthy, 6 steps judged"]
+
+
 def test_two_processes_of_torchrun(tmp_path: Path) -> None:
     script(tmp_path, TRAINER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
