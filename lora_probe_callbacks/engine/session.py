@@ -7,7 +7,8 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -107,25 +108,8 @@ class ProbeSession:
         state = self._state
         state.framework_step, state.accumulation = framework_step or (lambda: state.step), accumulation
         opened = [unwrap_optimizer(optimizer) for optimizer in optimizers]
-        try:
+        with _attaching(self):
             self._attach(Targets(list(roots), opened, self.config), scaler)
-        except NotJudgedError as error:
-            self._questions.append(str(error))
-            self._ledger.not_judged(f"could not judge: {error}", 0, 0)
-            self._teller.once(f"could not judge: {error}")
-        except ValueError:
-            raise  # what was asked cannot be meant
-        except Exception as error:  # a release of torch or PEFT that looks different must not end the run
-            self._detach(error)
-
-    def _detach(self, error: Exception) -> None:
-        self._state.running = False
-        if hasattr(self, "_events"):
-            self._events.remove()
-        versions = environment()["versions"]
-        error.add_note(f"under {versions}")
-        self._errors.report(error)
-        self._ledger.not_judged(f"could not judge: {type(error).__name__} while attaching under {versions}", 0, 0)
 
     def _attach(self, targets: Targets, scaler: torch.amp.GradScaler | None) -> None:
         state = self._state
@@ -339,8 +323,10 @@ class ProbeSession:
         self._ledger.not_judged(
             f"could not judge: {type(error).__name__} inside the probe: {error}", state.step, state.framework_step()
         )
-        if not hasattr(self, "_hooks"):
+        if not hasattr(self, "_events"):
             return
+        if not self.running:
+            self._events.remove()
         if self._agreement.several:
             self._hooks.log.bare = True  # the others count on this rank at every decision
         else:
@@ -355,6 +341,24 @@ class ProbeSession:
 
     def _alone(self, reason: str, facts: Facts) -> None:
         self._ledger.not_judged(reason, facts.step, facts.framework_step, self._judge.with_need("ranks"))
+
+
+@contextmanager
+def _attaching(session: ProbeSession) -> Iterator[None]:
+    """What cannot be judged, and a release of torch or PEFT that looks different, is told once and ends no run."""
+    try:
+        yield
+    except NotJudgedError as error:
+        session._questions.append(str(error))
+        session._ledger.not_judged(f"could not judge: {error}", 0, 0)
+        session._teller.once(f"could not judge: {error}")
+    except ValueError:
+        raise  # what was asked cannot be meant
+    except Exception as error:
+        session._state.running = False
+        session._errors.report(error)
+        versions = environment()["versions"]
+        session._ledger.not_judged(f"could not judge: {type(error).__name__} while attaching under {versions}", 0, 0)
 
 
 class _LiveReport(ProbeReport):
