@@ -86,7 +86,7 @@ def selftest(python: Path) -> dict[str, Any]:
 def tests(python: Path) -> dict[str, Any]:
     """The tests of the doors: how many pass, and the names of those that do not."""
     # A release's own deprecations are no error of ours.
-    done = run(python, "-m", "pytest", "-n", "0", "-q", "-o", "filterwarnings=default", "-W", "ignore", *TESTS)
+    done = run(python, "-m", "pytest", "-n", "0", "-o", "filterwarnings=default", "-W", "ignore", *TESTS)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout[-400:])}
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     return {**counts, "names": failed}

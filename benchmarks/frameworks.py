@@ -133,6 +133,9 @@ def made(folder: Path, interpreter: str, pins: Sequence[str]) -> Path:
     if not python.exists():
         subprocess.run([interpreter, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", TORCH, *pins], check=True)
+        # What an index holds of these is built for CUDA, and cannot be imported beside a torch for CPUs.
+        alone = ["torchvision", "torchaudio", "torchcodec"]
+        subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", *alone], check=True)
     return python
 
 

@@ -29,7 +29,8 @@ class LightningGuest(LoraProbe):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, LoraProbe) and c is not self]
+        callbacks: list[pl.Callback] = vars(trainer)["callbacks"]
+        others = [c for c in callbacks if isinstance(c, LoraProbe) and c is not self]
         self._judges, self._refused = (others or [self])[0], bool(others)
         self._session = None
         self._outcome = begin(f"{type(trainer).__name__} of {type(pl_module).__name__}")

@@ -55,7 +55,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)  # Python 3.11 still allows finders without
-            spec = None if finder is self or find is None else find(fullname, path, target)
+            spec: ModuleSpec | None = None if finder is self or find is None else find(fullname, path, target)
             if spec is not None and spec.loader is not None:
                 _run_after(spec.loader, _ENTRIES[fullname])
                 return spec
