@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types pytest peft-matrix detection serving mutation loop-mutants clean
+.PHONY: demo test lint types pytest peft-matrix detection serving mutation loop-mutants floor compat frameworks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,23 @@ mutation: $(STAMP)
 # Outside CI: training scripts changed by machine, each run with the probe and without it. It takes about half an hour.
 loop-mutants: $(STAMP)
 	$(BIN)/python -W ignore benchmarks/loop_mutants.py
+
+# The selftest and the import tests under the oldest releases that are supported.
+FLOOR := $(VENV)/compat/floor
+floor: $(STAMP)
+	mkdir -p $(VENV)/compat
+	$(BIN)/python benchmarks/compat.py --only floor --part selftest --result $(VENV)/compat/floor.json
+	PYTHONPATH=$(CURDIR) $(FLOOR)/bin/python -m pytest -n 0 -W ignore tests/test_import.py
+
+# Outside CI: the selftest and the door tests under the oldest, middle and newest releases; some GB of disk.
+compat: $(STAMP)
+	$(BIN)/python benchmarks/compat.py
+	$(BIN)/python benchmarks/readme.py --page docs/frameworks/versions.md
+
+# Outside CI: LLaMA-Factory, ms-swift and axolotl, each in an environment of its own, with and without the probe.
+frameworks: $(STAMP)
+	$(BIN)/python benchmarks/frameworks.py
+	$(BIN)/python benchmarks/readme.py --page docs/frameworks/versions.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

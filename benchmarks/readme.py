@@ -129,6 +129,43 @@ def gradients(results: Path) -> str:
     return "\n".join([head, f"| {' | '.join(['---'] * (len(cells) + 1))} |", f"| LP307 | {counts} |"])
 
 
+def releases(results: Path) -> str:
+    """Return what was run under which releases, and what it found."""
+    result = json.loads((results / "compat.json").read_text())
+    shown = ("transformers", "peft", "lightning", "accelerate", "torch")
+    lines = [f"| {' | '.join(shown)} | faults found | door tests |", f"| {' | '.join(['---'] * (len(shown) + 2))} |"]
+    for row in result.values():
+        faults, tests = row["selftest"], row.get("tests")
+        cells = [row["versions"][name] for name in shown]
+        said = "not run" if tests is None else f"{tests['passed']} passed, {len(tests['names'])} failed"
+        lines.append(f"| {' | '.join(cells)} | {faults['found']} of {faults['faults']} | {said} |")
+    return "\n".join(lines)
+
+
+def frameworks(results: Path) -> str:
+    """Return what the runner saw of the frameworks' own command lines."""
+    result = json.loads((results / "frameworks.json").read_text())
+    lines = [
+        "| framework | transformers, peft | packages changed by installing | losses with and without | healthy run "
+        "| learning rate 0 | merged |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result.items():
+        versions = f"{row['versions']['transformers']}, {row['versions']['peft']}"
+        changed = ", ".join(row["changed by installing this package"]) or "none"
+        same = "the same" if row["losses are the same"] else "DIFFERENT"
+        said = [_verdict(row[run]["said"]) for run in ("probed", "learning rate 0", "merged")]
+        lines.append(f"| {name} | {versions} | {changed} | {same} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
+def _verdict(said: list[str]) -> str:
+    """Return the verdict of a run without the trainer's name and the steps."""
+    _, _, verdict = said[-1].removeprefix("lora-probe run: attached to ").partition(": ")
+    status, _, why = verdict.partition(", ")
+    return f"{status} {why.partition(': ')[2]}".strip()
+
+
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "checks": checks,
     "side by side": side_by_side,
@@ -140,12 +177,16 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def filled(text: str, results: Path) -> str:
+# Of docs/frameworks/versions.md
+PAGE: dict[str, Callable[[Path], str]] = {"releases": releases, "frameworks": frameworks}
+
+
+def filled(text: str, results: Path, sections: dict[str, Callable[[Path], str]] = SECTIONS) -> str:
     """Return a README with every section made anew between its markers."""
-    for name, make in SECTIONS.items():
+    for name, make in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         if begin not in text or end not in text:
-            raise SystemExit(f"the README lacks the markers {begin} and {end}")
+            raise SystemExit(f"the file lacks the markers {begin} and {end}")
         text = f"{text.split(begin)[0]}{begin}\n{make(results)}\n{end}{text.split(end)[1]}"
     return text
 
@@ -155,10 +196,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--readme", type=Path)
+    parser.add_argument("--page", type=Path, help="docs/frameworks/versions.md")
     options = parser.parse_args(arguments)
-    if options.readme is None:
-        print("\n\n".join(make(options.results) for make in SECTIONS.values()))
-    else:
+    if options.page is not None:
+        options.page.write_text(filled(options.page.read_text(), options.results, PAGE))
+    if options.readme is None and options.page is None:
+        print("\n\n".join(make(options.results) for make in (*SECTIONS.values(), *PAGE.values())))
+    elif options.readme is not None:
         options.readme.write_text(filled(options.readme.read_text(), options.results))
 
 

@@ -48,6 +48,14 @@ class Dtype(StrEnum):
     FLOAT64 = "float64"
 
 
+class OnFailure(StrEnum):
+    """What a failed check does to a run."""
+
+    WARN = "warn"
+    STOP = "stop"
+    RAISE = "raise"
+
+
 @app.command()
 def debug(
     base: Annotated[str, typer.Option(help="The base model: a folder, or a name on the hub.")],
@@ -164,6 +172,32 @@ def preflight(
         if show_batch and not as_json:
             typer.echo(f"\n{found.supervision or 'The supervised tokens could not be seen.'}")
     sys.exit(found.exit_code)
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def run(
+    command: Annotated[list[str], typer.Argument(help="What to run: -- python train.py ..., -m module, torchrun ...")],
+    every_n_steps: Annotated[int, typer.Option(min=1, help="Cadence of the periodic checks.")] = 50,
+    on_failure: Annotated[OnFailure, typer.Option(help="What a failed check does to the run.")] = OnFailure.WARN,
+    record: Annotated[Path | None, typer.Option(help="Append what is found to this record.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if unhealthy, 2 if unproven.")] = False,
+    show_traceback: Debug = False,
+) -> None:
+    """Run a training command that knows nothing of this package, with every trainer in it probed.
+
+    Attaches to each transformers.Trainer, Lightning Trainer and Accelerator, also in processes that the command
+    starts. The exit code is that of the command.
+    """
+    with _reported(show_traceback):
+        from lora_probe_callbacks.integrations.runner import run as run_attached
+
+        intent = {"every_n_steps": every_n_steps, "on_failure": on_failure.value}
+        if record is not None:
+            intent["record"] = str(record.resolve())
+        code = run_attached(
+            command, intent, strict=strict, tell=lambda line: typer.echo(f"lora-probe run: {line}", err=True)
+        )
+    sys.exit(code)
 
 
 @app.command()

@@ -54,3 +54,10 @@ def test_the_readme_is_made_of_the_results() -> None:
     assert readme.filled(text, BENCHMARKS / "results") == text, "run: python benchmarks/readme.py --readme README.md"
     with pytest.raises(SystemExit, match="lacks the markers"):
         readme.filled("no markers", BENCHMARKS / "results")
+
+
+def test_the_page_of_versions_is_made_of_the_results() -> None:
+    readme: Any = loaded("readme")
+    page = BENCHMARKS.parent / "docs" / "frameworks" / "versions.md"
+    made = readme.filled(page.read_text(), BENCHMARKS / "results", readme.PAGE)
+    assert made == page.read_text(), f"run: python benchmarks/readme.py --page {page}"

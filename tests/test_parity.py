@@ -32,7 +32,7 @@ def test_fault_is_found_at_the_same_step_for_the_same_cause_behind_every_door(re
 
 def checkpointed(*, reentrant: bool) -> Training:
     base = llama()
-    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     return Training(lora(hook=True, base=base))
 
 

@@ -7,7 +7,8 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.step_events import StepEvents
 from lora_probe_callbacks.engine.telling import Teller
 from lora_probe_callbacks.facts import Claim, Facts, Proof
+from lora_probe_callbacks.observe.environment import environment
 from lora_probe_callbacks.observe.forward.hooks import ForwardObserver
 from lora_probe_callbacks.observe.model.ownership import unwrap_optimizer
 from lora_probe_callbacks.observe.model.targets import NotJudgedError, Targets
@@ -114,13 +116,12 @@ class ProbeSession:
         state.framework_step, state.accumulation = framework_step or (lambda: state.step), accumulation
         state.tokenizer = tokenizer if self.config.tokenizer is None else self.config.tokenizer
         state.thaw_announced = thaw_announced
-        try:
-            targets = Targets(list(roots), [unwrap_optimizer(o) for o in optimizers], self.config)
-        except NotJudgedError as error:
-            self.questions.append(str(error))
-            self._ledger.not_judged(f"could not judge: {error}", 0, 0)
-            self._teller.once(f"could not judge: {error}")
-            return
+        opened = [unwrap_optimizer(optimizer) for optimizer in optimizers]
+        with _attaching(self):
+            self._attach(Targets(list(roots), opened, self.config), scaler)
+
+    def _attach(self, targets: Targets, scaler: torch.amp.GradScaler | None) -> None:
+        state = self._state
         self._targets = targets
         self._assemble(targets, scaler)
         with self._errors.contain():
@@ -325,8 +326,10 @@ class ProbeSession:
         self._ledger.not_judged(
             f"could not judge: {type(error).__name__} inside the probe: {error}", state.step, state.framework_step()
         )
-        if not hasattr(self, "_hooks"):
+        if not hasattr(self, "_events"):
             return
+        if not self.running:
+            self._events.remove()
         if self._agreement.several:
             self._hooks.log.bare = True  # the others count on this rank at every decision
         else:
@@ -341,6 +344,24 @@ class ProbeSession:
 
     def _alone(self, reason: str, facts: Facts) -> None:
         self._ledger.not_judged(reason, facts.step, facts.framework_step, self._judge.with_need("ranks"))
+
+
+@contextmanager
+def _attaching(session: ProbeSession) -> Iterator[None]:
+    """What cannot be judged, and a release of torch or PEFT that looks different, is told once and ends no run."""
+    try:
+        yield
+    except NotJudgedError as error:
+        session.questions.append(str(error))
+        session._ledger.not_judged(f"could not judge: {error}", 0, 0)
+        session._teller.once(f"could not judge: {error}")
+    except ValueError:
+        raise  # what was asked cannot be meant
+    except Exception as error:
+        session._state.running = False
+        session._errors.report(error)
+        versions = environment()["versions"]
+        session._ledger.not_judged(f"could not judge: {type(error).__name__} while attaching under {versions}", 0, 0)
 
 
 class _LiveReport(ProbeReport):

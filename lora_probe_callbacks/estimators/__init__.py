@@ -10,8 +10,8 @@ from typing import Any
 
 # Public name -> the module that defines it. Loaded on first use: torchmetrics and peft pull transformers.
 _PUBLIC: dict[str, str] = {
-    "ConditionalMoments": "lora_probe_callbacks.estimators.variance",
-    "ConditionalVariance": "lora_probe_callbacks.estimators.variance",
+    "ConditionalMoments": "lora_probe_callbacks.estimators.moments",
+    "ConditionalVariance": "lora_probe_callbacks.estimators.moments",
     "Estimate": "lora_probe_callbacks.estimators.probe",
     "ProjectionComparison": "lora_probe_callbacks.estimators.projections",
     "PromptBatch": "lora_probe_callbacks.estimators.batches",

@@ -44,7 +44,10 @@ def reference_left_trainable(model: PeftModel, reference: str) -> None:
         model: A model with the adapter to train and a reference.
         reference: Name of the reference.
     """
-    model.set_adapter(reference, inference_mode=True)
+    from peft.functional import set_requires_grad
+
+    model.set_adapter(reference)
+    set_requires_grad(model, reference, requires_grad=False)  # peft 0.19 has inference_mode=True for this
     with model.disable_adapter():
         pass
 

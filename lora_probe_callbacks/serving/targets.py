@@ -290,6 +290,7 @@ def _kind_of(model: nn.Module) -> str:
 
 def _in_float32(model: nn.Module) -> nn.Module:
     """The same weights in float32, those of a quantised layer as it stands for them."""
+    module: Any
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if type(module).__name__ in _QUANTISED_KINDS:

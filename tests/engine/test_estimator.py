@@ -278,7 +278,7 @@ def test_estimator_on_a_copy_of_the_model(door: str) -> None:
 def test_estimator_before_set_adapter(door: str) -> None:
     def loss(module: nn.Module, batch: Any) -> Tensor:
         inner = language_model(module)
-        inner.set_adapter("default", inference_mode=True)
+        inner.base_model.set_adapter("default", inference_mode=True)
         L = nll(module, batch)
         inner.set_adapter("policy")
         return L
@@ -291,7 +291,10 @@ def test_estimator_before_set_adapter(door: str) -> None:
 @pytest.mark.parametrize(
     ("code", "wrap"),
     [
-        ("LP101", lambda m, b: _under(m, b, lambda inner: inner.set_adapter("default", inference_mode=True))),
+        (
+            "LP101",
+            lambda m, b: _under(m, b, lambda inner: inner.base_model.set_adapter("default", inference_mode=True)),
+        ),
         ("LP102", lambda m, b: _under(m, b, lambda inner: inner.base_model.disable_adapter_layers())),
         ("LP304", lambda m, b: nll(m, b).detach()),
         ("LP306", torch.no_grad()(nll)),

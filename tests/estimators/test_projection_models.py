@@ -181,7 +181,7 @@ def test_checkpointing(variant: str, reentrant: bool) -> None:
     direction = random_direction(case.model)
     expected = per_prompt_projection(case.model, case.loss_fn, direction, backend="loop")
     base: Any = case.model.get_base_model()
-    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_agrees_with_loop(case, 1e-10)
     s = per_prompt_projection(case.model, case.loss_fn, direction)
     assert relative_error(s, expected) < 1e-10
@@ -270,7 +270,7 @@ def test_bitsandbytes_4_bit_with_checkpoints(use_dora: bool) -> None:
     torch.manual_seed(0)
     base = base_language_model("llama", "sdpa", hidden_size=64, intermediate_size=64, head_dim=32)
     model = lora(quantised(base, "nf4"), target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
     assert_agrees_with_loop(Case(model, language_loss(tokens())), 1e-5)
 
 

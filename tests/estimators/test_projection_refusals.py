@@ -156,7 +156,7 @@ def test_rows_that_are_not_the_losses_need_example_of_row(checkpoints: Any) -> N
     case = language_case()
     model: Any = case.model
     if checkpoints is not None:
-        model.get_base_model().activation_checkpointing_enable(checkpoints)
+        model.get_base_model().gradient_checkpointing_enable(checkpoints)
     grouped = Case(model, language_loss(tokens(6), responses=3))
     with pytest.raises(ValueError, match=r"returned 2 losses, but .* rows of 6 examples.*example_of_row"):
         project(grouped)
@@ -262,7 +262,7 @@ class TestBeforeItRuns:
 
     def test_alpha_on_reentrant_checkpoints(self) -> None:
         model: Any = language_case().model
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
         self.refuse(model, "reentrant checkpointing.*use backend='doubled_rank'", backend="alpha")
 
     def test_forward_mode(self) -> None:

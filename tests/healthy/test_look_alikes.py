@@ -45,7 +45,7 @@ def preference_loss(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tens
 
 def checkpointed_llama(*, reentrant: bool) -> nn.Module:
     base = llama()
-    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     base.enable_input_require_grads()
     return base
 

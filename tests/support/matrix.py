@@ -642,14 +642,14 @@ def warm_up(folder: Path) -> Run:
 @case("method checkpointing")
 def checkpointing(folder: Path) -> Run:
     base = llama()
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    base.gradient_checkpointing_enable({"use_reentrant": False})
     return run(get_peft_model(base, config(lora_dropout=0.1)).train())
 
 
 @case("method reentrant checkpointing", but="LP301")
 def reentrant(folder: Path) -> Run:
     base = llama()
-    base.activation_checkpointing_enable({"use_reentrant": True})
+    base.gradient_checkpointing_enable({"use_reentrant": True})
     base.enable_input_require_grads()
     return run(get_peft_model(base, config(lora_dropout=0.1)).train())
 

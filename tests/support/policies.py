@@ -18,7 +18,7 @@ def policy() -> Any:
     torch.manual_seed(0)
     model.add_adapter("policy", config())
     trained(model)
-    model.set_adapter("default", inference_mode=True)
+    model.base_model.set_adapter("default", inference_mode=True)
     model.set_adapter("policy")
     return model
 

@@ -18,6 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from lora_probe_callbacks.facts import Mode, Role
+from lora_probe_callbacks.observe.model._versions import frozen_weight_names
 from lora_probe_callbacks.observe.model.places import Place
 from lora_probe_callbacks.observe.model.wrappers import is_compiled
 
@@ -247,7 +248,7 @@ def _units(layer: AdaptedLayer) -> Iterator[Unit]:
     module = layer.module
     if isinstance(module, BaseTunerLayer):
         parts = tuple(dict.fromkeys(module.adapter_layer_names))  # DoRA's magnitude stands there twice (peft 0.21)
-        frozen_names = module.frozen_peft_weight_names
+        frozen_names = frozen_weight_names(module)
     else:
         parts = ("modules_to_save",) if isinstance(module, ModulesToSaveWrapper) else ("prompt_encoder",)
         frozen_names = {}

@@ -67,6 +67,11 @@ class Targets:
                     "the adapter is part of flat parameters of FullyShardedDataParallel, in which no tensor of it "
                     "can be told apart: pass use_orig_params=True"
                 )
+            if foreign := _lora_of_others(self.roots):
+                raise NotJudgedError(
+                    f"{foreign} is LoRA of its own, not of PEFT (torchtune has such layers); tuner layers of PEFT "
+                    "can be judged"
+                )
             names = ", ".join(f"{name or 'the model'} ({type(module).__name__})" for name, module in self.roots)
             raise ValueError(
                 f"found no PEFT adapter in {names}; expected a PeftModel or a model with add_adapter(): attach the "
@@ -208,3 +213,11 @@ class Targets:
     def slot_of(self) -> dict[int, int]:
         """Tensor id to slot, as they are now."""
         return {id(t): i for i, t in enumerate(self.tensors()) if t is not None}
+
+
+def _lora_of_others(roots: Sequence[tuple[str, nn.Module]]) -> str | None:
+    """The class of a layer that holds a pair A, B and is not PEFT's."""
+    for module in (module for _, root in roots for module in root.modules()):
+        if {"lora_a", "lora_b"} <= {name.lower() for name in (*module._modules, *module._parameters)}:
+            return f"{type(module).__module__}.{type(module).__qualname__}"
+    return None

@@ -77,12 +77,12 @@ def test_seed_bug_both_halves(hook: bool) -> None:
     model = policy()
     if hook:
         model.enable_input_require_grads()
-    model.set_adapter("default", inference_mode=True)
+    model.base_model.set_adapter("default", inference_mode=True)
     wrapper = Wrapper(model)
     model.set_adapter("policy")
 
     def step(model: nn.Module, probe: LoraProbeMonitor, number: int) -> None:
-        model.set_adapter("default", inference_mode=True)
+        model.base_model.set_adapter("default", inference_mode=True)
         S = log_probs(wrapper.module, E)
         mu_Y = first_order(model, number)
         probe.watch(S, name="S", direction=mu_Y)
@@ -101,7 +101,7 @@ def test_seed_bug_before_set_adapter_alone(hook: bool) -> None:
         model.enable_input_require_grads()
 
     def step(model: nn.Module, probe: LoraProbeMonitor, number: int) -> None:
-        model.set_adapter("default", inference_mode=True)
+        model.base_model.set_adapter("default", inference_mode=True)
         S = log_probs(model, E)
         mu_Y = first_order(model, number)
         probe.watch(S, name="S", direction=mu_Y)
