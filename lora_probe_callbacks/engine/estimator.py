@@ -21,6 +21,7 @@ from lora_probe_callbacks.engine.telling import Teller
 from lora_probe_callbacks.estimators._owners import parameters, unwrapped
 from lora_probe_callbacks.estimators._self_check import UntrustedProjectionError
 from lora_probe_callbacks.estimators.directions import UpdateDirection
+from lora_probe_callbacks.estimators.intervals import SignSequence, Spread
 from lora_probe_callbacks.estimators.probe import Estimate, VarianceProbe
 from lora_probe_callbacks.facts import EstimatorFact
 from lora_probe_callbacks.observe.forward.estimator_graph import direction_fact, gradient_fact, graph_fact
@@ -91,6 +92,7 @@ class Estimation:
         self._autocast: tuple[bool, torch.dtype] | None = None
         self._why_not: str | None = None  # what would have been needed before the step, and could not be kept
         self._recent: tuple[tuple[float, float], ...] = ()  # delta_1 and its standard error, of the last ones
+        self._sequence = SignSequence()
 
     def due(self, step: int) -> bool:
         """It runs after this step."""
@@ -230,7 +232,9 @@ class Estimation:
                 estimate, mu_X = self._probe.estimate(model, direction, batch, loss=loss)
                 row = _row(estimate)
                 self._recent = (*self._recent, (estimate.delta_1, estimate.standard_error))[-LOOKS:]
-                seen |= {"count": estimate.count, "recent": self._recent}
+                self._sequence.add(estimate.delta_1, estimate.standard_error)
+                tail = Spread(math.nan, estimate.zeros, estimate.largest).heavy
+                seen |= {"count": estimate.count, "recent": self._recent, "sure": self._sequence.sure, "tail": tail}
                 got = gradient_fact({owned[n]: g for n, g in mu_X.tensors.items()}, targets)
                 seen |= {"missing": got["missing"], "zero": got["zero"]}
         except Exception as error:

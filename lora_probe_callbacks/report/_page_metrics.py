@@ -22,7 +22,7 @@ def estimator(run: Run) -> Html:
     band = ([ends[s][0] for s in steps], [ends[s][1] for s in steps]) if known else None
     chart = line(steps, [("a", values)], band=band, zero=True, label="delta_1 over steps")
     about = "delta_1, the change that the first order predicts for a step"
-    about += ", with its interval at 95% (Student's t over the prompts)." if known else "."
+    about += ", with its interval at 95% over the prompts, which allows for skewness." if known else "."
     why = _reasons(run, "LP305", "could not judge")
     about += f" In some steps it was not computed: {why}." if why else ""
     return join((tag("p", about, class_="about"), chart))
