@@ -21,6 +21,7 @@ from lora_probe_callbacks.engine.cadence import Cadence
 from lora_probe_callbacks.engine.collector import Collector, Observers
 from lora_probe_callbacks.engine.decision import Decisions, Judge
 from lora_probe_callbacks.engine.estimator import Estimates, Estimation
+from lora_probe_callbacks.engine.examples import Examples
 from lora_probe_callbacks.engine.findings import Ledger
 from lora_probe_callbacks.engine.forward_events import ForwardEvents
 from lora_probe_callbacks.engine.proofs import ProofBook, claims_of
@@ -71,6 +72,7 @@ class ProbeSession:
         )
         self._state = RunState(framework_step=lambda: self._state.step)
         self._estimates: Estimates | None = None
+        self._examples: Examples | None = None
         self._ended = False
         self._questions: list[str] = []  # what cannot be judged at all, and why
         self._report = _LiveReport(self)
@@ -152,6 +154,7 @@ class ProbeSession:
         self._decisions.begin(state, self._collector, self._release)
         estimation = None if config.estimator is None else Estimation(config.estimator, targets)
         self._estimates = Estimates(estimation, state, targets, self._hooks, self._collector, self._teller)
+        self._examples = Examples(config.examples, targets, self._hooks, self._teller, scaler)
         self._reruns = Reruns(needs, state, self._observers, self._hooks, self._collector, self._teller, scaler)
         cadence = Cadence(
             config.every_n_steps,
@@ -168,6 +171,7 @@ class ProbeSession:
             collector=self._collector,
             decisions=self._decisions,
             estimates=self._estimates,
+            examples=self._examples,
             reruns=self._reruns,
             agreement=self._agreement,
             errors=self._errors,
@@ -257,6 +261,8 @@ class ProbeSession:
         self._reruns.forget()
         if self._estimates is not None and (not self.running or self._state.broken):
             self._estimates.forget()
+        if self._examples is not None and (not self.running or self._state.broken):
+            self._examples.forget()
 
     # --- what was found ---------------------------------------------------------------------
 
@@ -372,4 +378,10 @@ class _LiveReport(ProbeReport):
     def open_questions(self) -> list[str]:  # type: ignore[override]
         estimates = self._session._estimates
         broken = {} if estimates is None else estimates.broken
-        return [*self._session._questions, *(f"estimator {name!r}: {reason}" for name, reason in broken.items())]
+        examples = self._session._examples
+        unscored = [] if examples is None or examples.broken is None else [f"examples: {examples.broken}"]
+        return [
+            *self._session._questions,
+            *unscored,
+            *(f"estimator {name!r}: {reason}" for name, reason in broken.items()),
+        ]

@@ -13,6 +13,7 @@ _PUBLIC: dict[str, str] = {
     "ConditionalMoments": "lora_probe_callbacks.estimators.variance",
     "ConditionalVariance": "lora_probe_callbacks.estimators.variance",
     "Estimate": "lora_probe_callbacks.estimators.probe",
+    "ExampleProbe": "lora_probe_callbacks.estimators.examples",
     "ExampleScores": "lora_probe_callbacks.estimators.in_step",
     "ProjectionComparison": "lora_probe_callbacks.estimators.projections",
     "PromptBatch": "lora_probe_callbacks.estimators.batches",

@@ -47,7 +47,7 @@ class Rehearsal:
         self._cotangents: dict[int, torch.Tensor] = {}
         self._beside: list[str] = []  # outputs of which a part of the loss was made, beside these
         self._handles = [
-            *(module.register_forward_pre_hook(self._enter) for module in frames),
+            *(module.register_forward_pre_hook(self.enter) for module in frames),
             *(module.register_forward_hook(self._leave) for module in frames),
         ]
 
@@ -57,7 +57,8 @@ class Rehearsal:
             handle.remove()
         self._handles = []
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """A frame begins to run."""
         if self._outermost is None and torch.is_grad_enabled() and not in_backward():
             self._outermost = module
             self._random = RandomState()

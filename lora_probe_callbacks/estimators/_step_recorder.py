@@ -112,7 +112,7 @@ class Recorder:
     def install(self) -> None:
         """Watch."""
         for module in self._frames:
-            self._of_frames.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._of_frames.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
             self._of_frames.append(module.register_forward_hook(self._leave, always_call=True))
         for layer in self._layers:
             hook = functools.partial(self._ran, layer)
@@ -131,7 +131,8 @@ class Recorder:
 
     # --- forwards ---------------------------------------------------------------------------
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A frame begins to run."""
         if torch.is_grad_enabled() and not in_backward():
             self._depth += 1
             if self._depth == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +17,15 @@ from lora_probe_callbacks.estimators._doubled_rank import refuse_coupling
 from lora_probe_callbacks.estimators._owners import described, unwrapped, wrappers
 from lora_probe_callbacks.estimators._step_check import Rehearsal
 from lora_probe_callbacks.estimators._step_layers import Grouping, Layer, plan
+from lora_probe_callbacks.estimators._step_names import Identities, arguments_of, called, groups_of, token_rows
 from lora_probe_callbacks.estimators._step_recorder import ExampleOfRow, Pass, Recorder
 from lora_probe_callbacks.estimators.directions import UpdateDirection
 from lora_probe_callbacks.restore.tree import Tree, tree
 
-__all__ = ["ExampleScores", "per_example_scores"]
+__all__ = ["ExampleScores", "InStep", "per_example_scores"]
 
 Direction = UpdateDirection | Mapping[str, torch.Tensor]
 SelfCheck = Literal["first", "always", "never"]
-Identities = str | Callable[[tuple[Any, ...], Mapping[str, Any]], Sequence[Any]]
 
 
 class ExampleScores:
@@ -163,66 +162,184 @@ def per_example_scores(
         NotImplementedError: If a layer has no rule, or the model is compiled.
         RuntimeError: If no gradient passed by.
     """
-    if self_check not in {"first", "always", "never"}:
-        raise ValueError(f"got self_check={self_check!r}, expected 'first', 'always' or 'never'")
-    inside = tree(unwrapped(model))
-    _refuse_compiled(model, inside)
-    refuse_coupling(inside)
-    named = _named_directions(directions)
-    names = inside.names if model is inside.root else inside.names | tree(model).names
-    mus = [_by_owner(mu, names, inside) for mu in named.values()]
-    wanted = {i: p for p in inside.parameters.values() if (i := id(p)) in set().union(*mus)}
-    if norms or gram:
-        wanted |= {id(p): p for p in inside.parameters.values() if p.requires_grad}
-    if not wanted:
-        raise ValueError("got no directions, and neither norms nor gram; expected something to compute")
-    scales = [mu.scale if isinstance(mu, UpdateDirection) else 1.0 for mu in named.values()]
-    lengths = torch._foreach_norm([t for mu in mus for t in mu.values()]) if mus else []
-    pieces = iter([float(length) for length in lengths])
-    mu_norms = [math.sqrt(sum(next(pieces) ** 2 for _ in mu)) for mu in mus]
-    # Powers of two, exact: an update of 1e-8 would vanish in the float16 of some layers.
-    units = [2.0 ** math.frexp(norm)[1] if norm else 1.0 for norm in mu_norms]
-    scaled = [
-        dict(zip(mu, torch._foreach_div(list(mu.values()), unit), strict=True))
-        for mu, unit in zip(mus, units, strict=True)
-    ]
-    layers = plan(inside, scaled, wanted)
-    frames = _frames(inside, layers)
-    scores = ExampleScores(list(named), scales, mu_norms)
-    options = {"norms": norms, "gram": gram, "per_token": per_token}
-    recorder = Recorder(layers, frames, len(mus), precision(inside), example_of_row, **options)
-    key = (len(mus) > 0, *options.values(), example_of_row is None, inside.root.training, hash(tuple(wanted)))
-    first = _self_check.first_use(inside.root, per_example_scores, key)
-    checks = self_check == "always" or (self_check == "first" and first)
-    rehearsal = Rehearsal(inside, wrappers(model), layers, frames) if checks else None
-    before = {i: (p.grad, None if p.grad is None else p.grad._version) for i, p in wanted.items()}
-    recorder.install()
+    step = InStep(
+        model,
+        directions,
+        norms=norms,
+        gram=gram,
+        per_token=per_token,
+        example_of_row=example_of_row,
+        ids=ids,
+        self_check=self_check,
+    )
+    step.start()
     try:
-        yield scores
+        yield step.scores
     finally:
-        recorder.remove()
-        if rehearsal is not None:
-            rehearsal.remove()
-    if recorder.error is not None:
-        raise recorder.error
-    _refuse_unseen(recorder, layers, before)
-    _fill(scores, recorder.passes, torch.tensor(units), per_token=per_token, norms=norms or gram)
-    scores.ids = _called(ids, recorder.passes)
-    scores.checked = not first
-    if rehearsal is not None:
-        now = recorder.passes[0]
-        found = None if scores.s is None else scores.s[:, : scores.passes[0]]
-        scores.why_unchecked = rehearsal.check(now, mus, found)
-        scores.checked = scores.why_unchecked is None
-        if scores.checked:
-            _self_check.passed(inside.root, per_example_scores, key)
-        elif self_check == "always":
-            raise NotImplementedError(f"self_check='always' cannot be done: {scores.why_unchecked}")
+        step.stop()
+    step.finish()
+
+
+class InStep:
+    """`per_example_scores` in two parts, for those whom hooks tell when a step begins and ends.
+
+    Args:
+        model: As there.
+        directions: As there.
+        norms: As there.
+        gram: As there.
+        per_token: As there.
+        example_of_row: As there.
+        ids: As there.
+        self_check: As there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directions: Direction | Sequence[Direction] | Mapping[str, Direction],
+        *,
+        norms: bool,
+        gram: bool = False,
+        per_token: bool = False,
+        example_of_row: ExampleOfRow | None = None,
+        ids: Identities | None = None,
+        self_check: SelfCheck = "first",
+    ) -> None:
+        if self_check not in {"first", "always", "never"}:
+            raise ValueError(f"got self_check={self_check!r}, expected 'first', 'always' or 'never'")
+        self._inside = inside = tree(unwrapped(model))
+        _refuse_compiled(model, inside)
+        refuse_coupling(inside)
+        named = _named_directions(directions)
+        names = inside.names if model is inside.root else inside.names | tree(model).names
+        self._mus = mus = [_by_owner(mu, names, inside) for mu in named.values()]
+        wanted = {i: p for p in inside.parameters.values() if (i := id(p)) in set().union(*mus)}
+        if norms or gram:
+            wanted |= {id(p): p for p in inside.parameters.values() if p.requires_grad}
+        if not wanted:
+            raise ValueError("got no directions, and neither norms nor gram; expected something to compute")
+        self._wanted = wanted
+        lengths = [_length(mu) for mu in mus]
+        # Powers of two, exact: an update of 1e-8 would vanish in the float16 of some layers.
+        self._units = units = [2.0 ** math.frexp(length)[1] if length else 1.0 for length in lengths]
+        self._layers = plan(inside, [_divided(mu, unit) for mu, unit in zip(mus, units, strict=True)], wanted)
+        scales = [mu.scale if isinstance(mu, UpdateDirection) else 1.0 for mu in named.values()]
+        self.scores = ExampleScores(list(named), scales, lengths)
+        self._per_token, self._squares, self._ids = per_token, norms or gram, ids
+        self.frames = _frames(inside, self._layers)  # the modules around all layers, from the outside in
+        self._recorder = Recorder(
+            self._layers,
+            self.frames,
+            len(mus),
+            precision(inside),
+            example_of_row,
+            norms=norms,
+            gram=gram,
+            per_token=per_token,
+        )
+        asked = (len(mus) > 0, norms, gram, per_token, example_of_row is None)
+        self._key = (*asked, inside.root.training, hash(tuple(wanted)))
+        self._check: SelfCheck = self_check
+        self._first = _self_check.first_use(inside.root, per_example_scores, self._key)
+        self._wrappers = wrappers(model)
+        self._rehearsal: Rehearsal | None = None
+        self._before: dict[int, tuple[torch.Tensor | None, int | None]] = {}
+
+    def start(self) -> None:
+        """Watch the step that begins."""
+        if self._check == "always" or (self._check == "first" and self._first):
+            self._rehearsal = Rehearsal(self._inside, self._wrappers, self._layers, self.frames)
+        self._before = {i: (p.grad, None if p.grad is None else p.grad._version) for i, p in self._wanted.items()}
+        self._recorder.install()
+
+    def joins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count a forward that has begun already, before its layers: hooks of a module that runs do not fire.
+
+        Args:
+            module: The module.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        self._recorder.enter(module, args, kwargs)
+        if self._rehearsal is not None:
+            self._rehearsal.enter(module, args)
+
+    @property
+    def seen(self) -> bool:
+        """A forward was watched, and gradients of it have arrived."""
+        return any(now.visited for now in self._recorder.passes) or self._recorder.error is not None
+
+    def stop(self) -> None:
+        """Take the hooks away."""
+        self._recorder.remove()
+        if self._rehearsal is not None:
+            self._rehearsal.remove()
+
+    def finish(self) -> ExampleScores:
+        """Put together what was seen, before the optimizer steps.
+
+        Returns:
+            The scores.
+
+        Raises:
+            ValueError: If rows are not what they were taken for.
+            NotImplementedError: If a layer was used in a way that cannot be followed.
+            RuntimeError: If no gradient passed by, or the self-check fails.
+        """
+        scores, passes = self.scores, self._recorder.passes
+        if self._recorder.error is not None:
+            raise self._recorder.error
+        _refuse_unseen(self._recorder, self._layers, self._before)
+        _fill(scores, passes, torch.tensor(self._units), per_token=self._per_token, norms=self._squares)
+        scores.ids = called(self._ids, passes)
+        scores.checked = not self._first
+        if self._rehearsal is not None:
+            found = None if scores.s is None else scores.s[:, : scores.passes[0]]
+            scores.why_unchecked = self._rehearsal.check(passes[0], self._mus, found)
+            scores.checked = scores.why_unchecked is None
+            if scores.checked:
+                _self_check.passed(self._inside.root, per_example_scores, self._key)
+            elif self._check == "always":
+                raise NotImplementedError(f"self_check='always' cannot be done: {scores.why_unchecked}")
+        return scores
+
+    def texts(self, examples: Sequence[int], decode: Callable[[list[int]], str]) -> dict[int, str]:
+        """Return the text of some examples, where their `input_ids` passed by.
+
+        Args:
+            examples: Their numbers in the scores.
+            decode: A tokenizer's.
+
+        Returns:
+            Text by number.
+        """
+        found, start = {}, 0
+        for now in self._recorder.passes:
+            groups = groups_of(now)
+            mine = [n for n in examples if start <= n < start + groups.count]
+            ids = arguments_of(now).get("input_ids") if mine else None
+            if isinstance(ids, torch.Tensor):
+                rows = token_rows(ids, arguments_of(now), groups)
+                found |= {n: decode(rows[n - start]) for n in mine}
+            start += groups.count
+        return found
+
+
+def _length(mu: Mapping[int, torch.Tensor]) -> float:
+    norms = torch._foreach_norm(list(mu.values()))
+    return math.sqrt(
+        sum(value**2 for value in torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).tolist())
+    )
+
+
+def _divided(mu: Mapping[int, torch.Tensor], unit: float) -> dict[int, torch.Tensor]:
+    return dict(zip(mu, torch._foreach_div(list(mu.values()), unit), strict=True))
 
 
 def _fill(scores: ExampleScores, passes: list[Pass], units: torch.Tensor, *, per_token: bool, norms: bool) -> None:
     """Put the passes together."""
-    groups = [_groups(now) for now in passes]
+    groups = [groups_of(now) for now in passes]
     scores.passes = [group.count for group in groups]
     if scores.directions:
         parts = [_scores(now, group, norms and not per_token) for now, group in zip(passes, groups, strict=True)]
@@ -240,11 +357,6 @@ def _fill(scores: ExampleScores, passes: list[Pass], units: torch.Tensor, *, per
         scores.summed = [math.sqrt(float(now.summed)) for now in passes]  # type: ignore[arg-type]
         if passes[0].products is not None:
             scores.gram = _block_diagonal([now.products for now in passes])  # type: ignore[misc]
-
-
-def _groups(now: Pass) -> Grouping:
-    assert now.groups is not None
-    return now.groups
 
 
 def _scores(now: Pass, groups: Grouping, by_example: bool) -> torch.Tensor:
@@ -356,69 +468,3 @@ def _refuse_unseen(
                     "are used outside of it (a fused kernel, a parametrisation). Leave it out, or use "
                     "per_prompt_projection(backend='loop')"
                 )
-
-
-# --- what examples are called -----------------------------------------------------------------
-
-
-def _called(ids: Identities | None, passes: Sequence[Pass]) -> list[Any]:
-    if ids is None:
-        return list(range(sum(_groups(now).count for now in passes)))
-    names: list[Any] = []
-    for now in passes:
-        mine = _called_in(ids, now)
-        if len(mine) != _groups(now).count:
-            raise ValueError(f"ids got {len(mine)} names for {_groups(now).count} examples of a forward")
-        names += mine
-    return names
-
-
-def _called_in(ids: Identities, now: Pass) -> list[Any]:
-    if not isinstance(ids, str):
-        return list(ids(now.args, now.kwargs))
-    arguments: Mapping[str, Any] = {
-        **(now.args[0] if now.args and isinstance(now.args[0], Mapping) else {}),
-        **now.kwargs,
-    }
-    if ids != "content":
-        if ids not in arguments:
-            raise ValueError(f"ids got {ids!r}, expected an argument of the forward, such as {list(arguments)[:4]}")
-        column = arguments[ids]
-        return list(column.tolist() if isinstance(column, torch.Tensor) else column)
-    integers = [
-        v for v in (arguments.get("input_ids"), *now.args) if isinstance(v, torch.Tensor) and not v.is_floating_point()
-    ]
-    if not integers:
-        raise ValueError("ids='content' needs input_ids among the arguments of the forward; expected integer tokens")
-    return [
-        hashlib.blake2b(row, digest_size=6).hexdigest() for row in token_bytes(integers[0], arguments, _groups(now))
-    ]
-
-
-def token_rows(tokens: torch.Tensor, arguments: Mapping[str, Any], groups: Grouping) -> list[list[int]]:
-    """Return the tokens of every example, without padding where an attention mask tells.
-
-    Args:
-        tokens: [R, T].
-        arguments: of the forward.
-        groups: which row is of which example.
-
-    Returns:
-        Tokens by example.
-    """
-    mask = arguments.get("attention_mask")
-    known = isinstance(mask, torch.Tensor) and mask.shape == tokens.shape
-    cells = tokens.reshape(groups.cells, -1).tolist()
-    kept = mask.reshape(groups.cells, -1).tolist() if known and isinstance(mask, torch.Tensor) else None
-    of = range(groups.cells) if groups.example_of_row is None else groups.example_of_row.flatten().tolist()
-    rows: list[list[int]] = [[] for _ in range(groups.count)]
-    for number, (example, cell) in enumerate(zip(of, cells, strict=True)):
-        rows[example] += cell if kept is None else [t for t, real in zip(cell, kept[number], strict=True) if real]
-    return rows
-
-
-def token_bytes(tokens: torch.Tensor, arguments: Mapping[str, Any], groups: Grouping) -> list[bytes]:
-    """Return `token_rows` as bytes."""
-    return [
-        b"".join(t.to_bytes(8, "little", signed=True) for t in row) for row in token_rows(tokens, arguments, groups)
-    ]
