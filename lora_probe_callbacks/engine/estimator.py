@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from lora_probe_callbacks.checks.estimator.no_signal import LOOKS
 from lora_probe_callbacks.engine.collector import Collector
+from lora_probe_callbacks.engine.examples import Examples
 from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.telling import Teller
 from lora_probe_callbacks.estimators._owners import parameters, unwrapped
@@ -292,6 +293,7 @@ class Estimates:
 
     Args:
         estimation: Computes the one that was configured; None if there is none.
+        examples: Scores the examples of the steps.
         state: Where the run is.
         targets: What is expected to train.
         hooks: Who watches the forwards; sees nothing of what is run here.
@@ -302,6 +304,7 @@ class Estimates:
     def __init__(
         self,
         estimation: Estimation | None,
+        examples: Examples,
         state: RunState,
         targets: Targets,
         hooks: ForwardObserver,
@@ -309,6 +312,7 @@ class Estimates:
         teller: Teller,
     ) -> None:
         self._estimation = estimation
+        self.examples = examples
         self._state = state
         self._targets = targets
         self._hooks = hooks
@@ -361,8 +365,15 @@ class Estimates:
 
     def forget(self) -> None:
         """Let go of all tensors."""
+        self.examples.forget()
         if self._estimation is not None:
             self._estimation.forget()
+
+    @property
+    def questions(self) -> list[str]:
+        """What could not be computed, and so keeps the run from being called healthy."""
+        unscored = [] if self.examples.broken is None else [f"examples: {self.examples.broken}"]
+        return [*unscored, *(f"estimator {name!r}: {reason}" for name, reason in self.broken.items())]
 
     def _keep(self, fact: EstimatorFact) -> None:
         if fact.missing is not None:

@@ -72,7 +72,6 @@ class ProbeSession:
         )
         self._state = RunState(framework_step=lambda: self._state.step)
         self._estimates: Estimates | None = None
-        self._examples: Examples | None = None
         self._ended = False
         self._questions: list[str] = []  # what cannot be judged at all, and why
         self._report = _LiveReport(self)
@@ -153,8 +152,8 @@ class ProbeSession:
         )
         self._decisions.begin(state, self._collector, self._release)
         estimation = None if config.estimator is None else Estimation(config.estimator, targets)
-        self._estimates = Estimates(estimation, state, targets, self._hooks, self._collector, self._teller)
-        self._examples = Examples(config.examples, targets, self._hooks, self._teller, scaler)
+        examples = Examples(config.examples, targets, self._hooks, self._teller, scaler)
+        self._estimates = Estimates(estimation, examples, state, targets, self._hooks, self._collector, self._teller)
         self._reruns = Reruns(needs, state, self._observers, self._hooks, self._collector, self._teller, scaler)
         cadence = Cadence(
             config.every_n_steps,
@@ -171,7 +170,6 @@ class ProbeSession:
             collector=self._collector,
             decisions=self._decisions,
             estimates=self._estimates,
-            examples=self._examples,
             reruns=self._reruns,
             agreement=self._agreement,
             errors=self._errors,
@@ -261,8 +259,6 @@ class ProbeSession:
         self._reruns.forget()
         if self._estimates is not None and (not self.running or self._state.broken):
             self._estimates.forget()
-        if self._examples is not None and (not self.running or self._state.broken):
-            self._examples.forget()
 
     # --- what was found ---------------------------------------------------------------------
 
@@ -377,11 +373,4 @@ class _LiveReport(ProbeReport):
     @property
     def open_questions(self) -> list[str]:  # type: ignore[override]
         estimates = self._session._estimates
-        broken = {} if estimates is None else estimates.broken
-        examples = self._session._examples
-        unscored = [] if examples is None or examples.broken is None else [f"examples: {examples.broken}"]
-        return [
-            *self._session._questions,
-            *unscored,
-            *(f"estimator {name!r}: {reason}" for name, reason in broken.items()),
-        ]
+        return [*self._session._questions, *([] if estimates is None else estimates.questions)]

@@ -20,7 +20,6 @@ from lora_probe_callbacks.engine.collector import Collector, Observers
 from lora_probe_callbacks.engine.decision import Decisions
 from lora_probe_callbacks.engine.errors import Errors
 from lora_probe_callbacks.engine.estimator import Estimates
-from lora_probe_callbacks.engine.examples import Examples
 from lora_probe_callbacks.engine.rerun import Reruns
 from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.step_tracker import StepTracker
@@ -44,7 +43,6 @@ class StepEvents:
         collector: Makes the facts.
         decisions: Decides.
         estimates: The estimators.
-        examples: The examples of the steps.
         reruns: What runs a forward again.
         agreement: The other ranks.
         errors: Errors of our own.
@@ -60,7 +58,6 @@ class StepEvents:
         collector: Collector,
         decisions: Decisions,
         estimates: Estimates,
-        examples: Examples,
         reruns: Reruns,
         agreement: Agreement,
         errors: Errors,
@@ -72,7 +69,6 @@ class StepEvents:
         self._collector = collector
         self._decisions = decisions
         self._estimates = estimates
-        self._examples = examples
         self._reruns = reruns
         self._agreement = agreement
         self._errors = errors
@@ -105,7 +101,7 @@ class StepEvents:
         self.now = StepTracker()
         self._reruns.forget()
         self._hooks.reset()
-        self._examples.begin_step(state.step)
+        self._estimates.examples.begin_step(state.step)
         if not self._probed or (state.broken and not self._agreement.several):
             self._hooks.disarm()
             return
@@ -273,7 +269,7 @@ class StepEvents:
         if not state.broken:
             with self._errors.contain():
                 self._estimates.stepping()
-                self._examples.stepping(state.step, state.framework_step(), inside=inside)
+                self._estimates.examples.stepping(state.step, state.framework_step(), inside=inside)
                 self._reruns.stepping(inside=inside)
 
     @property

@@ -34,8 +34,8 @@ class ExampleProbe:
 
     The noise scale is McCandlish et al. (2018, arXiv:1812.06162, appendix A.1) from |G|^2 and the mean of |g_n|^2
     within each micro-batch; single steps scatter widely, as its denominator is itself estimated: look at its median
-    over steps. The record and the page list the `top` most and least helpful examples of every scored step. Each rank of a
-    distributed run scores its own examples. Training is left as it was, bit by bit.
+    over steps. The record and the page list the `top` most and least helpful examples of every scored step. Each rank
+    of a distributed run scores its own examples. Training is left as it was, bit by bit.
 
     Args:
         directions: "last_step" (what the last step has added), "adam" (what Adam would add without a new gradient), any
