@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,10 +72,11 @@ class Rehearsal:
             return
         for number, tensor in enumerate(_cut_tensors(output)):
             self._outputs.append((tensor.shape, _size(tensor)))
-            tensor.register_hook(functools.partial(self._cotangents.__setitem__, number))
+            keep = functools.partial(self._cotangents.__setitem__, number)
+            tensor.register_hook(keep)  # type: ignore[no-untyped-call]
         routed = output.get("router_logits") if isinstance(output, Mapping) else None
         for tensor in tensors_of(routed):
-            tensor.register_hook(lambda _: self._beside.append("router_logits"))
+            tensor.register_hook(lambda _: self._beside.append("router_logits"))  # type: ignore[no-untyped-call]
 
     # --- again ------------------------------------------------------------------------------
 
@@ -184,7 +186,7 @@ def _weighted(g: torch.Tensor, w: torch.Tensor, groups: Any) -> torch.Tensor:
 
 
 def _norm(gradients: Mapping[int, torch.Tensor]) -> float:
-    return sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
+    return math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
 
 
 def _same_norm(found: float, expected: float, lowest: torch.dtype, scale: float) -> None:

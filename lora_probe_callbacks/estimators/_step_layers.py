@@ -398,7 +398,7 @@ def _row_sums(ids: torch.Tensor, g: torch.Tensor, M: torch.Tensor | None) -> Ite
     Yields:
         Blocks of columns.
     """
-    occurring, index = ids.unique(return_inverse=True)
+    occurring, index = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     B, _, d = g.shape
     flat = (index + len(occurring) * torch.arange(B, device=ids.device)[:, None]).flatten()
     columns = max(1, _BLOCK // (B * len(occurring)))

@@ -18,6 +18,8 @@ from torch import nn
 
 from lora_probe_callbacks.estimators._step_layers import Block, Call, Grouping, Layer
 
+FEW = 2  # directions, for which a product by position is cheaper than the gradients by example
+
 # The example of every row, or how it is read off the arguments of a forward.
 ExampleOfRow = torch.Tensor | Callable[[tuple[Any, ...], Mapping[str, Any]], torch.Tensor]
 
@@ -143,7 +145,7 @@ class Recorder:
             self._depth = max(0, self._depth - 1)
             if self._depth == 0 and self.passes:
                 for tensor in tensors_of(output):
-                    tensor.register_hook(functools.partial(self._begins, self.passes[-1]))
+                    tensor.register_hook(functools.partial(self._begins, self.passes[-1]))  # type: ignore[no-untyped-call]
 
     def _begins(self, now: Pass, gradient: torch.Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -165,7 +167,8 @@ class Recorder:
             kept = _Kept(args, kwargs, self._leaf)
             self._open.add(kept)
         if not self._removed:
-            y.register_hook(functools.partial(self._arrived, self._pass_of_now(), layer, [kept]))
+            arrived = functools.partial(self._arrived, self._pass_of_now(), layer, [kept])
+            y.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def _pass_of_now(self) -> Pass | None:
         """Return the pass that a forward belongs to, or None if it cannot be told."""
@@ -220,14 +223,14 @@ class Recorder:
                     "would have to be added before they are squared. Leave norms and gram off"
                 )
             now.parameters |= ids
-        by_position = self._count and layer.directed and (self._per_token or not squares)
+        by_position = self._count and layer.directed and (self._per_token or not (squares or self._count > FEW))
         if by_position:
             part = layer.rule.by_position(call, g, self._dtype).T  # [K, positions]
             part = part.reshape(self._count, groups.cells, -1)
             self._add_scores(now, layer, groups, part)
-        if squares:
+        if squares or (layer.directed and not by_position):
             for block in layer.rule.by_example(call, g, groups):
-                self._add_block(now, block, scores=not by_position)
+                self._add_block(now, block, scores=not by_position, squares=squares)
 
     def _add_scores(self, now: Pass, layer: Layer, groups: Grouping, part: torch.Tensor) -> None:
         if not self._per_token or len(groups.rows) == 2:
@@ -242,20 +245,22 @@ class Recorder:
         else:
             now.by_cell += part.to(now.by_cell.device)
 
-    def _add_block(self, now: Pass, block: Block, *, scores: bool) -> None:
+    def _add_block(self, now: Pass, block: Block, *, scores: bool, squares: bool) -> None:
         G, mu = block
         G = G.to(self._dtype)
         if scores and mu is not None:
             s = (G @ mu.to(self._dtype).T).T
             now.by_cell = s if now.by_cell is None else now.by_cell + s.to(now.by_cell.device)
+        if not squares:
+            return
         summed = G.sum(0).square().sum()
         now.summed = summed if now.summed is None else now.summed + summed.to(now.summed.device)
         if self._gram:
             products = G @ G.T
             now.products = products if now.products is None else now.products + products.to(now.products.device)
         else:
-            squares = torch.linalg.vector_norm(G, dim=1).square()
-            now.squares = squares if now.squares is None else now.squares + squares.to(now.squares.device)
+            lengths = torch.linalg.vector_norm(G, dim=1).square()
+            now.squares = lengths if now.squares is None else now.squares + lengths.to(now.squares.device)
 
     def _groups(self, now: Pass, layer: Layer, g: torch.Tensor) -> Grouping:
         if now.groups is None:

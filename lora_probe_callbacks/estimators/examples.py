@@ -114,7 +114,8 @@ class ExampleProbe:
         """
         directions: dict[str, Direction] = {}
         for number, given in enumerate(self.directions):
-            name, made = f"direction_{number}", given
+            name = f"direction_{number}"
+            made: Any = given
             if given == "last_step":
                 name, made = "last_step", _since(model, before)
             elif given == "adam":
@@ -122,7 +123,7 @@ class ExampleProbe:
             elif callable(given):
                 name, made = getattr(given, "__name__", name), given(model)
             if made:
-                directions[name] = made  # type: ignore[assignment]
+                directions[name] = made
         if not directions and not self.norms and not self.gram:
             return None
         return InStep(

@@ -18,7 +18,7 @@ from lora_probe_callbacks.estimators._owners import described, unwrapped, wrappe
 from lora_probe_callbacks.estimators._step_check import Rehearsal
 from lora_probe_callbacks.estimators._step_layers import Grouping, Layer, plan
 from lora_probe_callbacks.estimators._step_names import Identities, arguments_of, called, groups_of, token_rows
-from lora_probe_callbacks.estimators._step_recorder import ExampleOfRow, Pass, Recorder
+from lora_probe_callbacks.estimators._step_recorder import FEW, ExampleOfRow, Pass, Recorder
 from lora_probe_callbacks.estimators.directions import UpdateDirection
 from lora_probe_callbacks.restore.tree import Tree, tree
 
@@ -314,7 +314,8 @@ class InStep:
         Returns:
             Text by number.
         """
-        found, start = {}, 0
+        found: dict[int, str] = {}
+        start = 0
         for now in self._recorder.passes:
             groups = groups_of(now)
             mine = [n for n in examples if start <= n < start + groups.count]
@@ -341,8 +342,9 @@ def _fill(scores: ExampleScores, passes: list[Pass], units: torch.Tensor, *, per
     """Put the passes together."""
     groups = [groups_of(now) for now in passes]
     scores.passes = [group.count for group in groups]
+    by_example = (norms or len(scores.directions) > FEW) and not per_token
     if scores.directions:
-        parts = [_scores(now, group, norms and not per_token) for now, group in zip(passes, groups, strict=True)]
+        parts = [_scores(now, group, by_example) for now, group in zip(passes, groups, strict=True)]
         scores.s = torch.cat([part.to(parts[0].device) for part in parts], dim=1) * units.to(parts[0])[:, None]
     if scores.directions and per_token:
         by_token = [_by_token(now, group) for now, group in zip(passes, groups, strict=True)]

@@ -114,7 +114,7 @@ def _skewness(values: NDArray[np.float64]) -> float:
     variance = float((d**2).sum()) / (B - 1)
     if not variance:
         return math.nan
-    return float((d**3).sum()) * B / ((B - 1) * (B - 2)) / variance**1.5
+    return float((d**3).sum() * B / ((B - 1) * (B - 2)) / variance**1.5)
 
 
 class SignSequence:

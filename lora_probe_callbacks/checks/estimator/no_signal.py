@@ -48,11 +48,10 @@ def _judge(facts: Facts, estimator: EstimatorFact) -> Verdict | None:
 CHECK = Check(
     code="LP903",
     name="no-signal",
-    what="In eight estimates in a row delta_1 lies within two standard errors of zero, and so does their sum, and a sequence that "
-    "holds at all looks of the run together does not exclude zero. It warns.",
+    what="In eight estimates in a row delta_1 lies within two standard errors of zero, and so does their sum. It warns.",
     why="A number with an interval is logged each time, and looks like a measurement of something.",
     fix="Take more prompts, or conclude that these steps do not change what is estimated.",
-    quiet="Estimates that are noisy one by one and have a sign together.",
+    quiet="Estimates that are noisy one by one and have a sign together, in these eight or, surely, over the run.",
     explained_by=("LP305",),
     judge=judge,
 )
