@@ -32,7 +32,7 @@ from lora_probe_callbacks.estimators import (
     policy_gradient_surrogate,
     refuse_shared_prompts,
     sequence_logprobs,
-    t_interval,
+    skewed_interval,
 )
 
 NUMBERS, END, PAD = 16, 16, 17
@@ -125,8 +125,8 @@ def predict_and_measure(model: PeftModel, optimizer: torch.optim.Optimizer, U: P
     )
     metric = ConditionalVariance()
     metric.update(direction.scale * s)
-    delta_1, _, standard_error, B = metric.compute()
-    low, high = t_interval(delta_1, standard_error, B)
+    delta_1, _, standard_error, _ = metric.compute()
+    low, high = skewed_interval(s, direction.scale)
 
     # L_X is linear in S, with weights that belong to the policy before the step: hold on to them.
     before = sequence_logprobs(model, E, adapter="default").detach().requires_grad_()
@@ -136,7 +136,7 @@ def predict_and_measure(model: PeftModel, optimizer: torch.optim.Optimizer, U: P
     after = sequence_logprobs(model, E, adapter="default").detach()
     measured = (weights * (after - before.detach())).sum()
     lr = optimizer.param_groups[0]["lr"]
-    return Row(lr, *(x.item() for x in (delta_1, standard_error, low, high, measured)))
+    return Row(lr, float(delta_1), float(standard_error), low, high, float(measured))
 
 
 def main() -> None:
@@ -212,7 +212,7 @@ def draw(rows: list[Row], path: Path) -> None:
         [row.low / row.lr for row in rows],
         [row.high / row.lr for row in rows],
         alpha=0.2,
-        label="95% interval over prompts (Student's t)",
+        label="95% interval over prompts",
     )
     change.plot(lr, [row.delta_1 / row.lr for row in rows], label="predicted, delta_1")
     change.plot(lr, [row.measured / row.lr for row in rows], "o", color="black", label="measured")

@@ -31,7 +31,6 @@ from lora_probe_callbacks.estimators import (
     VarianceProbe,
     entropy_surrogate,
     sequence_logprobs,
-    t_interval,
 )
 
 STEPS, LEARNING_RATE = 16, 1e-3
@@ -102,11 +101,11 @@ def train(model: PeftModel, pools: dict[str, list[tuple[int, int, int]]], record
 
 def row(metrics: dict[str, float], measured: float, noise: float) -> Row:
     """Put the numbers of one step together."""
-    found = {name: metrics[f"lora_probe/estimator/{name}"] for name in ("delta_1", "standard_error", "count")}
-    low, high = t_interval(found["delta_1"], found["standard_error"], int(found["count"]))
+    names = ("delta_1", "standard_error", "lower", "upper")
+    found = {name: metrics[f"lora_probe/estimator/{name}"] for name in names}
     apart = (measured - found["delta_1"]) / math.hypot(found["standard_error"], noise)
     more = [metrics[f"lora_probe/estimator/{name}"] for name in ("signal_to_noise", "cosine")]
-    return Row(found["delta_1"], float(low), float(high), measured, noise, apart, *more)
+    return Row(found["delta_1"], found["lower"], found["upper"], measured, noise, apart, *more)
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ _PUBLIC: dict[str, str] = {
     "LoraProbeMonitor": "lora_probe_callbacks.monitor",
     "LoraProbeTrainerCallback": "lora_probe_callbacks.trainer",
     "VarianceProbe": "lora_probe_callbacks.estimators.probe",
+    "ExampleProbe": "lora_probe_callbacks.estimators.examples",
+    "per_example_scores": "lora_probe_callbacks.estimators.in_step",
     "preflight": "lora_probe_callbacks._preflight",
     "verify_serving": "lora_probe_callbacks.serving.verify",
     "Reloaded": "lora_probe_callbacks.serving.targets",

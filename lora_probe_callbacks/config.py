@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_probe_callbacks.checks._catalogue import selected
 
 if TYPE_CHECKING:
+    from lora_probe_callbacks.estimators.examples import ExampleProbe
     from lora_probe_callbacks.estimators.probe import VarianceProbe
 
 __all__ = ["ProbeConfig"]
@@ -39,6 +40,8 @@ class ProbeConfig:
         estimator: An estimator to run, watch and log: a
             :class:`~lora_probe_callbacks.estimators.VarianceProbe`.
         tokenizer: Of the model, where no framework hands it over: it tells which token ends an answer (LP004).
+        examples: What to compute of the examples of every step, while it runs: an
+            :class:`~lora_probe_callbacks.estimators.ExampleProbe`.
         record: Path of the append-only record.
         verbose: What is printed to stderr, on rank 0 only: False (0) nothing, True (1) findings and a summary,
             2 the table of all checks at the end as well.
@@ -61,6 +64,7 @@ class ProbeConfig:
     ignore: Sequence[str] = ()
     estimator: VarianceProbe | None = None
     tokenizer: Any = None
+    examples: ExampleProbe | None = None
     record: str | Path | None = None
     verbose: bool | int = True
 
@@ -86,6 +90,8 @@ class ProbeConfig:
             )
         if self.estimator is not None and not hasattr(self.estimator, "next_batch"):
             raise ValueError(f"estimator got {type(self.estimator).__name__}, expected a VarianceProbe")
+        if self.examples is not None and not hasattr(self.examples, "listing"):
+            raise ValueError(f"examples got {type(self.examples).__name__}, expected an ExampleProbe")
         selected(self.select, self.ignore)
 
     @property

@@ -238,7 +238,8 @@ class LoraProbeTrainerCallback(Door, TrainerCallback, ExportableState):
 
     @override
     def state(self) -> dict[str, Any]:
-        intent = {name: _plain(value) for name, value in self._intent.items() if name not in ("estimator", "tokenizer")}
+        objects = ("estimator", "examples", "tokenizer")
+        intent = {name: _plain(value) for name, value in self._intent.items() if name not in objects}
         baseline = None if self._session is None else self._session.files.state_dict()
         return {"args": intent, "attributes": {"_restored": baseline}}
 

@@ -16,11 +16,13 @@ from torch.utils._pytree import tree_map_only
 
 from lora_probe_callbacks.checks.estimator.no_signal import LOOKS
 from lora_probe_callbacks.engine.collector import Collector
+from lora_probe_callbacks.engine.examples import Examples
 from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.telling import Teller
 from lora_probe_callbacks.estimators._owners import parameters, unwrapped
 from lora_probe_callbacks.estimators._self_check import UntrustedProjectionError
 from lora_probe_callbacks.estimators.directions import UpdateDirection
+from lora_probe_callbacks.estimators.intervals import SignSequence, Spread
 from lora_probe_callbacks.estimators.probe import Estimate, VarianceProbe
 from lora_probe_callbacks.facts import EstimatorFact
 from lora_probe_callbacks.observe.forward.estimator_graph import direction_fact, gradient_fact, graph_fact
@@ -91,6 +93,7 @@ class Estimation:
         self._autocast: tuple[bool, torch.dtype] | None = None
         self._why_not: str | None = None  # what would have been needed before the step, and could not be kept
         self._recent: tuple[tuple[float, float], ...] = ()  # delta_1 and its standard error, of the last ones
+        self._sequence = SignSequence()
 
     def due(self, step: int) -> bool:
         """It runs after this step."""
@@ -230,7 +233,9 @@ class Estimation:
                 estimate, mu_X = self._probe.estimate(model, direction, batch, loss=loss)
                 row = _row(estimate)
                 self._recent = (*self._recent, (estimate.delta_1, estimate.standard_error))[-LOOKS:]
-                seen |= {"count": estimate.count, "recent": self._recent}
+                self._sequence.add(estimate.delta_1, estimate.standard_error)
+                tail = Spread(math.nan, estimate.zeros, estimate.largest).heavy
+                seen |= {"count": estimate.count, "recent": self._recent, "sure": self._sequence.sure, "tail": tail}
                 got = gradient_fact({owned[n]: g for n, g in mu_X.tensors.items()}, targets)
                 seen |= {"missing": got["missing"], "zero": got["zero"]}
         except Exception as error:
@@ -288,6 +293,7 @@ class Estimates:
 
     Args:
         estimation: Computes the one that was configured; None if there is none.
+        examples: Scores the examples of the steps.
         state: Where the run is.
         targets: What is expected to train.
         hooks: Who watches the forwards; sees nothing of what is run here.
@@ -298,6 +304,7 @@ class Estimates:
     def __init__(
         self,
         estimation: Estimation | None,
+        examples: Examples,
         state: RunState,
         targets: Targets,
         hooks: ForwardObserver,
@@ -305,6 +312,7 @@ class Estimates:
         teller: Teller,
     ) -> None:
         self._estimation = estimation
+        self.examples = examples
         self._state = state
         self._targets = targets
         self._hooks = hooks
@@ -357,8 +365,15 @@ class Estimates:
 
     def forget(self) -> None:
         """Let go of all tensors."""
+        self.examples.forget()
         if self._estimation is not None:
             self._estimation.forget()
+
+    @property
+    def questions(self) -> list[str]:
+        """What could not be computed, and so keeps the run from being called healthy."""
+        unscored = [] if self.examples.broken is None else [f"examples: {self.examples.broken}"]
+        return [*unscored, *(f"estimator {name!r}: {reason}" for name, reason in self.broken.items())]
 
     def _keep(self, fact: EstimatorFact) -> None:
         if fact.missing is not None:

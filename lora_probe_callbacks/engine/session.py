@@ -22,6 +22,7 @@ from lora_probe_callbacks.engine.cadence import Cadence
 from lora_probe_callbacks.engine.collector import Collector, Observers
 from lora_probe_callbacks.engine.decision import Decisions, Judge
 from lora_probe_callbacks.engine.estimator import Estimates, Estimation
+from lora_probe_callbacks.engine.examples import Examples
 from lora_probe_callbacks.engine.findings import Ledger
 from lora_probe_callbacks.engine.forward_events import ForwardEvents
 from lora_probe_callbacks.engine.proofs import ProofBook, claims_of
@@ -158,7 +159,8 @@ class ProbeSession:
         self._decisions.begin(state, self._collector, self._release)
         self.rollouts.begin(targets, self._hooks, self._collector)
         estimation = None if config.estimator is None else Estimation(config.estimator, targets)
-        self._estimates = Estimates(estimation, state, targets, self._hooks, self._collector, self._teller)
+        examples = Examples(config.examples, targets, self._hooks, self._teller, scaler)
+        self._estimates = Estimates(estimation, examples, state, targets, self._hooks, self._collector, self._teller)
         self._reruns = Reruns(needs, state, self._observers, self._hooks, self._collector, self._teller, scaler)
         cadence = Cadence(
             config.every_n_steps,
@@ -395,5 +397,4 @@ class _LiveReport(ProbeReport):
     @property
     def open_questions(self) -> list[str]:  # type: ignore[override]
         estimates = self._session._estimates
-        broken = {} if estimates is None else estimates.broken
-        return [*self._session.questions, *(f"estimator {name!r}: {reason}" for name, reason in broken.items())]
+        return [*self._session.questions, *([] if estimates is None else estimates.questions)]

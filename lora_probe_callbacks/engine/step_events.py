@@ -121,6 +121,7 @@ class StepEvents:
         self.now = StepTracker()
         self._reruns.forget()
         self._hooks.reset()
+        self._estimates.examples.begin_step(state.step)
         if not self._probed or (state.broken and not self._agreement.several):
             self._hooks.disarm()
             return
@@ -310,9 +311,11 @@ class StepEvents:
 
     def _before_update(self, *, inside: bool = False) -> None:
         """What the estimator and the step response start from; a closure makes its gradients ``inside`` the step."""
-        if not self._state.broken:
+        state = self._state
+        if not state.broken:
             with self._errors.contain():
                 self._estimates.stepping()
+                self._estimates.examples.stepping(state.step, state.framework_step(), inside=inside)
                 self._reruns.stepping(inside=inside)
 
     @property

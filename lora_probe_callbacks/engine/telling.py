@@ -101,6 +101,10 @@ class Teller:
             self._write(lambda record: record.decision(facts, verdicts, changed, self._rows, in_words(facts)))
             self._rows = []
 
+    def examples(self, listing: Mapping[str, Any]) -> None:
+        """The most and least helpful examples of a step."""
+        self._write(lambda record: record.examples(listing))
+
     def finding(self, finding: Finding) -> None:
         """Something was found."""
         self._output.finding(finding)

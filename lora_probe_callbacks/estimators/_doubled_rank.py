@@ -42,7 +42,7 @@ def doubled_rank(
     unit = 2.0 ** math.frexp(largest)[1]
     scaled = torch._foreach_div(list(mu.values()), unit)
     changes = plan(model, dict(zip(mu, scaled, strict=True)))
-    _refuse_coupling(model)
+    refuse_coupling(model)
     rows = None if example_of_row is None else example_of_row.shape
     examples = PerExample(rows, precision(model))
     # All frozen: the backward then computes no gradient of a weight, and touches no `.grad`.
@@ -76,7 +76,12 @@ def _dtypes(model: Tree) -> set[torch.dtype]:
     return {p.dtype for p in model.parameters.values() if p.is_floating_point()} | {d for d in computed if d}
 
 
-def _refuse_coupling(model: Tree) -> None:
+def refuse_coupling(model: Tree) -> None:
+    """Refuse layers that make an example's loss depend on the other examples.
+
+    Raises:
+        NotImplementedError: naming the layer.
+    """
     for path, module in model.modules.items():
         normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if normalises and (module.training or module.running_mean is None):

@@ -65,31 +65,60 @@ def check(
     # A generator of its own: the global stream is not ours to draw from.
     w = torch.randn(s.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(s)
     (expected,), (gradient_norm,), L_again = weighted_sums(model, loss_fn, mu, [w])
-    lowest = torch.float32 if lowest == torch.float64 else lowest
-    allowed = _TOLERANCE[lowest]
+    allowed = _allowed(lowest)
     if not torch.allclose(L, L_again, rtol=allowed, atol=allowed * float(L.abs().max())):
         raise UntrustedProjectionError(
             f"loss_fn is not repeatable: two calls with the same random state differ by "
             f"{float((L - L_again).abs().max()):.2g}, so s cannot be checked. Make it a function of "
             "the model alone (no generator or cache of its own), or pass self_check='never'."
         )
+    agrees(w, s, float(expected), float(gradient_norm), mu, lowest)
+
+
+def agrees(
+    w: torch.Tensor,
+    s: torch.Tensor,
+    expected: float,
+    gradient_norm: float,
+    mu: Mapping[int, torch.Tensor],
+    lowest: torch.dtype,
+) -> None:
+    """Compare sum_n w_n s_n with <grad sum_n w_n L_n, mu>.
+
+    Args:
+        w: the weights, [B].
+        s: what was found, [B].
+        expected: the inner product of an ordinary backward.
+        gradient_norm: the norm of its gradient.
+        mu: the direction by id of the parameter.
+        lowest: the lowest precision in the forward, which sets the tolerance.
+
+    Raises:
+        UntrustedProjectionError: if they differ.
+    """
+    lowest = torch.float32 if lowest == torch.float64 else lowest
+    allowed = _allowed(lowest)
     found = (w * s).sum()
     length = sum(float(tensor.double().square().sum()) for tensor in mu.values()) ** 0.5
     dimension = sum(tensor.numel() for tensor in mu.values())
     # Where the terms nearly vanish, the rounding of the gradient is the yardstick: of relative size
     # eps and in no direction of its own, it has a part eps |g| |mu| / sqrt(dimension) along mu.
-    floor = 8 * torch.finfo(lowest).eps * float(gradient_norm) * length / math.sqrt(dimension)
-    error = float((found - expected).abs())
-    scale = max(float((w * s).abs().sum()), float(expected.abs()))
+    floor = 8 * torch.finfo(lowest).eps * gradient_norm * length / math.sqrt(dimension)
+    error = abs(float(found) - expected)
+    scale = max(float((w * s).abs().sum()), abs(expected))
     if not error <= allowed * scale + floor:
         raise UntrustedProjectionError(
             f"the projection disagrees with an ordinary backward: got {float(found):.6g}, expected "
-            f"{float(expected):.6g} (off by {error / max(scale, 1e-300):.2g} of the scale, allowed "
+            f"{expected:.6g} (off by {error / max(scale, 1e-300):.2g} of the scale, allowed "
             f"{allowed:.0e}). A row of some layer is not the example it was taken for: sequence-first "
             "tensors or gathered tokens, losses that use other examples (in-batch negatives), a loss_fn that "
             "calls the model in chunks, or a parameter used outside its layer. Fix example_of_row, or use "
             "backend='loop'."
         )
+
+
+def _allowed(lowest: torch.dtype) -> float:
+    return _TOLERANCE[torch.float32 if lowest == torch.float64 else lowest]
 
 
 def _code(loss_fn: Callable[..., Any]) -> Hashable:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lora_probe_callbacks.estimators._owners import parameters, unwrapped
 from lora_probe_callbacks.estimators.batches import PromptBatch
 from lora_probe_callbacks.estimators.directions import UpdateDirection
+from lora_probe_callbacks.estimators.intervals import skewed_interval, spread
 from lora_probe_callbacks.estimators.projections import Backend, project_batches
 from lora_probe_callbacks.estimators.variance import conditional_variance, first_order_change
 from lora_probe_callbacks.restore.random import random_state_restored
@@ -37,6 +38,14 @@ class Estimate(NamedTuple):
     """`B_E`, the prompts."""
     cosine: float
     """Between `mu_X`, the mean gradient of the loss over E, and `mu_Y`, without the scale."""
+    lower: float
+    """Of the interval of `delta_1` at 95%, `skewed_interval`; minus infinity where the prompts say nothing of it."""
+    upper: float
+    """Its other end."""
+    zeros: float
+    """The part of the s_n that is exactly zero."""
+    largest: float
+    """The part of the spread of s_n that a single prompt makes."""
 
 
 class VarianceProbe:
@@ -259,6 +268,8 @@ class VarianceProbe:
         delta_1 = float(first_order_change(s, direction.scale))
         variance = float(conditional_variance(s, direction.scale))
         error = math.sqrt(variance)
+        lower, upper = skewed_interval(s, direction.scale) if len(s) > 2 else (-math.inf, math.inf)
+        tail = spread(s)
         estimate = Estimate(
             delta_1=delta_1,
             standard_error=error,
@@ -266,6 +277,10 @@ class VarianceProbe:
             signal_to_noise=abs(delta_1) / error if error else math.inf if delta_1 else math.nan,
             count=len(s),
             cosine=mu_X.cosine(direction),
+            lower=lower,
+            upper=upper,
+            zeros=tail.zeros,
+            largest=tail.largest,
         )
         return estimate, mu_X
 

@@ -34,6 +34,9 @@ class EstimatorFact:
         untrusted: What its self-check found, if that is why.
         count: Its prompts, or None if it was not computed.
         recent: delta_1 and its standard error of the last ones, this one included.
+        sure: The sign of the mean of delta_1 over all looks, where a sequence that holds at all of them together
+            excludes zero; else 0.
+        tail: Why the spread of the prompts of the last one is not to be trusted: a heavy tail in words, or None.
     """
 
     name: str
@@ -57,6 +60,8 @@ class EstimatorFact:
     untrusted: str | None = None
     count: int | None = None
     recent: tuple[tuple[float, float], ...] = ()
+    sure: int = 0
+    tail: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,9 @@ from lora_probe_callbacks.report.charts import line, number
 from lora_probe_callbacks.report.html import Html, join, tag
 from lora_probe_callbacks.report.runs import Run
 
-__all__ = ["estimator", "metrics", "step_response"]
+__all__ = ["estimator", "examples", "metrics", "step_response"]
+
+_STEPS = 5  # whose examples are shown
 
 
 def estimator(run: Run) -> Html:
@@ -22,10 +24,39 @@ def estimator(run: Run) -> Html:
     band = ([ends[s][0] for s in steps], [ends[s][1] for s in steps]) if known else None
     chart = line(steps, [("a", values)], band=band, zero=True, label="delta_1 over steps")
     about = "delta_1, the change that the first order predicts for a step"
-    about += ", with its interval at 95% (Student's t over the prompts)." if known else "."
+    about += ", with its interval at 95% over the prompts, which allows for skewness." if known else "."
     why = _reasons(run, "LP305", "could not judge")
     about += f" In some steps it was not computed: {why}." if why else ""
     return join((tag("p", about, class_="about"), chart))
+
+
+def examples(run: Run) -> Html:
+    """The most and least helpful examples of the last scored steps."""
+    if not run.examples:
+        text = "No examples were scored. With examples= the probe scores the examples of every step as they train."
+        return tag("p", text, class_="empty")
+    about = (
+        "How much a step along the first direction would lower an example's part of the loss (its gain), of the last "
+        f"{min(len(run.examples), _STEPS)} of {len(run.examples)} scored steps. Negative: the example pulls against it."
+    )
+    titles = ("step", "", "example", "gain", "norm of its gradient", "text")
+    rows = [
+        tag(
+            "tr",
+            tag("td", str(listing["step"]), class_="num"),
+            tag("td", f"{end} helpful"),
+            tag("td", str(entry["id"]), class_="code"),
+            tag("td", f"{entry['gain']:+.3g}", class_="num"),
+            tag("td", f"{entry['norm']:.3g}" if entry.get("norm") is not None else "", class_="num"),
+            tag("td", entry.get("text", "")),
+        )
+        for listing in run.examples[-_STEPS:]
+        for end in ("least", "most")
+        for entry in listing[end]
+        if entry["gain"] is not None
+    ]
+    head = tag("thead", tag("tr", *(tag("th", title) for title in titles)))
+    return join((tag("p", about, class_="about"), tag("table", head, tag("tbody", *rows), class_="stack")))
 
 
 def _reasons(run: Run, code: str, beginning: str = "") -> str:

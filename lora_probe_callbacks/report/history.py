@@ -59,10 +59,10 @@ class History:
         return [step for step, _ in found], [value for _, value in found]
 
     def interval(self) -> dict[int, tuple[float, float]]:
-        """Student's t interval of `delta_1` at 95%, from its standard error and the number of prompts.
+        """The interval of `delta_1` at 95%: as it was logged, else Student's t from what was.
 
         Returns:
-            Step to lower and upper end, for the steps at which all three were logged.
+            Step to lower and upper end, for the steps at which there is one.
         """
         from scipy import stats
 
@@ -73,4 +73,6 @@ class History:
             if count[step] >= 2:
                 half = float(stats.t.ppf(0.975, count[step] - 1)) * error[step]
                 ends[step] = (delta[step] - half, delta[step] + half)
+        lower, upper = (dict(zip(*self.series(f"estimator/{end}"), strict=True)) for end in ("lower", "upper"))
+        ends |= {step: (lower[step], upper[step]) for step in lower.keys() & upper.keys()}
         return dict(sorted(ends.items()))

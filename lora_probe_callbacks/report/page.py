@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from lora_probe_callbacks.report._page_maps import maps
-from lora_probe_callbacks.report._page_metrics import estimator, metrics, step_response
+from lora_probe_callbacks.report._page_metrics import estimator, examples, metrics, step_response
 from lora_probe_callbacks.report._page_timeline import timeline
 from lora_probe_callbacks.report._page_words import GLYPHS, WORDS, count
 from lora_probe_callbacks.report.charts import PATTERNS
@@ -50,6 +50,7 @@ def page(runs: Sequence[Run]) -> str:
         ("gradients", "Gradient norms", maps(run, "gradients")),
         ("updates", "Update sizes", maps(run, "updates")),
         ("estimator", "Predicted change", estimator(run)),
+        ("examples", "Examples", examples(run)),
         ("step-response", "Step response", step_response(run)),
         ("metrics", "Metrics", metrics(run)),
         ("not-judged", "What was not judged", _not_judged(run)),

@@ -3,6 +3,7 @@
     start      the environment, the checks, what is meant
     decision   verdicts, new findings, metrics, and for each tensor its gradient norm and its update;
                the first one, and any after which they changed, names the tensors in their order
+    examples   the most and least helpful examples of a step
     error      an error inside the probe itself
     end        all findings; a run that was killed has no such line
 
@@ -109,6 +110,14 @@ class Record:
             moved=[] if update is None else [None if math.isnan(v) else _short(v) for v in update.fraction.tolist()],
             state=state,
         )
+
+    def examples(self, listing: Mapping[str, object]) -> None:
+        """Write the examples of a step.
+
+        Args:
+            listing: Of `ExampleProbe.listing`, with the step's numbers.
+        """
+        self._write("examples", **listing)
 
     def error(self, step: int, trace: str) -> None:
         """Write an error inside the probe.

@@ -60,6 +60,7 @@ class Run:
         start: What its first line says: time, environment, checks, adapters and more.
         decisions: In their order.
         history: The metrics of its steps.
+        examples: The most and least helpful examples by step, as the probe listed them.
         errors: Tracebacks of errors inside the probe.
         ended: It has a last line; a run without was killed, or still goes on.
         report: What was found, as ``probe.report`` had it.
@@ -68,6 +69,7 @@ class Run:
     start: Mapping[str, Any]
     decisions: list[Decision] = field(default_factory=list)
     history: History = field(default_factory=History)
+    examples: list[Mapping[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     ended: bool = False
     report: ProbeReport = field(default_factory=ProbeReport)
@@ -127,6 +129,8 @@ def _run(lines: Sequence[dict[str, Any]]) -> Run:
                 run.history.add(row["framework_step"], values)
                 run.report.metrics.update(values)
             _enter(found, line, run.start["checks"])
+        elif kind == "examples":
+            run.examples.append(line)
         elif kind == "error":
             run.errors.append(line["traceback"])
         elif kind == "end":

@@ -47,12 +47,15 @@ from lora_probe_callbacks.estimators import (
     conditional_variance,
     first_order_change,
     per_prompt_projection,
+    skewed_interval,
+    spread,
 )
 from lora_probe_callbacks.report.page import page
 from lora_probe_callbacks.report.runs import read_runs
 
 DIRECTIONS = ("from_last_step", "from_gradients", "adam_preconditioned", "from_optimizer_step")
 NAMES = {"delta_1", "standard_error", "conditional_variance", "signal_to_noise", "count", "cosine"}
+NAMES |= {"lower", "upper", "zeros", "largest"}
 ESTIMATOR_CODES = ("LP204", "LP205", "LP304", "LP305", "LP306")
 
 
@@ -112,6 +115,10 @@ def by_hand(direction: str) -> dict[str, float]:
         "signal_to_noise": abs(delta_1) / variance**0.5,
         "count": 6.0,
         "cosine": mu_X.cosine(mu),
+        "lower": skewed_interval(s, mu.scale)[0],
+        "upper": skewed_interval(s, mu.scale)[1],
+        "zeros": float((s == 0).double().mean()),
+        "largest": spread(s).largest,
     }
 
 

@@ -18,7 +18,7 @@ from lora_probe_callbacks.report.page import page
 from lora_probe_callbacks.report.runs import read_runs
 
 SECTIONS = (
-    "findings proofs timeline gradients updates estimator step-response metrics not-judged environment".split()  # noqa: SIM905
+    "findings proofs timeline gradients updates estimator examples step-response metrics not-judged environment".split()  # noqa: SIM905
 )
 HOSTILE = (
     "</title></style></pre><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&\x00\u202e\ud800"
@@ -183,7 +183,7 @@ def test_estimator_and_step_response_are_drawn_where_they_were_logged(healthy: P
 
     html = drawn(changed(healthy, folder / "estimator.jsonl", change))
     assert 'class="band"' in section(html, "estimator")
-    assert "Student's t" in section(html, "estimator").replace("&#x27;", "'")
+    assert "its interval at 95%" in section(html, "estimator")
     assert 'class="line a"' in section(html, "step-response")
     assert 'class="line b"' in section(html, "step-response")
     assert "ratio" in section(html, "step-response")

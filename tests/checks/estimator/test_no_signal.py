@@ -61,6 +61,18 @@ def test_few_prompts_are_left_to_their_own_check(count: int | None, status: str)
         assert list(bad(facts(estimators=(estimator(count=count, recent=tuple(noise)),)))) == ["LP902"]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sign_that_is_sure_over_the_run_passes(sign: int) -> None:
+    noise = [(0.1, 1.0), (-0.1, 1.0)] * 4
+    assert of(*noise).status == "warn"
+    assert of(*noise, sure=sign).status == "pass"
+
+
+def test_a_heavy_tail_is_said() -> None:
+    verdict = of(*[(0.1, 1.0), (-0.1, 1.0)] * 4, tail="one prompt makes 90% of the spread")
+    assert "at the last look one prompt makes 90% of the spread" in str(verdict)
+
+
 def test_no_estimator_is_pending() -> None:
     expect(CHECK.judge(facts()), "pending", "no estimator was looked at yet")
 
