@@ -29,6 +29,7 @@ from support.training import (
     trained,
 )
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -107,7 +108,7 @@ def test_recompute_that_differs_from_the_forward_fails_at_the_second_step(dropou
     )
     result = seen(Training(wrong))
     assert result.found == [("LP307", "fail", 1)]
-    assert all(0.1 < r.central < 0.85 for r in result.responses)
+    assert all(0.1 < r.central < 0.85 for r in result.responses[:2])
     finding = result.report.failures[0]
     assert "finite difference over gradient 0." in finding.evidence["got"]
     assert "preserve_rng_state=True" in finding.fix
@@ -577,6 +578,13 @@ class Dropping(torch.autograd.Function):
         return gradient * delta / labels.numel(), None, None
 
 
+@pytest.fixture
+def nothing_compiled() -> None:
+    """Other tests of this process compile: where somebody does, no loss is recorded."""
+    counters.clear()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [True, False])
 def test_backward_of_a_loss_outside_the_model(wrong: bool, dtype: torch.dtype) -> None:
@@ -595,6 +603,7 @@ def test_backward_of_a_loss_outside_the_model(wrong: bool, dtype: torch.dtype) -
         assert all(abs(r.outside) < 0.02 + 4 * r.outside_noise for r in result.responses if r.outside is not None)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_what_a_loss_takes_for_a_constant_stays_one() -> None:
     """GRPO's ratio to itself, a weight made of the outputs, and an operation under no_grad."""
 
@@ -615,6 +624,7 @@ def test_what_a_loss_takes_for_a_constant_stays_one() -> None:
     assert all(abs(r.outside) < 0.01 for r in known)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_loss_that_writes_into_the_loops_own_tensors_is_not_made_again() -> None:
     total = torch.zeros(())
 
