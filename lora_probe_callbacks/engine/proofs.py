@@ -10,17 +10,16 @@ All of it is columns over the slots, so that a run with thousands of tensors cos
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from lora_probe_callbacks.checks._base import Check, Verdict
-from lora_probe_callbacks.facts import Bools, Facts, Ints, SavedFact
+from lora_probe_callbacks.engine.proof_gaps import PATIENCE, Column, Gap
+from lora_probe_callbacks.facts import Bools, Facts, SavedFact
 from lora_probe_callbacks.facts.proof import CLAIMS, Claim, Proof
 
 __all__ = ["PATIENCE", "ProofBook", "claims_of"]
 
-PATIENCE = 16  # probed steps in which it could have been renewed
 _STEPPED: tuple[Claim, ...] = ("active", "reached", "owned", "moved", "seen")
 _OF_FAMILY: Mapping[str, tuple[Claim, ...]] = {
     "supervision": ("supervised",),
@@ -47,34 +46,6 @@ def claims_of(checks: Iterable[Check]) -> frozenset[Claim]:
     return frozenset(found | {"gradient"} if any("finite difference" in check.needs for check in checks) else found)
 
 
-@dataclass(eq=False, slots=True)
-class _Column:
-    """What is known of one claim, one entry a slot."""
-
-    last: Ints  # the step at which it was observed last, -1 if it never was
-    missed: Ints  # in a row up to now: it could have been renewed, and was not
-    rested: Ints  # the longest such row after which it came back
-
-    @classmethod
-    def of(cls, size: int) -> _Column:
-        return cls(np.full(size, -1), np.zeros(size, np.int64), np.zeros(size, np.int64))
-
-    def enter(self, seen: Bools, could: Bools, step: int) -> None:
-        self.rested = np.where(seen, np.maximum(self.rested, self.missed), self.rested)
-        self.last = np.where(seen, step, self.last)
-        self.missed = np.where(seen, 0, self.missed + could)
-
-    @property
-    def holds(self) -> Bools:
-        return (self.last >= 0) & ~self.stale
-
-    @property
-    def stale(self) -> Bools:
-        """It was not renewed for too long."""
-        over: Bools = self.missed >= np.maximum(PATIENCE, 2 * self.rested)
-        return over
-
-
 class ProofBook:
     """The proofs of one run.
 
@@ -96,7 +67,7 @@ class ProofBook:
         Args:
             size: Number of slots.
         """
-        self._columns = {claim: _Column.of(size) for claim in CLAIMS}
+        self._columns = {claim: Column.of(size) for claim in CLAIMS}
         self._ran = np.zeros(size, np.bool_)  # its layer has run in some forward
         self._trainable = np.zeros(size, np.bool_)  # it has required gradients at some decision
         self._signal_at = np.full(size, -1)  # the step of the last gradient that was not zero
@@ -322,84 +293,21 @@ class ProofBook:
         )
 
     def _why(self, claim: Claim, missing: Bools, *, ended: bool) -> str:
-        """The reasons in words, the one of most tensors first."""
-        facts = self._facts
-        if not len(facts.slots):
-            return "no step was judged"
-        if claim == "saved":
+        if claim == "saved" and len(self._facts.slots):
             return "; ".join(dict.fromkeys(self._saved.values()))
-        if claim == "gradient":
-            last = facts.responses[-1].why_not if facts.responses else None
-            return last or "measured a part at a time, against a finite difference of the loss"
-        if claim == "served":
-            return (
-                f"the sampler was another policy than the one that trains{self._diagnosis(missing, claim, ended=ended)}"
-            )
-        if claim == "agreed":
-            return facts.why_alone or "the ranks did not hold, or did not apply, the same at the last exchange"
-        if facts.why_not_owned and claim in ("owned", "reached", "moved", "seen"):
-            return facts.why_not_owned
-        if not self._somebody_ran:
-            return facts.unobservable or _nothing_ran(*self._calls, backward=self._backward)
-        if not missing.any():  # and nothing is expected either
-            return "every tensor that should train is idle" if self._expected.any() else "no tensor is meant to train"
-        left, parts = missing.copy(), []
-        for holds, reason in self._reasons(claim):
-            mine = left & holds()
-            if mine.any():
-                parts.append((int(mine.sum()), reason + self._diagnosis(mine, claim, ended=ended)))
-                left &= ~mine
-        parts.sort(key=lambda part: -part[0])
-        return "; ".join(f"{count} {reason}" for count, reason in parts)
-
-    def _reasons(self, claim: Claim) -> list[tuple[Callable[[], Bools], str]]:
-        """What keeps a tensor from being proven, nearest cause first."""
-        facts, columns = self._facts, self._columns
-        history, slots = facts.history, facts.slots
-        never = np.full(len(self), claim in ("moved", "seen"))
-        reasons: list[tuple[Callable[[], Bools], str]] = [
-            (lambda: ~slots.requires_grad, "frozen (requires_grad=False)"),
-            (lambda: self._ran_at < 0, "not reached by a training forward so far"),
-        ]
-        if claim == "active":
-            return [*reasons, (lambda: ~columns["active"].holds, "in layers that ran without the adapter")]
-        if claim == "supervised":
-            return [*reasons, (lambda: ~columns["supervised"].holds, "in forwards of which no token is supervised")]
-        reasons += [(lambda: ~slots.owned, "in no optimizer")]
-        if claim == "owned":
-            return reasons
-        return [
-            *reasons,
-            (lambda: _of_idle_optimizers(facts) | (history.reads == 0), "whose optimizer has not stepped"),
-            (lambda: never & self._of_lapsed, "whose optimizer steps no more, although backward passes go on"),
-            (lambda: history.missing > 0, "without a gradient (None)"),
-            (lambda: (history.zero > 0) & ~history.had_signal, "with a gradient of exactly zero so far"),
-            (lambda: history.zero > 0, "with a gradient of exactly zero"),
-            (lambda: never & (history.rate_zero > 0), "with a learning rate of 0"),
-            (lambda: never & (history.put_back > 0), "put back after each step"),
-            (lambda: never & (facts.skipped_in_a_row > 0), "whose steps were skipped"),
-            (lambda: never & (columns["moved"].last < 0), "that no step has moved so far"),
-            (lambda: never & ~columns["moved"].holds, "that no step moves any more"),
-            (lambda: never & self._is_stale, "whose forward went on with old values"),
-            (lambda: never, "with no training forward since they moved"),
-            (lambda: columns[claim].stale, "not observed any more"),
-            (lambda: np.ones(len(self), np.bool_), "not observed so far"),
-        ]
-
-    def _diagnosis(self, slots: Bools, claim: Claim, *, ended: bool) -> str:
-        codes = sorted({code for code in self._blamed[slots].tolist() if code})
-        if codes:
-            return f" ({', '.join(codes)})"
-        if int(self._columns[claim].missed[slots].max()) >= PATIENCE:
-            return " (no check explains this)"
-        return ", and the run has ended" if ended else " (not yet)"
-
-
-def _of_idle_optimizers(facts: Facts) -> Bools:
-    steps = facts.steps_of
-    idle = [number for number, made in enumerate(steps) if not made and max(steps) > 1]
-    found: Bools = np.isin(facts.slots.owner, idle)
-    return found
+        gap = Gap(
+            claim=claim,
+            facts=self._facts,
+            columns=self._columns,
+            ran_at=self._ran_at,
+            blamed=self._blamed,
+            lapsed=self._of_lapsed,
+            stale=self._is_stale,
+            somebody_ran=self._somebody_ran,
+            nothing_ran=_nothing_ran(*self._calls, backward=self._backward),
+            ended=ended,
+        )
+        return gap.why(missing, self._expected)
 
 
 def _able(facts: Facts) -> Bools:

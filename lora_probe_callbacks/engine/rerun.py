@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_probe_callbacks.checks._base import Need
 from lora_probe_callbacks.checks.reachability.wrong_gradient import hopeless, unsettled
+from lora_probe_callbacks.engine.cadence import Cadence
 from lora_probe_callbacks.engine.collector import Collector, Observers
 from lora_probe_callbacks.engine.run_state import RunState
 from lora_probe_callbacks.engine.telling import Teller
@@ -61,14 +62,12 @@ class Reruns:
         self._backward: BackwardObserver | None = None
         self._began_with: RandomState | None = None
 
-    def prepare(self, *, repeat: bool, touch: bool) -> None:
-        """Look in this step.
-
-        Args:
-            repeat: See whether the forward is stale.
-            touch: Measure a part of the gradient.
-        """
-        if "replay" in self._needs and repeat:
+    def prepare(self, cadence: Cadence) -> None:
+        """Look in this step, if it is due: repeat the forward, measure a part of the gradient."""
+        step, touches = self._state.step, self.touches
+        touch = cadence.touches(step, begun=touches.number, complete=touches.complete, doubt=touches.in_doubt)
+        # Before the first update no forward can be stale.
+        if "replay" in self._needs and step > 0 and cadence.repeats(step):
             self._looks.replay = ForwardRepeat(self._targets.device)
         if "finite difference" in self._needs and touch and not hopeless(self._looks.responses):
             tensors = [slot.tensor for slot in self._targets.slots]

@@ -309,11 +309,7 @@ class ProbeSession:
                 self._estimates.watch(value, direction, name)
 
     def rehearse(self, stepped: Callable[[Optimizer], bool]) -> None:
-        """Judge one step that the caller will take back.
-
-        Args:
-            stepped: Lets an optimizer step, with its hooks held back; whether it did.
-        """
+        """Judge one step that the caller takes back; ``stepped`` lets an optimizer make it, and says whether it did."""
         if self.running:
             self._events.rehearse(stepped)
 

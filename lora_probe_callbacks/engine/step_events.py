@@ -135,12 +135,7 @@ class StepEvents:
         suspected = layers.suspected_weights()
         if suspected and not self._observers.targets.inventory.compiled:
             self._hooks.log.witness = WeightWitness(suspected)
-        repeats, touches = self._cadence.repeats(state.step), self._reruns.touches
-        touch = self._cadence.touches(
-            state.step, begun=touches.number, complete=touches.complete, doubt=touches.in_doubt
-        )
-        # Before the first update no forward can be stale.
-        self._reruns.prepare(repeat=repeats and state.step > 0, touch=touch)
+        self._reruns.prepare(self._cadence)
 
     def end_step(self) -> None:
         """The step is over: count it, and begin the next one."""
@@ -182,11 +177,7 @@ class StepEvents:
     # --- optimizers -------------------------------------------------------------------------
 
     def gradients_ready(self, optimizer: object) -> None:
-        """The gradients of this step are complete, and an optimizer is about to step.
-
-        Args:
-            optimizer: The optimizer, or a wrapper around it.
-        """
+        """The gradients of this step are complete, and an optimizer, or one behind a wrapper, is about to step."""
         inner = unwrap_optimizer(optimizer)
         for index, known in enumerate(self._observers.targets.optimizers):
             if known is inner:

@@ -113,15 +113,7 @@ class Owners:
         self._groups = groups_of(optimizers)
 
     def has_stepped(self, optimizer: int, stepped: Collection[int]) -> bool:
-        """An optimizer has stepped: it takes over what it shares with others that do not step any more.
-
-        Args:
-            optimizer: Its number.
-            stepped: Those that have stepped in this step.
-
-        Returns:
-            Whether it has taken over anything.
-        """
+        """An optimizer has stepped: does it take over what it shares with others, none of which is in ``stepped``?"""
         if not self._shared:
             return False
         groups = self._groups
