@@ -81,11 +81,9 @@ class StepEvents:
         for index, optimizer in enumerate(self._observers.targets.optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step(index)))
             self._handles.append(optimizer.register_step_post_hook(self._after_step(index)))
-        number = len(self._observers.targets.optimizers)
-        self._state.steps_of = [0] * number
-        self._state.backwards.begin(
-            number, self._state.accumulation or 1, counts=lambda: not self._hooks.paused, overdue=self._look_again
-        )
+        state, number = self._state, len(self._observers.targets.optimizers)
+        state.steps_of, seen = [0] * number, lambda: not self._hooks.paused
+        state.backwards.begin(number, state.accumulation or 1, counts=seen, overdue=self._look_again)
         self._hang()
 
     def _hang(self) -> None:
