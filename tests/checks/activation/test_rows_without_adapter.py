@@ -23,12 +23,14 @@ def test_row_without_invocation_tokens_warns() -> None:
         "warn",
         "missing in 3 of 4 rows",
         got="invocation tokens in 1 of 4 rows",
+        expected="in every row that should train",
+        fix="compare alora_invocation_tokens",
     )
 
 
 @pytest.mark.parametrize(("row", "status"), [(3, "warn"), (4, "fail")])
 def test_no_row_at_all_fails_once_the_gradients_are_zero_for_long(row: int, status: str) -> None:
-    what = ran((("default", 0, 4),), 4, slot={"zero": row, "had_signal": False})
+    what = ran((("default", 0, 4),), 4, history={"zero": row, "had_signal": False})
     assert CHECK.judge(what).status == status
     assert CHECK.code in ZERO.explained_by
 

@@ -76,6 +76,9 @@ def test_what_has_trained_and_is_frozen_later_is_named_with_its_step() -> None:
         "2 of 4 adapter tensors have trained and are frozen since step 5: layer.0.lora_A, layer.1.lora_A",
         slots=[0, 2],
         cause="later",
+        got="requires_grad=False since step 5, and nothing else thawed",
+        expected="what trained goes on to train",
+        fix="look for what sets requires_grad",
     )
 
 
@@ -96,8 +99,8 @@ def test_where_something_thaws_in_exchange_it_is_a_turn(thawed_at: int, status: 
     ],
 )
 def test_whole_adapter_may_be_thawed_later_where_something_else_trains(more: dict[str, Any], status: str) -> None:
-    assert CHECK.judge(facts(slot={**FROZEN, "had_signal": False}, **more)).status == status
-    left_out = facts(slot={**LEFT_OUT, "had_signal": False}, **more)
+    assert CHECK.judge(facts(slot=FROZEN, history={"had_signal": False}, **more)).status == status
+    left_out = facts(slot=LEFT_OUT, history={"had_signal": False}, **more)
     assert CHECK.judge(left_out).status == (status if more == {"thaw_announced": True} else "fail")
 
 
