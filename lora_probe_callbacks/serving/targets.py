@@ -294,11 +294,11 @@ def _in_float32(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if type(module).__name__ in _QUANTISED_KINDS:
-                weight = dequantize_module_weight(module).detach().float()
-                plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device=weight.device)
+                weight, bias = dequantize_module_weight(module).detach().float(), module._parameters.get("bias")
+                plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
                 plain.weight.data = weight
-                if module.bias is not None:
-                    plain.bias.data = module.bias.detach().float()
+                if bias is not None:
+                    plain.bias.data = bias.detach().float()
                 setattr(parent, name, plain)
     return _float(model)
 
