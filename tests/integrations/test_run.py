@@ -130,9 +130,9 @@ def said(done: subprocess.CompletedProcess[str]) -> list[str]:
         (TRAINER, ["out"], ["attached to Trainer: healthy, 6 steps judged"]),
         (TRAINER, ["out", "twice"], ["attached to Trainer: healthy, 6 steps judged (2 times)"]),
         (TRAINER, ["out", "overrides"], ["attached to Overrides: healthy, 6 steps judged"]),
-        (TRAINER, ["out", "ownloop"], ["attached to Accelerator with PeftModelForCausalLM: healthy, 6 steps judged"]),
-        (ACCELERATE, [], ["attached to Accelerator with PeftModelForCausalLM: healthy, 8 steps judged"]),
-        (ACCELERATE, ["ended"], ["attached to Accelerator with PeftModelForCausalLM: healthy, 8 steps judged"]),
+        (TRAINER, ["out", "ownloop"], ["attached to Accelerator with PeftModel: healthy, 12 steps judged"]),
+        (ACCELERATE, [], ["attached to Accelerator with PeftModel: healthy, 8 steps judged"]),
+        (ACCELERATE, ["ended"], ["attached to Accelerator with PeftModel: healthy, 8 steps judged"]),
         (LIGHTNING, [], ["attached to Trainer of Module: healthy, 6 steps judged"]),
     ],
     ids=["trainer", "twice", "overrides", "ownloop", "accelerate", "ended", "lightning"],
@@ -147,8 +147,6 @@ def test_an_unchanged_script_is_judged_and_trains_the_same(
     assert with_it.returncode == 0, with_it.stderr
     sums = [[line for line in done.stdout.splitlines() if line.startswith("sum")] for done in (alone, with_it)]
     assert sums[0] == sums[1] != []
-    if "ownloop" in arguments:
-        lines = [line.replace("6 steps", "12 steps") for line in lines]
     assert said(with_it) == [f"lora-probe run: {line}" for line in lines]
 
 
