@@ -60,7 +60,8 @@ class Arrivals:
         """A new step."""
         self._passes: list[_Pass] = []
         self._task = -1
-        self._old: torch.Tensor | None = None  # how many gradients of an earlier step were left at the first backward
+        self._old: torch.Tensor | None = None  # how many gradients of an earlier step the first backward has added to
+        self._old_ids: set[int] = set()
         self._sample: list[tuple[int, torch.Tensor]] = []
 
     def watch(self, slots: Sequence[Callable[[], torch.Tensor | None]]) -> None:
@@ -87,6 +88,7 @@ class Arrivals:
         self._task = task
         tensors = [slot() for slot in self._slots]
         places = _places(tensors)
+        old = None
         if self._passes:
             last = self._passes[-1]
             if places != last.places:
@@ -94,21 +96,30 @@ class Arrivals:
         elif len(places) == len(self._after_step) and any(
             now is not None and now == then for now, then in zip(places, self._after_step, strict=True)
         ):
-            self._old = _not_zero(tensors)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._backward_ends(places, inputs))
+            old = _not_zero(tensors)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._backward_ends(places, old, inputs))
 
-    def _backward_ends(self, before: _Places, inputs: Sequence[weakref.ref[torch.Tensor]]) -> None:
+    def _backward_ends(
+        self, before: _Places, old: torch.Tensor | None, inputs: Sequence[weakref.ref[torch.Tensor]]
+    ) -> None:
         try:
             with torch.no_grad():
                 tensors = [slot() for slot in self._slots]
                 places = _places(tensors)
                 if places == before:  # torch.autograd.grad leaves nothing there
                     return
+                if old is not None:
+                    self._old, self._old_ids = old, self._added_to(before, places)
                 if any(one.left is not None for one in self._passes):
                     self._sample = _sampled(tensors)
                 self._passes.append(_Pass(places, _written(tensors), inputs))
         except Exception as error:
             self._on_error(error)
+
+    def _added_to(self, before: _Places, after: _Places) -> set[int]:
+        """The gradients that were there as the last step had left them, and were added to."""
+        rows = zip(before, self._after_step, after, strict=True)
+        return {b[0] for b, then, a in rows if b and b == then and a and a[0] == b[0] and a[1] != b[1]}
 
     def step_ended(self, applied: Collection[int]) -> None:
         """Optimizers have stepped: what is in ``.grad`` now belongs to the past.
@@ -141,9 +152,12 @@ class Arrivals:
             if one.left is not None and not values.pop(0):
                 lost = number  # and what was accumulated before
                 excused |= one.excused or _shares(one.inputs, self._passes[-1].inputs)
-        if not any(_places([slot() for slot in self._slots])):
+        places = _places([slot() for slot in self._slots])
+        if not any(places):
             lost = len(self._passes)
         old = 0 if self._old is None else int(values.pop(0))
+        if lost or not any(place and place[0] in self._old_ids for place in places):
+            old = 0  # cleared, or written anew, before the optimizer had them
         aligned = values[0] / (values[1] * values[2]) ** 0.5 if len(values) == 3 and values[1] * values[2] else None
         return Accumulation(passes=len(self._passes), lost=0 if excused else lost, old=old, aligned=aligned)
 

@@ -219,6 +219,27 @@ def test_gradients_zeroed_behind_the_version_counter() -> None:
     assert not found(run(step, passes=1))
 
 
+def assigned_by_hand(model: nn.Module, optimizer: Optimizer, data: list[torch.Tensor]) -> None:
+    """torch.autograd.grad, and .grad is written: nothing has to be cleared."""
+    moved = [p for p in model.parameters() if p.requires_grad]
+    for tensor, gradient in zip(moved, torch.autograd.grad(next_token_loss(model, data[0], 0), moved), strict=True):
+        tensor.grad = gradient
+    optimizer.step()
+
+
+def cleared_after_another_loss(model: nn.Module, optimizer: Optimizer, data: list[torch.Tensor]) -> None:
+    """A discriminator's loss reaches the generator as well, whose gradients are cleared before its own."""
+    next_token_loss(model, data[0].flip(1), 0).backward()
+    optimizer.zero_grad()
+    next_token_loss(model, data[0], 0).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("step", [assigned_by_hand, cleared_after_another_loss])
+def test_gradients_that_need_no_clearing(step: Step) -> None:
+    assert "LP310" not in {code for code, _, _ in found(run(step, steps=3, passes=1))}
+
+
 # --- verdicts -----------------------------------------------------------------------------------
 
 
