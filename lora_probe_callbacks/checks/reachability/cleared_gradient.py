@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 
-from lora_probe_callbacks.checks._base import Check, Verdict, absent, fail, ok, pending, skipped
+from lora_probe_callbacks.checks._base import Check, Verdict, absent, fail, ok, pending, skipped, warn
 from lora_probe_callbacks.facts import Accumulation, Facts
 
 # A batch may be thrown away (a loss that is not finite, an overflow): now and then, and not as many each time.
@@ -29,12 +29,16 @@ def judge(facts: Facts) -> Verdict:
         return pending(
             f"the gradients of {last.lost} of {last.passes} backward passes were cleared in {len(row)} step(s)"
         )
-    return fail(
-        f"the gradients of {last.lost} of {last.passes} backward passes are cleared before the optimizer has them: each step applies the rest alone",
-        facts.intended,
-        got=f"{last.lost} of {last.passes} passes cleared, in {len(row)} steps in a row",
-        expected=f"the sum of {last.passes} passes",
+    message = (
+        f"the gradients of {last.lost} of {last.passes} backward passes are cleared before the optimizer has them: "
+        "each step applies the rest alone"
     )
+    got = f"{last.lost} of {last.passes} passes cleared, in {len(row)} steps in a row"
+    expected = f"the sum of {last.passes} passes"
+    if last.passes == 2 and facts.accumulation != 2:  # a second loss may reach these tensors and not be meant for them
+        fix = "if one of the two losses is not meant for these tensors (a discriminator's) nothing is wrong; else call zero_grad() once a step"
+        return warn(message, facts.intended, got=got, expected=expected, fix=fix)
+    return fail(message, facts.intended, got=got, expected=expected)
 
 
 def _alike(one: Accumulation, last: Accumulation) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_probe_callbacks._gc import no_collection
 from lora_probe_callbacks.facts import Accumulation
 
 __all__ = ["Arrivals"]
@@ -103,7 +104,7 @@ class Arrivals:
         self, before: _Places, old: torch.Tensor | None, inputs: Sequence[weakref.ref[torch.Tensor]]
     ) -> None:
         try:
-            with torch.no_grad():
+            with no_collection(), torch.no_grad():
                 tensors = [slot() for slot in self._slots]
                 places = _places(tensors)
                 if places == before:  # torch.autograd.grad leaves nothing there

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_probe_callbacks._gc import no_collection
 from lora_probe_callbacks.facts import ForwardFacts, Mode
 from lora_probe_callbacks.observe.forward.arrivals import Arrivals
 from lora_probe_callbacks.observe.forward.candidate import Candidate, tensors_in
@@ -209,7 +210,8 @@ class ForwardLog:
         if self.bare:
             return
         try:
-            self.arrivals.backward_begins(candidate.inputs)
+            with no_collection():
+                self.arrivals.backward_begins(candidate.inputs)
             candidate.modes_at_backward, candidate.active_at_backward = self.state()
             if candidate.to_walk:
                 self._see_plan(candidate)

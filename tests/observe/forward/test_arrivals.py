@@ -62,7 +62,7 @@ def test_gradients_cleared_before_every_micro_batch(where: str, set_to_none: boo
     report = run(step)
     assert found(report) == [("LP309", "fail", 1)]
     assert "3 of 4 backward passes are cleared" in report.failures[0].message
-    assert found(run(step, passes=2)) == [("LP309", "fail", 3)]
+    assert found(run(step, passes=2)) == [("LP309", "warn", 3)]
 
 
 @pytest.mark.filterwarnings("ignore::lora_probe_callbacks.LoraProbeWarning")
@@ -258,7 +258,7 @@ LOST = Accumulation(4, 3, aligned=1.0)
         ([Accumulation(4), LOST], "pending"),
         ([LOST, Accumulation(4, 2, aligned=1.0), LOST], "pending"),  # as a loop that drops bad batches
         ([Accumulation(2, 1, aligned=1.0)] * 3, "pending"),
-        ([Accumulation(2, 1, aligned=1.0)] * 4, "fail"),
+        ([Accumulation(2, 1, aligned=1.0)] * 4, "warn"),
         ([Accumulation(4, 3, aligned=0.97)] * 4, "skipped"),
         ([Accumulation(4, 3)] * 4, "skipped"),
         ([LOST, LOST, Accumulation(4)], "pass"),
