@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,13 +86,13 @@ def llamafactory(folder: Path, base: Path, out: Path, rate: float) -> list[str]:
     """The command for LLaMA-Factory."""
     keys = {
         "model_name_or_path": str(base), "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 4,
-        "lora_target": "all", "dataset": "rows", "dataset_dir": str(base), "template": "default", "cutoff_len": 64,
+        "lora_target": "all", "dataset": "rows", "dataset_dir": str(base), "template": "default", "cutoff_len": 512,
         "output_dir": str(out), "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": rate,
         "max_steps": STEPS, "overwrite_output_dir": True, "seed": 1, "lr_scheduler_type": "constant",
     }  # fmt: skip
-    config = out.with_suffix(".json")
-    config.write_text(json.dumps(keys))
+    config = out.with_suffix(".yaml")
+    config.write_text(json.dumps(keys))  # JSON is YAML
     return [str(folder / "bin" / "llamafactory-cli"), "train", str(config)]
 
 
@@ -103,7 +104,7 @@ def swift(folder: Path, base: Path, out: Path, rate: float) -> list[str]:
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": rate,
         "max_steps": STEPS, "seed": 1, "torch_dtype": "float32", "lr_scheduler_type": "constant",
         "use_cpu": "true", "report_to": "none", "eval_strategy": "no", "dataset_num_proc": 1,
-        "dataloader_num_workers": 0, "max_length": 64, "split_dataset_ratio": 0, "gradient_checkpointing": "false",
+        "dataloader_num_workers": 0, "max_length": 512, "split_dataset_ratio": 0, "gradient_checkpointing": "false",
     }  # fmt: skip
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     return [str(folder / "bin" / "swift"), "sft", *words]
@@ -114,13 +115,13 @@ def axolotl(folder: Path, base: Path, out: Path, rate: float) -> list[str]:
     keys = {
         "base_model": str(base), "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True,
         "datasets": [{"path": str(base / "rows.json"), "ds_type": "json", "type": "alpaca"}], "output_dir": str(out),
-        "sequence_len": 128, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": rate or 1e-30,
+        "sequence_len": 512, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": rate or 1e-30,
         "max_steps": STEPS, "optimizer": "adamw_torch", "lr_scheduler": "constant", "logging_steps": 1, "seed": 1,
         "bf16": False, "fp16": False, "tf32": False, "save_strategy": "no", "use_cpu": True, "val_set_size": 0,
         "dataset_prepared_path": str(out) + "-data", "dataset_num_proc": 1, "special_tokens": {"pad_token": "<pad>"},
     }  # fmt: skip
     config = out.with_suffix(".yaml")
-    config.write_text(json.dumps(keys))  # JSON is YAML
+    config.write_text(json.dumps(keys))
     return [str(folder / "bin" / "axolotl"), "train", str(config)]
 
 
@@ -133,10 +134,16 @@ def made(folder: Path, interpreter: str, pins: Sequence[str]) -> Path:
     if not python.exists():
         subprocess.run([interpreter, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", TORCH, *pins], check=True)
-        # What an index holds of these is built for CUDA, and cannot be imported beside a torch for CPUs.
-        alone = ["torchvision", "torchaudio", "torchcodec"]
-        subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", *alone], check=True)
+        without_cuda(python)
     return python
+
+
+def without_cuda(python: Path) -> None:
+    """Take away what an index holds for CUDA alone, and what cannot be imported beside a torch for CPUs."""
+    pip = [str(python), "-m", "pip"]
+    subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchcodec"], check=True)
+    for compiled in python.parent.parent.glob("lib/python*/site-packages/torchaudio/lib"):
+        shutil.rmtree(compiled)  # LLaMA-Factory imports torchaudio, which is content without; text needs none of it
 
 
 def installed_beside(python: Path) -> dict[str, list[str]]:

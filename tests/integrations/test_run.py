@@ -65,6 +65,7 @@ ACCELERATE = (
 from accelerate import Accelerator
 
 accelerator = Accelerator(cpu=True)
+model.enable_input_require_grads()  # else a merged adapter makes backward() raise
 model = accelerator.prepare(model)
 optimizer = accelerator.prepare(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2))
 for step in range(8):
