@@ -72,6 +72,7 @@ compat: $(STAMP)
 # Outside CI: LLaMA-Factory, ms-swift and axolotl, each in an environment of its own, with and without the probe.
 frameworks: $(STAMP)
 	$(BIN)/python benchmarks/frameworks.py
+	$(BIN)/python benchmarks/readme.py --page docs/frameworks/versions.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

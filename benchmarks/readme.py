@@ -142,6 +142,31 @@ def releases(results: Path) -> str:
     return "\n".join(lines)
 
 
+def frameworks(results: Path) -> str:
+    """Return what the runner saw of the frameworks' own command lines."""
+    result = json.loads((results / "frameworks.json").read_text())
+    lines = [
+        "| framework | transformers, peft | packages changed by installing | losses with and without | healthy run "
+        "| learning rate 0 | merged |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result.items():
+        versions = f"{row['versions']['transformers']}, {row['versions']['peft']}"
+        changed = ", ".join(row["changed by installing this package"]) or "none"
+        same = "the same" if row["losses are the same"] else "DIFFERENT"
+        runs = [row.get(run) for run in ("probed", "learning rate 0", "merged")]
+        said = ["not run" if run is None else _verdict(run["said"]) for run in runs]
+        lines.append(f"| {name} | {versions} | {changed} | {same} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
+def _verdict(said: list[str]) -> str:
+    """Return the verdict of a run without the trainer's name and the steps."""
+    _, _, verdict = said[-1].removeprefix("lora-probe run: attached to ").partition(": ")
+    status, _, why = verdict.partition(", ")
+    return f"{status} {why.partition(': ')[2]}".strip()
+
+
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "checks": checks,
     "side by side": side_by_side,
@@ -154,7 +179,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 
 
 # Of docs/frameworks/versions.md
-PAGE: dict[str, Callable[[Path], str]] = {"releases": releases}
+PAGE: dict[str, Callable[[Path], str]] = {"releases": releases, "frameworks": frameworks}
 
 
 def filled(text: str, results: Path, sections: dict[str, Callable[[Path], str]] = SECTIONS) -> str:

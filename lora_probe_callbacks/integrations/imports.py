@@ -41,8 +41,11 @@ _ENTRIES: dict[str, Callable[[ModuleType], None]] = {
 
 
 def watch_imports() -> None:
-    """Attach to the frameworks as they are imported from now on."""
+    """Attach to the frameworks that are imported already, and to the others as they are imported."""
     sys.meta_path.insert(0, _Finder())
+    for name, attach in _ENTRIES.items():
+        if name in sys.modules:
+            attach(sys.modules[name])
 
 
 class _Finder(importlib.abc.MetaPathFinder):

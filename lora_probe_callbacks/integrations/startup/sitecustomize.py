@@ -26,6 +26,8 @@ def _attach() -> None:
         sys.stderr.write(f"lora-probe run: cannot attach in {sys.executable}: {type(error).__name__}: {error}\n")
 
 
-if "LORA_PROBE_RUN" in os.environ:
-    _attach()
-_run_the_hidden_one()
+try:
+    _run_the_hidden_one()
+finally:  # after it: an import hook that it installs must not stand before ours
+    if "LORA_PROBE_RUN" in os.environ:
+        _attach()
