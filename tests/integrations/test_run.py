@@ -229,7 +229,7 @@ def test_a_probe_of_the_script_itself_is_the_one_that_judges(
 
 def test_two_processes_of_torchrun(tmp_path: Path) -> None:
     script(tmp_path, TRAINER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = probed(tmp_path, *launch, "train.py", "out")
     assert done.returncode == 0, done.stderr
     assert said(done) == ["lora-probe run: attached to Trainer: healthy, 6 steps judged (2 times)"]
