@@ -108,7 +108,8 @@ class ForwardEvents:
         received = sum(c.received for c in self._hooks.log.candidates)
         went_on = self._scaler_went_on()  # zeros in place of gradients do not tell
         waited = self._steps.waited_for
-        self._steps.now.next_forward(received > 0, waited, owners.has_gradients, went_on=went_on)
+        late = self._state.backwards.waited
+        self._steps.now.next_forward(received > 0, waited, owners.has_gradients, went_on=went_on, waited=late)
         if self._steps.now.done(waited) and (waited or received):  # the update never came
             if not self._steps.now.decided:
                 self._steps.now.decided = True

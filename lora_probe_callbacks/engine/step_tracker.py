@@ -6,7 +6,7 @@ gradients were thrown away. Pure bookkeeping over the numbers of the optimizers;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 __all__ = ["StepTracker"]
@@ -68,7 +68,13 @@ class StepTracker:
         return optimizer in self.ready and optimizer not in self.inside | self.stepped
 
     def next_forward(
-        self, backward_seen: bool, owners: set[int], has_gradients: Callable[[int], bool], *, went_on: bool
+        self,
+        backward_seen: bool,
+        owners: set[int],
+        has_gradients: Callable[[int], bool],
+        *,
+        went_on: bool,
+        waited: Set[int] = frozenset(),
     ) -> None:
         """A training forward begins: what was announced and never stepped was skipped.
 
@@ -77,12 +83,14 @@ class StepTracker:
             owners: Optimizers that own adapter tensors.
             has_gradients: Whether an optimizer still holds gradients.
             went_on: A scaler was updated: what it had to step is stepped or skipped.
+            waited: Optimizers for which there were as many backward passes as they usually wait for.
         """
         if self.inside:
             return  # a closure that is evaluated several times, as LBFGS does
         self.discarded |= self.ready - self.stepped
-        if not self.ready & owners and backward_seen and (went_on or self.stepped):
-            # Gradients were made, no owner came, and they are gone: skipped by a scaler, or cleared with those of an
-            # optimizer that does step. As long as they are there, the loop accumulates; and where nobody steps at all,
-            # it clears between two backward passes of one step.
-            self.discarded |= {o for o in owners if went_on or not has_gradients(o)}
+        if not self.ready & owners and backward_seen:
+            # Gradients were made, no owner came, and they are gone: skipped by a scaler, cleared with those of an
+            # optimizer that does step, or after as many passes as were usual. As long as they are there, the loop
+            # accumulates; before that, it clears between two backward passes of one step.
+            due = owners if went_on or self.stepped else owners & waited
+            self.discarded |= {o for o in due if went_on or not has_gradients(o)}

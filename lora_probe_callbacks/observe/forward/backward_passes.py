@@ -105,6 +105,12 @@ class BackwardPasses:
         return bool(late) and all(late)
 
     @property
+    def waited(self) -> set[int]:
+        """Optimizers that have stepped before, and by now should have stepped again."""
+        pairs = enumerate(zip(self.stepped, self.since, self.usual, strict=True))
+        return {optimizer for optimizer, (stepped, since, usual) in pairs if stepped and since >= usual}
+
+    @property
     def lapsed(self) -> list[int]:
         """Optimizers that have stepped before, and not after the passes that they usually wait for."""
         return [
