@@ -148,8 +148,9 @@ def test_positional_batch_of_a_model_that_returns_its_loss() -> None:
     assert preflight(model, adamw(model), (torch.randn(4, 12),)).exit_code == 0
 
 
-# A13 is a gradient left over from an earlier phase; the look begins without gradients.
-AT_ONCE = [r for r in RECIPES if r.step == 0 and r.status == "fail" and r.name != "A13"]
+# A13 is a gradient left over from an earlier phase; the look begins without gradients. E11 warns at once, and fails in
+# its fourth step: a batch without a label may be an accident.
+AT_ONCE = [r for r in RECIPES if r.step == 0 and r.status == "fail" and r.name not in ("A13", "E11", "E11-no-decay")]
 
 
 @pytest.mark.parametrize("recipe", parameters(AT_ONCE))

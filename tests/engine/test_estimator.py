@@ -482,7 +482,7 @@ def test_batch_norm_is_refused_by_name_and_fits_the_loop() -> None:
         run = Training(normalised(), vectors)
         buffers = [b.clone() for b in run.model.buffers()]
         watched = watch_through("plain", run, steps=3, estimator=VarianceProbe([E], loss, backend=backend))
-        assert not watched.found
+        assert [code for code, _, _ in watched.found] == ["LP808"]  # running statistics, which no adapter file holds
         assert (set(numbers(watched.report)) == NAMES) == (backend == "loop")
         finding = next(f for f in watched.report.findings if f.code == "LP305")
         assert words in finding.message

@@ -74,7 +74,7 @@ def test_when_a_part_is_measured(every: int, expected: list[int]) -> None:
     def yes() -> bool:
         return True
 
-    cadence = Cadence(every, alone=yes, borrows=lambda step: False, proven=yes, stepped=yes)
+    cadence = Cadence(every, alone=yes, borrows=lambda step: False, proven=yes, unstepped=lambda: False)
     steps = [s for s in range(6) if cadence.touches(s, begun=min(s, 2), complete=False, doubt=False)]
     assert steps == expected
     assert cadence.touches(100, begun=9, complete=False, doubt=False) is (

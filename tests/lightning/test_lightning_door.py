@@ -420,7 +420,7 @@ def test_rows_wait_for_lightnings_logging_cadence(tmp_path: Path):
     rows = logged_csv(Path(logger.log_dir))
     assert sorted(rows) == list(range(10))
     assert all(row.keys() - STEP_RESPONSE == NAMES for row in rows.values())
-    assert [step for step, row in rows.items() if row.keys() >= STEP_RESPONSE] == [0, 1, 2, 3], "measured rarely"
+    assert [step for step, row in rows.items() if row.keys() >= STEP_RESPONSE] == [0], "measured rarely"
 
 
 def test_metrics_of_a_run_that_the_probe_stopped(tmp_path: Path):
@@ -510,7 +510,8 @@ def codes(probe: LoraProbe) -> set[str]:
 def test_select_and_ignore():
     probe = LoraProbe(verbose=False, select=["LP1", "LP201"], ignore=["LP107"])
     fit(Task(peft_llama()), probe, token_batches(5))
-    assert codes(probe) == {"LP101", "LP102", "LP103", "LP104", "LP105", "LP106", "LP108", "LP109", "LP201"}
+    of_activation = {"LP101", "LP102", "LP103", "LP104", "LP105", "LP106", "LP108", "LP109", "LP110", "LP111"}
+    assert codes(probe) == of_activation | {"LP201"}
 
 
 def test_ignored_fault_does_not_stop_the_run():

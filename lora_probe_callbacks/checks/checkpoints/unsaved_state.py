@@ -24,7 +24,7 @@ def judge(facts: Facts) -> Verdict:
 def _live(facts: Facts) -> Verdict:
     return warn(
         f"training moves {_what(facts.unsaved)}: the file of the adapter will not hold it",
-        cause="state",
+        cause="base",  # of LP404, which explains it where the frozen weights move as well
         got=f"{len(facts.unsaved)} frozen tensors that changed without an optimizer",
         expected="a base that stays as it is, or modules_to_save that name what changes",
         fix=_FIX + "; if whole checkpoints of the model are kept nothing is wrong",
@@ -66,6 +66,7 @@ CHECK = Check(
     fix=_FIX[0].upper() + _FIX[1:] + ".",
     quiet="Modules in modules_to_save; checkpoints of a whole module; counters, single numbers, buffers that are not saved with a model, caches; a base that stays.",
     threads=("huggingface/peft#1732",),
+    explained_by=("LP404",),
     needs=("files",),
     judge=judge,
 )

@@ -21,7 +21,9 @@ __all__ = ["Arrivals"]
 
 _SAMPLED, _ELEMENTS = 16, 1024  # tensors, and elements of each, whose direction is compared
 
-_Places = list[tuple[int, int] | None]  # of each slot: which object its gradient is, and how often that was written
+# Of each slot, which gradient stands there and how often it was written: one number, as the collector counts tuples.
+_Places = list[int | None]
+_OBJECT = 32  # bits to the right of what tells the object
 
 
 @dataclass(eq=False, slots=True)
@@ -87,6 +89,10 @@ class Arrivals:
         if task == self._task:  # two forwards, one backward
             return
         self._task = task
+        with no_collection():
+            self._look_before(inputs)
+
+    def _look_before(self, inputs: Sequence[weakref.ref[torch.Tensor]]) -> None:
         tensors = [slot() for slot in self._slots]
         places = _places(tensors)
         old = None
@@ -120,7 +126,9 @@ class Arrivals:
     def _added_to(self, before: _Places, after: _Places) -> set[int]:
         """The gradients that were there as the last step had left them, and were added to."""
         rows = zip(before, self._after_step, after, strict=True)
-        return {b[0] for b, then, a in rows if b and b == then and a and a[0] == b[0] and a[1] != b[1]}
+        return {
+            b >> _OBJECT for b, then, a in rows if b and b == then and a and a >> _OBJECT == b >> _OBJECT and a != b
+        }
 
     def step_ended(self, applied: Collection[int]) -> None:
         """Optimizers have stepped: what is in ``.grad`` now belongs to the past.
@@ -128,8 +136,9 @@ class Arrivals:
         Args:
             applied: The slots whose gradients they have applied.
         """
-        places = _places([slot() for slot in self._slots])
-        self._after_step = [place if i in applied else None for i, place in enumerate(places)]
+        with no_collection():
+            places = _places([slot() for slot in self._slots])
+            self._after_step = [place if i in applied else None for i, place in enumerate(places)]
 
     # --- for the decision -------------------------------------------------------------------
 
@@ -157,7 +166,7 @@ class Arrivals:
         if not any(places):
             lost = len(self._passes)
         old = 0 if self._old is None else int(values.pop(0))
-        if lost or not any(place and place[0] in self._old_ids for place in places):
+        if lost or not any(place and place >> _OBJECT in self._old_ids for place in places):
             old = 0  # cleared, or written anew, before the optimizer had them
         aligned = values[0] / (values[1] * values[2]) ** 0.5 if len(values) == 3 and values[1] * values[2] else None
         return Accumulation(passes=len(self._passes), lost=0 if excused else lost, old=old, aligned=aligned)
@@ -178,7 +187,7 @@ class Arrivals:
 
 def _places(tensors: Iterable[torch.Tensor | None]) -> _Places:
     grads = [None if t is None else t.grad for t in tensors]
-    return [None if g is None else (id(g), g._version) for g in grads]
+    return [None if g is None else id(g) << _OBJECT | g._version for g in grads]
 
 
 def _written(tensors: Iterable[torch.Tensor | None]) -> int:

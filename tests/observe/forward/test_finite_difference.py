@@ -338,14 +338,15 @@ def test_other_tuners_approximate_by_design() -> None:
 
 
 def test_batch_norm_and_a_generator_of_the_models_own() -> None:
-    assert_right(seen(Training(normalised(), vectors)), low=0.98, high=1.02)
+    # Running statistics move, and no adapter file holds them: that is LP808's.
+    assert_right(seen(Training(normalised(), vectors), ignore=["LP808"]), low=0.98, high=1.02)
 
 
 # --- not valid, and why ---------------------------------------------------------------------------
 
 
 def why_not(run: Training, **intent: Any) -> set[str | None]:
-    result = seen(run, **intent)
+    result = seen(run, **{"ignore": ["LP808"], **intent})  # of running statistics, which no adapter file holds
     assert not result.found, result.found
     finding = next(f for f in result.report.findings if f.code == "LP307")
     assert finding.status == "skipped"
