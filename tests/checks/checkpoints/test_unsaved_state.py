@@ -17,7 +17,7 @@ def test_state_that_moves_warns() -> None:
         "warn",
         "training moves 2 tensors that no optimizer holds, moved by up to 50%: bn.running_var, bn.running_mean: ",
         "the file of the adapter will not hold it",
-        cause="state",
+        cause="base",
         got="2 frozen tensors that changed without an optimizer",
         expected="a base that stays as it is, or modules_to_save that name what changes",
         fix="keep these modules in eval mode",
