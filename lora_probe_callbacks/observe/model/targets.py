@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +51,7 @@ class Targets:
 
     def _know(self, inventory: Inventory) -> None:
         self.inventory = inventory
-        self._in_place = Links((x.parent, x.key, x.module) for x in inventory.layers if x.parent is not None)
+        self._in_place = Links(_ways(inventory))
 
     # --- what is meant ----------------------------------------------------------------------
 
@@ -213,6 +214,17 @@ class Targets:
     def slot_of(self) -> dict[int, int]:
         """Tensor id to slot, as they are now."""
         return {id(t): i for i, t in enumerate(self.tensors()) if t is not None}
+
+
+def _ways(inventory: Inventory) -> Collection[tuple[nn.Module, str, nn.Module]]:
+    """Every step on the way from a root to an adapted layer: a whole block may be exchanged."""
+    found: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
+    for layer in inventory.layers:
+        for parent, child in pairwise((*layer.chain, layer.module)):
+            key = next((name for name, module in parent._modules.items() if module is child), None)
+            if key is not None:
+                found[id(parent), key] = parent, key, child
+    return found.values()
 
 
 def _lora_of_others(roots: Sequence[tuple[str, nn.Module]]) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.training import batches, lora, next_token_loss
 from torch import nn
 
+from lora_probe_callbacks import LoraProbeMonitor
 from lora_probe_callbacks.config import ProbeConfig
 from lora_probe_callbacks.observe.model.inventory import Inventory, Unit, take_inventory
 from lora_probe_callbacks.observe.model.owners import Owners
@@ -147,3 +150,19 @@ def test_type_that_changes_under_the_same_object_is_seen() -> None:
     owners.look()
     assert owners.columns().half.all()
     assert owners.held(0) is not held
+
+
+def test_whole_block_that_is_exchanged_is_found() -> None:
+    """The layers of the new block are others, and nobody owns them; those of the former one stay where they were."""
+    model = lora()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with LoraProbeMonitor(model, optimizer, every_n_steps=1, on_failure="stop", verbose=False) as probe:
+        for step, batch in enumerate(batches(10)):
+            next_token_loss(model, batch, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 3:
+                layers = model.get_base_model().model.layers
+                layers[0] = copy.deepcopy(layers[0])
+    assert probe.report.status == "unhealthy"
+    assert {f.code for f in probe.report.failures} == {"LP202"}, probe.report
