@@ -34,6 +34,8 @@ PLACES = {
     "report": (2, 2.5),
     "estimators": (-2, 1.5),
     "engine": (0, 2.5),
+    "serving": (-2, 2.75),
+    "integrations": (2, 3.5),
     "doors": (0, 3.5),
 }
 BENT = {("engine", "facts"), ("report", "checks")}  # arrows that would run behind another room
