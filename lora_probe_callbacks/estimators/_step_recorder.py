@@ -306,7 +306,13 @@ class _Kept:
 
     def unpacked(self) -> Call:
         """Return the arguments; a checkpoint has run the layer again by now, or does so."""
-        tensors = iter(self._node.saved_tensors)
+        try:
+            tensors = iter(self._node.saved_tensors)
+        except RuntimeError as error:  # seen with torch 2.11, and not with 2.13
+            raise NotImplementedError(
+                f"torch {torch.__version__} lets go of what a checkpoint with use_reentrant=False keeps before the "
+                "gradient of its output is there; use torch 2.13, use_reentrant=True, or per_prompt_projection"
+            ) from error
         args = tuple(next(tensors) if value is _HOLE else value for value in self._args)
         return Call(args, {n: next(tensors) if value is _HOLE else value for n, value in self._kwargs.items()})
 
